@@ -1,0 +1,370 @@
+"""Every named activation and every patch of mamba_ioi, compared with MambaLens on random weights.
+
+MambaLens 0.0.4 needs older packages than mamba_ioi, so the comparison is one file with two roles. The first runs where
+MambaLens is installed and writes a reference file; the second runs where mamba_ioi is and compares:
+
+    python3 -m venv mlens
+    mlens/bin/pip install mamba-lens==0.0.4 "transformer-lens==2.16.1" "transformers<4.58" "numpy<2" "pyarrow<20" \
+        "datasets<4" torch==2.13.0
+    mlens/bin/python benchmarks/mambalens.py reference reference.npz
+    python benchmarks/mambalens.py compare reference.npz
+
+The reference file holds random weights in the original state-spaces layout, tokens, MambaLens's activation at every
+hook, and its logits under patches: one random value at one position for every hook of every layer, h at several
+positions, and several patches at once. `compare` loads the same weights with `mamba_ioi.load_model`, prints for each
+hook the largest relative difference, max |a - b| / max |b|, of the activations and of the patched logits, and exits
+with 1 where one is above the tolerance.
+
+Two things need a word. MambaLens has no hook for conv slices: the reference rebuilds them from its hook_in_proj and
+hook_conv. And mamba_ioi has no site for MambaLens's hook_h_start (the state before position 0, always zero): a patch
+of it is expressed as the patch of h at position 0 that it amounts to, A_bar * h_start + B_bar * x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LAYER_SITES = (
+    "resid_pre layer_input normalized_input skip in_proj conv conv_slice ssm_input A delta_1 delta_2 B C delta A_bar "
+    "B_bar h_start h y ssm_output after_skip out_proj resid_post"
+).split()
+SMALLEST_EFFECT = 1e-3
+"""A patch that moves the logits by less, relative to the largest logit, would show nothing: it is refused."""
+
+
+class Change(NamedTuple):
+    """One patch. `layer` is None for embed, norm and logits; `positions` None means the whole activation."""
+
+    site: str
+    layer: int | None
+    positions: list[int] | None
+    slice: int | None
+    value: Tensor
+
+    @property
+    def hook(self) -> str:
+        return hook_name(self.site, self.layer)
+
+
+def hook_name(site: str, layer: int | None) -> str:
+    return f"hook_{site}" if layer is None else f"blocks.{layer}.hook_{site}"
+
+
+def random_weights(config: dict, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in the original state-spaces layout; no parameter is zero, one, or equal over channels or states."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        return mean + scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    D, N, R = config["d_model"], 16, -(-config["d_model"] // 16)
+    E, multiple = 2 * D, config["pad_vocab_size_multiple"]
+    embedding = normal(-(-config["vocab_size"] // multiple) * multiple, D)
+    weights = {"backbone.embedding.weight": embedding, "lm_head.weight": embedding.clone()}
+    for layer in range(config["n_layer"]):
+        parameters = {
+            "norm.weight": normal(D, scale=0.3, mean=1),
+            "mixer.in_proj.weight": normal(2 * E, D, scale=D**-0.5),
+            "mixer.conv1d.weight": normal(E, 1, 4, scale=0.7),
+            "mixer.conv1d.bias": normal(E, scale=0.5),
+            "mixer.x_proj.weight": normal(R + 2 * N, E, scale=1.5 * E**-0.5),
+            "mixer.dt_proj.weight": normal(E, R, scale=R**-0.5),
+            "mixer.dt_proj.bias": normal(E, scale=1.5, mean=-1),
+            # exp(-7) hardly forgets, exp(4) forgets at once: the range of trained models but for their dead states
+            "mixer.A_log": torch.rand(E, N, generator=generator, dtype=torch.float64) * 11 - 7,
+            "mixer.D": normal(E, mean=1),
+            "mixer.out_proj.weight": normal(D, E, scale=E**-0.5),
+        }
+        weights |= {f"backbone.layers.{layer}.{name}": value for name, value in parameters.items()}
+    weights["backbone.norm_f.weight"] = normal(D, scale=0.3, mean=1)
+    return {name: value.to(dtype) for name, value in weights.items()}
+
+
+# ---------------------------------------------------------------------------------------------- under MambaLens
+
+
+def load_mambalens(config: dict, weights: dict[str, Tensor]):
+    """A HookedMamba on the CPU from a configuration and an original state dict, without the Hub or a tokenizer."""
+    from mamba_lens import HookedMamba
+    from mamba_lens.HookedMamba import (
+        convert_original_config_to_hooked_mamba_config,
+        convert_original_state_dict_to_hooked_state_dict,
+    )
+
+    cfg = convert_original_config_to_hooked_mamba_config(config, device="cpu")
+    model = HookedMamba(cfg=cfg, tokenizer=None).to(weights["lm_head.weight"].dtype)
+    model.load_state_dict(convert_original_state_dict_to_hooked_state_dict(cfg, weights))
+    return model
+
+
+def mambalens_activations(model, tokens: Tensor) -> dict[str, Tensor]:
+    """Every hook's activation; the hooks `hook_h.0`, `hook_h.1`, ... stay separate."""
+    _, cache = model.run_with_cache(tokens, fast_conv=False, fast_ssm=False)
+    return dict(cache.cache_dict)
+
+
+def conv_slices(model, layer: int, in_proj: Tensor) -> Tensor:
+    """[B, L, E, 4]: the terms of the convolution of `in_proj` [B, L, E] for slices -3, -2, -1 and 0."""
+    weight = model.blocks[layer].conv1d.weight[:, 0]
+    padded = torch.cat([torch.zeros_like(in_proj[:, :3]), in_proj], dim=1)
+    return torch.stack([padded[:, k : k + in_proj.shape[1]] * weight[:, k] for k in range(4)], dim=-1)
+
+
+def hooks_of(model, change: Change) -> list[tuple]:
+    """The MambaLens forward hooks that make one change."""
+    positions, value = change.positions, change.value
+    if change.site == "h":
+        return [
+            (f"{change.hook}.{position}", lambda h, hook, k=k: value[:, k].clone())
+            for k, position in enumerate(positions)
+        ]
+    if change.site == "conv_slice":
+        seen = {}
+
+        def remember(in_proj: Tensor, hook) -> None:
+            seen["terms"] = conv_slices(model, change.layer, in_proj)[..., change.slice + 3]
+
+        def swap_term(conv: Tensor, hook) -> Tensor:
+            conv = conv.clone()
+            conv[:, positions] += value - seen["terms"][:, positions]
+            return conv
+
+        return [(hook_name("in_proj", change.layer), remember), (hook_name("conv", change.layer), swap_term)]
+
+    def write(activation: Tensor, hook) -> Tensor:
+        activation = activation.clone()
+        activation[... if positions is None else (slice(None), positions)] = value
+        return activation
+
+    return [(change.hook, write)]
+
+
+def mambalens_logits(model, tokens: Tensor, changes: list[Change]) -> Tensor:
+    """[B, L, V]: the logits under all the changes at once."""
+    hooks = [hook for change in changes for hook in hooks_of(model, change)]
+    return model.run_with_hooks(tokens, fwd_hooks=hooks, fast_conv=False, fast_ssm=False)
+
+
+def choose_cases(acts: dict[str, Tensor], n_layers: int, length: int, seed: int) -> list[list[Change]]:
+    """What to patch: every hook of every layer at one position, h at all, then several positions and patches at once.
+
+    A value is the activation of another row of the batch, each number times a factor from [0.5, 1.5): of the right
+    size and sign, and equal to nothing else.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def change(site: str, layer: int | None, positions: list[int] | None, slice: int | None = None) -> Change:
+        value = acts["h" if site == "h_start" else site, layer]
+        if site == "h_start":
+            value = value[:, 0]
+        elif positions is not None:
+            value = value[:, positions]
+        if slice is not None:
+            value = value[..., slice + 3]
+        factor = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.dtype) + 0.5
+        return Change(site, layer, positions, slice, value.flip(0) * factor)
+
+    middle = length // 2
+    cases = [[change(site, None, [middle])] for site in ("embed", "norm", "logits")]
+    for layer in range(n_layers):
+        for site in LAYER_SITES:
+            if site == "conv_slice":
+                cases += [[change(site, layer, [middle], s)] for s in (-3, -2, -1, 0) if middle + s >= 0]
+            elif site == "h":
+                cases += [[change(site, layer, [position])] for position in range(length)]
+            else:
+                cases.append([change(site, layer, None if site in ("A", "h_start") else [middle])])
+    first, last = 0, n_layers - 1
+    for site in ("layer_input", "conv", "ssm_input", "delta", "B_bar", "y", "out_proj"):
+        cases += [[change(site, first, sorted({0, middle, length - 1}))], [change(site, first, None)]]
+    cases.append([change("h", first, sorted({middle // 2, middle, length - 1}))])
+    cases.append([change("h", first, [middle]), change("ssm_input", first, [middle])])
+    cases.append([change("h", first, [middle // 2]), change("A_bar", first, [middle]), change("C", last, None)])
+    cases.append([change("in_proj", last, [middle]), change("conv_slice", last, [middle], 0)])
+    cases.append([change("layer_input", layer, [middle]) for layer in range(n_layers)])
+    cases.append([change("resid_pre", first, [0]), change("skip", first, [middle]), change("resid_post", last, [0])])
+    zero = torch.zeros((), dtype=acts["embed", None].dtype)
+    cases += [[Change("out_proj", layer, None, None, zero)] for layer in range(n_layers)]
+    return cases
+
+
+@torch.no_grad()
+def write_reference(path: Path, *, layers: int, d_model: int, vocab: int, batch: int, length: int, seed: int,
+                    dtype: torch.dtype) -> None:  # fmt: skip
+    """Run MambaLens on random weights and tokens, and write weights, activations and patched logits to `path`."""
+    # the fields of the published checkpoints; the vocabulary is padded to a multiple of 8 there too
+    config = {"d_model": d_model, "n_layer": layers, "vocab_size": vocab, "ssm_cfg": {}, "rms_norm": True,
+              "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}  # fmt: skip
+    weights = random_weights(config, seed, dtype)
+    tokens = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed + 2))
+    model = load_mambalens(config, weights)
+    hooks = mambalens_activations(model, tokens)
+
+    acts = {(site, None): hooks[hook_name(site, None)] for site in ("embed", "norm", "logits")}
+    for layer in range(layers):
+        in_proj = hooks[hook_name("in_proj", layer)]
+        hooks[hook_name("conv_slice", layer)] = conv_slices(model, layer, in_proj)
+        states = [hooks[f"{hook_name('h', layer)}.{position}"] for position in range(length)]
+        acts |= {(site, layer): hooks[hook_name(site, layer)] for site in LAYER_SITES if site != "h"}
+        acts["h", layer] = torch.stack(states, dim=1)
+
+    arrays = {"config": np.array(json.dumps(config)), "tokens": tokens.numpy()}
+    arrays |= {f"weights/{name}": value.numpy() for name, value in weights.items()}
+    arrays |= {f"activations/{name}": value.numpy() for name, value in hooks.items()}
+    clean = hooks["hook_logits"]
+    cases = choose_cases(acts, layers, length, seed)
+    for number, case in enumerate(cases):
+        logits = mambalens_logits(model, tokens, case)
+        if (logits - clean).abs().max() < SMALLEST_EFFECT * clean.abs().max():
+            raise RuntimeError(f"the patch {[c.hook for c in case]} has almost no effect: it would test nothing")
+        arrays[f"patched/{number}/logits"] = logits.numpy()
+        arrays[f"patched/{number}/changes"] = np.array(json.dumps([change[:4] for change in case]))
+        arrays |= {f"patched/{number}/value{k}": change.value.numpy() for k, change in enumerate(case)}
+    if not torch.equal(model(tokens), clean):
+        raise RuntimeError("MambaLens's logits changed after the patched runs: a hook was left behind")
+    np.savez_compressed(path, **arrays)
+    print(f"{path}: {len(hooks)} hooks, {len(cases)} patched runs, {tuple(tokens.shape)} tokens, {dtype}")
+
+
+# ---------------------------------------------------------------------------------------------- under mamba_ioi
+
+
+class Difference(NamedTuple):
+    relative: float
+    where: str
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours - theirs| / max |theirs|; infinite where the shapes differ or a number is not finite."""
+    if ours.shape != theirs.shape or not torch.isfinite(ours).all():
+        return float("inf")
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
+
+
+def load_ours(reference: dict[str, np.ndarray]):
+    """The reference's weights as an original state-spaces checkpoint folder, loaded by `mamba_ioi.load_model`."""
+    from safetensors.torch import save_file
+
+    import mamba_ioi
+
+    weights = {key.removeprefix("weights/"): torch.from_numpy(value) for key, value in reference.items()
+               if key.startswith("weights/")}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(str(reference["config"]))
+        save_file(weights, Path(folder) / "model.safetensors")
+        return mamba_ioi.load_model(folder, dtype=weights["lm_head.weight"].dtype)
+
+
+def compare_activations(model, tokens: Tensor, reference: dict[str, np.ndarray]) -> dict[str, list[Difference]]:
+    """The relative difference of every hook, under the name of its site."""
+    import mamba_ioi
+
+    n_layers = json.loads(str(reference["config"]))["n_layer"]
+    sites = [hook_name(site, None) for site in ("embed", "norm", "logits")]
+    sites += [hook_name(s, layer) for layer in range(n_layers) for s in LAYER_SITES if s != "h_start"]
+    ours = mamba_ioi.cache(model, tokens, sites)
+
+    differences = defaultdict(list)
+    for key, value in reference.items():
+        name = key.removeprefix("activations/")
+        if name == key:
+            continue
+        theirs, (hook, _, position) = torch.from_numpy(value), name.partition("hook_h.")
+        if name.endswith("hook_h_start"):
+            relative = theirs.abs().max().item()  # no site: it must be zero
+        elif position:
+            relative = relative_difference(ours[hook + "hook_h"][:, int(position)], theirs)
+        else:
+            relative = relative_difference(ours[name], theirs)
+        site = "h" if position else name.rpartition("hook_")[2]
+        differences[site].append(Difference(relative, name))
+    return differences
+
+
+def as_patches(model, tokens: Tensor, changes: list[Change]) -> list:
+    """The reference's changes as mamba_ioi patches."""
+    import mamba_ioi
+
+    patches = []
+    for site, layer, positions, slice_, value in changes:
+        if site == "h_start":
+            names = [hook_name(s, layer) for s in ("A_bar", "B_bar", "ssm_input")]
+            A_bar, B_bar, x = (a[:, :1] for a in mamba_ioi.cache(model, tokens, names).values())
+            site, positions, value = "h", [0], A_bar * value[:, None] + B_bar * x[..., None]
+        patches.append(mamba_ioi.Patch(site, layer, value if value.dim() else value.item(), positions, slice_))
+    return patches
+
+
+def compare_patches(model, tokens: Tensor, reference: dict[str, np.ndarray]) -> dict[str, list[Difference]]:
+    """The relative difference of the logits of every patched run, under the names of the sites patched."""
+    import mamba_ioi
+
+    differences = defaultdict(list)
+    numbers = [key.split("/")[1] for key in reference if key.startswith("patched/") and key.endswith("logits")]
+    for number in numbers:
+        changes = [
+            Change(*fields, torch.from_numpy(reference[f"patched/{number}/value{k}"]))
+            for k, fields in enumerate(json.loads(str(reference[f"patched/{number}/changes"])))
+        ]
+        theirs = torch.from_numpy(reference[f"patched/{number}/logits"])
+        ours = mamba_ioi.run(model, tokens, as_patches(model, tokens, changes), positions="all")
+        where = " + ".join(f"{c.hook}{'' if c.slice is None else f'({c.slice})'}@{c.positions}" for c in changes)
+        site = " + ".join(dict.fromkeys(c.site for c in changes))
+        differences[site].append(Difference(relative_difference(ours, theirs), where.replace("@None", "")))
+    return differences
+
+
+def compare(path: Path, tolerance: float) -> bool:
+    """Print the largest difference of each hook, and return whether all are within the tolerance."""
+    with np.load(path, allow_pickle=False) as file:
+        reference = dict(file)
+    tokens = torch.from_numpy(reference["tokens"])
+    model = load_ours(reference)
+    acts = compare_activations(model, tokens, reference)
+    logits = compare_patches(model, tokens, reference)
+
+    def cell(differences: list[Difference]) -> str:
+        return f"{max(differences).relative:10.1e} of {len(differences):<5}" if differences else " " * 20
+
+    print(f"{'hook':<30} {'activations':>20} {'patched logits':>20}  worst place")
+    failed = False
+    for site in dict.fromkeys([*acts, *logits]):
+        worst = max(acts[site] + logits[site])
+        too_large = not worst.relative <= tolerance
+        failed |= too_large
+        print(f"{site:<30} {cell(acts[site])} {cell(logits[site])}  {worst.where}{'  TOO LARGE' * too_large}")
+    print(f"largest relative difference allowed: {tolerance:g}; {'exceeded' if failed else 'kept by every hook'}")
+    return not failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    roles = parser.add_subparsers(dest="role", required=True)
+    reference = roles.add_parser("reference", help="write a reference file (under MambaLens)")
+    reference.add_argument("path", type=Path)
+    for option, default in {"layers": 3, "d-model": 32, "vocab": 101, "batch": 3, "length": 12, "seed": 0}.items():
+        reference.add_argument(f"--{option}", type=int, default=default, help=f"{default} unless told")
+    reference.add_argument("--float64", action="store_true", help="in double precision")
+    comparison = roles.add_parser("compare", help="compare mamba_ioi with a reference file")
+    comparison.add_argument("path", type=Path)
+    comparison.add_argument("--tolerance", type=float, default=1e-5)
+    arguments = vars(parser.parse_args())
+
+    if arguments.pop("role") == "compare":
+        return 0 if compare(**arguments) else 1
+    write_reference(dtype=torch.float64 if arguments.pop("float64") else torch.float32, **arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Trace, patch and reverse-engineer Mamba language models."""

@@ -1,0 +1,355 @@
+"""Prompts of the indirect object identification (IOI) task with three names, and their corruptions.
+
+The task is that of "Investigating the Indirect Object Identification circuit in Mamba" (arXiv 2407.14008,
+Appendix A): two of three names are repeated, and the model should continue with the third. A corruption
+replaces every instance of one name by another, which changes the answer.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mamba_ioi.names import NAMES, name_tokens, single_token_names
+
+__all__ = [
+    "ALIGNED_TEMPLATES",
+    "BOS",
+    "CORRUPTIONS",
+    "NAMES",
+    "OBJECTS",
+    "PLACES",
+    "TEMPLATES",
+    "IOIDataset",
+    "single_token_names",
+]
+
+BOS = "<|endoftext|>"
+TEMPLATES: tuple[str, ...] = (
+    "Then, [NAME], [NAME] and [NAME] went to the [PLACE]. [NAME] and [NAME] gave a [OBJECT] to",
+    "Afterwards [NAME], [NAME] and [NAME] went to the [PLACE]. [NAME] and [NAME] gave a [OBJECT] to",
+    "When [NAME], [NAME] and [NAME] arrived at the [PLACE], [NAME] and [NAME] gave a [OBJECT] to",
+    "Friends [NAME], [NAME] and [NAME] went to the [PLACE]. [NAME] and [NAME] gave a [OBJECT] to",
+)
+# The templates whose names stand at the same positions under the GPT-NeoX tokenizer.
+ALIGNED_TEMPLATES: tuple[str, ...] = (TEMPLATES[0], TEMPLATES[1], TEMPLATES[3])
+# Three names, the two repeated names, the answer; different letters are different names.
+CORRUPTIONS: tuple[str, ...] = (
+    "CAB AB C -> DAB AB D",
+    "ACB AB C -> ADB AB D",
+    "ABC AB C -> ABD AB D",
+    "ABC AB C -> ABC AC B",
+    "ABC AC B -> ABC BC A",
+)
+PLACES: tuple[str, ...] = (
+    "store",
+    "garden",
+    "restaurant",
+    "school",
+    "hospital",
+    "office",
+    "house",
+    "station",
+)
+OBJECTS: tuple[str, ...] = ("apple", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IOIDataset:
+    """Pairs of a clean and a corrupt prompt, one pair a row, which share template, place and object.
+
+    Tokens begin with BOS and are padded on the right to the longest prompt: read logits at `last_position`.
+    `data[i]` (one row), slices, lists, and boolean or integer tensors give a dataset of those rows, padded as
+    before.
+
+    Attributes:
+        clean_tokens: [B, L] token ids of the clean prompts.
+        corrupt_tokens: [B, L] token ids of the corrupt prompts; length and name positions as clean.
+        answers: [B] token id of the name that completes the clean prompt.
+        corrupt_answers: [B] token id of the name that completes the corrupt prompt.
+        candidates: [B, 4] token ids of the three or four names of the pair, padded with -1.
+        name_positions: [B, 5] where the five names stand.
+        last_position: [B] position of the last token that is not padding.
+        templates: Each row's template.
+        corruptions: Each row's corruption. A swapped row (`symmetric=True`) keeps the label of its pair, so
+            that a group holds both directions; there the right side of the label describes the clean prompt.
+        clean_text: The clean prompts without BOS.
+        corrupt_text: The corrupt prompts without BOS.
+    """
+
+    clean_tokens: Int[Tensor, "B L"]
+    corrupt_tokens: Int[Tensor, "B L"]
+    answers: Int[Tensor, "B"]
+    corrupt_answers: Int[Tensor, "B"]
+    candidates: Int[Tensor, "B 4"]
+    name_positions: Int[Tensor, "B 5"]
+    last_position: Int[Tensor, "B"]
+    templates: list[str]
+    corruptions: list[str]
+    clean_text: list[str]
+    corrupt_text: list[str]
+
+    @classmethod
+    def generate(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        n_pairs: int,
+        *,
+        seed: int = 27,
+        templates: str | Sequence[str] = "aligned",
+        corruptions: str | Sequence[str] = "all",
+        symmetric: bool = True,
+    ) -> IOIDataset:
+        """Draw pairs uniformly: template, corruption, place, object and names (paper, Appendix A).
+
+        The same arguments give the same data on every machine; the first k pairs do not depend on `n_pairs`.
+        The paper trains on seed 27 and holds out seed 28.
+
+        Args:
+            tokenizer: A transformers tokenizer. BOS is its `<|endoftext|>`, or else its own BOS token.
+            n_pairs: How many pairs to draw.
+            seed: Seed of the draw, 0 or more.
+            templates: "aligned" (1, 2 and 4, whose positions agree), "all", or one or a list of `TEMPLATES`.
+            corruptions: "all", or one or a list of `CORRUPTIONS`.
+            symmetric: Append every pair swapped: row `n_pairs + i` is row i with clean and corrupt exchanged.
+
+        Returns:
+            A dataset of `n_pairs` rows, or `2 * n_pairs` if `symmetric`.
+
+        Raises:
+            ValueError: If an argument is out of range or names no template or corruption; if the tokenizer
+                has no BOS token or fewer than four usable names; or if `templates="aligned"` and it does not
+                align them.
+        """
+        n_pairs = _whole_number(n_pairs, "n_pairs", least=1)
+        rng = random.Random(_whole_number(seed, "seed", least=0))
+        groups = {"aligned": ALIGNED_TEMPLATES, "all": TEMPLATES}
+        chosen = _choose(templates, "template", groups, TEMPLATES)
+        patterns = _choose(corruptions, "corruption", {"all": CORRUPTIONS}, CORRUPTIONS)
+        tokens_of = name_tokens(tokenizer)
+        if len(tokens_of) < 4:
+            raise ValueError(
+                f"the tokenizer has {len(tokens_of)} names as single tokens; at least 4 are needed"
+            )
+        if isinstance(templates, str) and templates == "aligned":
+            _check_alignment(tokenizer, tokens_of)
+
+        names = list(tokens_of)
+        pairs = [_draw_pair(rng, chosen, patterns, names) for _ in range(n_pairs)]
+        texts, ids = [], []
+        for side in (0, 1):
+            texts += [_fill(pair.template, pair.names[side][:5], pair.place, pair.object) for pair in pairs]
+            ids += [[tokens_of[name] for name in pair.names[side]] for pair in pairs]
+        tokens, positions, last = _tokenize(tokenizer, texts, torch.tensor(ids)[:, :5])
+        (clean, corrupt), (clean_at, corrupt_at) = tokens.chunk(2), positions.chunk(2)
+        if not torch.equal(clean_at, corrupt_at) or not torch.equal(*last.chunk(2)):
+            raise ValueError("the tokenizer splits a clean prompt and its corruption differently")
+        candidates = [list(dict.fromkeys(a + b)) for a, b in zip(ids[:n_pairs], ids[n_pairs:], strict=True)]
+        answers, corrupt_answers = torch.tensor([row[5] for row in ids]).chunk(2)
+        data = cls(
+            clean_tokens=clean,
+            corrupt_tokens=corrupt,
+            answers=answers,
+            corrupt_answers=corrupt_answers,
+            candidates=torch.tensor([row + [-1] * (4 - len(row)) for row in candidates]),
+            name_positions=clean_at,
+            last_position=last[:n_pairs],
+            templates=[pair.template for pair in pairs],
+            corruptions=[pair.corruption for pair in pairs],
+            clean_text=texts[:n_pairs],
+            corrupt_text=texts[n_pairs:],
+        )
+        return data._with_swapped() if symmetric else data
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __repr__(self) -> str:
+        return (
+            f"IOIDataset({len(self)} rows of {self.clean_tokens.shape[1]} tokens, "
+            f"{len(set(self.templates))} templates, {len(set(self.corruptions))} corruptions)"
+        )
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> IOIDataset:
+        """The rows at `index`, as a dataset. Raises IndexError where there is no such row."""
+        if isinstance(index, slice):
+            rows = torch.tensor(range(len(self))[index], dtype=torch.long)
+        elif isinstance(index, (list, tuple)) and len(index) == 0:
+            rows = torch.zeros(0, dtype=torch.long)
+        else:
+            rows = torch.arange(len(self))[torch.as_tensor(index).cpu()].reshape(-1)
+        columns = {}
+        for field in fields(self):
+            column = getattr(self, field.name)
+            columns[field.name] = (
+                column[rows] if isinstance(column, Tensor) else [column[row] for row in rows]
+            )
+        return IOIDataset(**columns)
+
+    def select(self, template: str | None = None, corruption: str | None = None) -> IOIDataset:
+        """The rows of one template, of one corruption, or of both; without arguments all rows.
+
+        Raises:
+            ValueError: If `template` is not in `TEMPLATES` or `corruption` not in `CORRUPTIONS`.
+        """
+        templates = TEMPLATES if template is None else _choose(template, "template", {}, TEMPLATES)
+        corruptions = (
+            CORRUPTIONS if corruption is None else _choose(corruption, "corruption", {}, CORRUPTIONS)
+        )
+        labels = zip(self.templates, self.corruptions, strict=True)
+        return self[
+            [row for row, (one, other) in enumerate(labels) if one in templates and other in corruptions]
+        ]
+
+    @property
+    def clean_names(self) -> Int[Tensor, "B 5"]:
+        """Token ids of the five names of each clean prompt, in order."""
+        return self.clean_tokens.gather(1, self.name_positions)
+
+    @property
+    def corrupt_names(self) -> Int[Tensor, "B 5"]:
+        """Token ids of the five names of each corrupt prompt, in order."""
+        return self.corrupt_tokens.gather(1, self.name_positions)
+
+    @property
+    def position_labels(self) -> list[str] | None:
+        """One label a position: `n1` … `n5` names, `out` the last token, `padN` padding, `posN` any other.
+
+        None unless all rows have their names and their last token at the same positions.
+        """
+        layouts = torch.cat([self.name_positions, self.last_position[:, None]], dim=1).unique(dim=0).tolist()
+        if len(layouts) != 1:
+            return None
+        *name_positions, last = layouts[0]
+        length = self.clean_tokens.shape[1]
+        labels = [f"pos{i}" if i <= last else f"pad{i}" for i in range(length)]
+        for slot, position in enumerate(name_positions, start=1):
+            labels[position] = f"n{slot}"
+        labels[last] = "out"
+        return labels
+
+    def _with_swapped(self) -> IOIDataset:
+        """These rows, then the same rows with clean and corrupt exchanged."""
+        partner = {
+            "clean_tokens": "corrupt_tokens",
+            "answers": "corrupt_answers",
+            "clean_text": "corrupt_text",
+        }
+        partner |= {other: name for name, other in partner.items()}
+        columns = {}
+        for field in fields(self):
+            column, swapped = getattr(self, field.name), getattr(self, partner.get(field.name, field.name))
+            columns[field.name] = (
+                torch.cat([column, swapped]) if isinstance(column, Tensor) else column + swapped
+            )
+        return IOIDataset(**columns)
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], name_ids: Int[Tensor, "B 5"]
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B 5"], Int[Tensor, "B"]]:
+    """Tokens with BOS and right padding, the positions of the names, and the last positions."""
+    bos = tokenizer.get_vocab().get(BOS, tokenizer.bos_token_id)
+    if bos is None:
+        raise ValueError(
+            f"the tokenizer has neither {BOS} nor a BOS token of its own, with which every prompt begins"
+        )
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), bos)
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    length = 1 + max(len(ids) for ids in encoded)
+    tokens = torch.tensor([[bos, *ids] + [pad] * (length - 1 - len(ids)) for ids in encoded])
+    is_name = (tokens[:, :, None] == name_ids[:, None, :]).any(dim=2)
+    wrong = (is_name.sum(dim=1) != 5).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(f"under this tokenizer the five names of {texts[wrong[0]]!r} are not five tokens")
+    positions = is_name.nonzero()[:, 1].reshape(-1, 5)
+    return tokens, positions, torch.tensor([len(ids) for ids in encoded])
+
+
+def _check_alignment(tokenizer: PreTrainedTokenizerBase, tokens_of: dict[str, int]) -> None:
+    """Raise ValueError unless all prompts of the aligned templates have names and last token in place."""
+    a, b, c = list(tokens_of)[:3]
+    names = [a, b, c, a, b]
+    prompts = list(product(ALIGNED_TEMPLATES, PLACES, OBJECTS))
+    texts = [_fill(template, names, place, thing) for template, place, thing in prompts]
+    name_ids = torch.tensor([tokens_of[name] for name in names]).expand(len(texts), 5)
+    _, positions, last = _tokenize(tokenizer, texts, name_ids)
+    layouts = [(*row, end) for row, end in zip(positions.tolist(), last.tolist(), strict=True)]
+    usual = Counter(layouts).most_common(1)[0][0]
+    for (template, place, thing), layout in zip(prompts, layouts, strict=True):
+        if layout != usual:
+            raise ValueError(
+                f"template {TEMPLATES.index(template) + 1} ({template!r}) is not aligned with the others under "
+                f"this tokenizer: with {place!r} and {thing!r} its names and last token are at {layout}, "
+                f"elsewhere at {usual}; templates='all' needs no alignment"
+            )
+
+
+class _Pair(NamedTuple):
+    """What fixes a pair of prompts; `names` holds, clean then corrupt, the five names and the answer."""
+
+    template: str
+    corruption: str
+    place: str
+    object: str
+    names: tuple[list[str], list[str]]
+
+
+def _draw_pair(
+    rng: random.Random, templates: Sequence[str], corruptions: Sequence[str], names: Sequence[str]
+) -> _Pair:
+    template, corruption = _draw(rng, templates), _draw(rng, corruptions)
+    place, thing = _draw(rng, PLACES), _draw(rng, OBJECTS)
+    drawn: list[str] = []
+    while len(drawn) < 4:
+        name = _draw(rng, names)
+        if name not in drawn:
+            drawn.append(name)
+    letters = dict(zip("ABCD", drawn, strict=True))
+    clean, corrupt = ([letters[c] for c in side.replace(" ", "")] for side in corruption.split(" -> "))
+    return _Pair(template, corruption, place, thing, (clean, corrupt))
+
+
+def _draw(rng: random.Random, options: Sequence[str]) -> str:
+    """One option, uniformly. Only `Random.random` is promised to be the same in every version of Python."""
+    return options[int(rng.random() * len(options))]
+
+
+def _fill(template: str, names: Sequence[str], place: str, thing: str) -> str:
+    for name in names:
+        template = template.replace("[NAME]", name, 1)
+    return template.replace("[PLACE]", place).replace("[OBJECT]", thing)
+
+
+def _choose(
+    value: str | Sequence[str], kind: str, words: dict[str, tuple[str, ...]], allowed: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The entries of `allowed` that `value` names: by a word for a group, alone, or in a list."""
+    if isinstance(value, str) and value in words:
+        return words[value]
+    listed = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    unknown = [item for item in listed if item not in allowed]
+    if unknown or not listed:
+        found = f"unknown {kind} {unknown[0]!r}" if unknown else f"the list of {kind}s is empty"
+        raise ValueError(f"{found}; allowed: {', '.join(map(repr, (*words, *allowed)))}")
+    return tuple(dict.fromkeys(listed))
+
+
+def _whole_number(value: int, name: str, *, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return number

@@ -1,0 +1,209 @@
+"""Parts of block diagrams, in inches: boxes, arrows that end at them, and named hook points on the arrows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+
+from mamba_ioi.figures.style import GREY, VERMILION, new_figure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FILLS = {
+    "learned": "#D6E6F4",
+    "fixed": "#FFF1D6",
+    "ssm": "#D5EFE6",
+    "frame": "#F7F7F7",
+    "plain": "white",
+}
+INK = "#303030"
+MONO = {"family": "DejaVu Sans Mono", "fontsize": 8}
+MONO_ADVANCE = 8 * 0.602 / 72
+"""Width of one character of the hooks' font, in inches."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a Mamba that its diagrams state; letters as in the contract: D, E, N, R, V."""
+
+    n_layers: int
+    d_model: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    vocab_size: int
+
+    def table(self) -> pd.DataFrame:
+        """Columns size, value: the table of a Result of the experiment `architecture` or `ssm_internals`."""
+        return pd.DataFrame({"size": list(asdict(self)), "value": list(asdict(self).values())})
+
+    @classmethod
+    def of(cls, sizes: ModelSizes | Mapping[str, int]) -> ModelSizes:
+        """From a mapping with (at least) the seven names.
+
+        Raises:
+            ValueError: a name is missing.
+        """
+        if isinstance(sizes, cls):
+            return sizes
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in sizes]:
+            raise ValueError(f"the sizes of a diagram lack {', '.join(missing)}; they have {', '.join(sizes)}")
+        return cls(**{name: int(sizes[name]) for name in names})
+
+    @property
+    def lines(self) -> list[str]:
+        """What each letter stands for in this model, a line each."""
+        return [
+            f"layers = {self.n_layers}",
+            f"D (d_model) = {self.d_model}",
+            f"E (d_inner) = {self.d_inner}",
+            f"N (d_state) = {self.d_state}",
+            f"R (dt_rank) = {self.dt_rank}",
+            f"d_conv = {self.d_conv}",
+            f"V (vocabulary) = {self.vocab_size}",
+            "B batch, L positions",
+        ]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A drawn box by its centre and size; its sides are where arrows start and end. y grows downwards."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def top(self) -> float:
+        return self.y - self.height / 2
+
+    @property
+    def bottom(self) -> float:
+        return self.y + self.height / 2
+
+    @property
+    def left(self) -> float:
+        return self.x - self.width / 2
+
+    @property
+    def right(self) -> float:
+        return self.x + self.width / 2
+
+
+class Diagram:
+    """A page of `width` × `height` inches whose coordinates are inches from its top left corner."""
+
+    def __init__(self, width: float, height: float, title: str) -> None:
+        self.figure = new_figure(width, height, layout="none")
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
+        self.axes.text(width / 2, 0.3, title, ha="center", va="center", fontsize=11, parse_math=False)
+
+    def box(
+        self, x: float, y: float, text: str, *, width: float = 1.7, height: float = 0.4, kind: str = "learned"
+    ) -> Box:
+        """A rounded box with centred text; `kind` is a key of FILLS."""
+        box = Box(x, y, width, height)
+        patch = FancyBboxPatch(
+            (box.left, box.top),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.06",
+            facecolor=FILLS[kind],
+            edgecolor=INK,
+            linewidth=0.9,
+            zorder=3,
+        )
+        self.axes.add_patch(patch)
+        self.text(x, y, text)
+        return box
+
+    def frame(self, left: float, top: float, right: float, bottom: float, text: str) -> None:
+        """A dashed region with its name at the top left."""
+        patch = FancyBboxPatch(
+            (left, top),
+            right - left,
+            bottom - top,
+            boxstyle="round,pad=0,rounding_size=0.12",
+            facecolor=FILLS["frame"],
+            edgecolor=GREY,
+            linestyle=(0, (4, 3)),
+            linewidth=0.8,
+            zorder=0,
+        )
+        self.axes.add_patch(patch)
+        self.text(left + 0.12, top + 0.18, text, ha="left", color="#505050")
+
+    def operator(self, x: float, y: float, symbol: str) -> Box:
+        """A small circle for a sum or a product."""
+        radius = 0.15
+        circle = Circle((x, y), radius, facecolor="white", edgecolor=INK, linewidth=0.9, zorder=3)
+        self.axes.add_patch(circle)
+        self.text(x, y, symbol, fontsize=11)
+        return Box(x, y, 2 * radius, 2 * radius)
+
+    def text(self, x: float, y: float, text: str, **options) -> None:
+        """Text above everything else."""
+        options = {"ha": "center", "va": "center", "fontsize": 9, "zorder": 5} | options
+        self.axes.text(x, y, text, **options)
+
+    def line(self, *points: tuple[float, float]) -> None:
+        """Straight lines through the points."""
+        xs, ys = zip(*points, strict=True)
+        self.axes.plot(xs, ys, color=INK, linewidth=1.1, solid_joinstyle="miter", solid_capstyle="butt", zorder=1)
+
+    def arrow(self, *points: tuple[float, float]) -> None:
+        """Straight lines through the points with a head at the last one."""
+        if len(points) > 2:
+            self.line(*points[:-1])
+        head = FancyArrowPatch(
+            points[-2],
+            points[-1],
+            arrowstyle="-|>,head_length=0.45,head_width=0.22",
+            mutation_scale=12,
+            shrinkA=0,
+            shrinkB=0,
+            color=INK,
+            linewidth=1.1,
+            zorder=2,
+        )
+        self.axes.add_patch(head)
+
+    def junction(self, x: float, y: float) -> None:
+        """A dot where a line splits."""
+        self.axes.plot([x], [y], "o", color=INK, markersize=3.2, zorder=2)
+
+    def hook(self, x: float, y: float, name: str, shape: str, side: str = "right") -> None:
+        """A hook point on an arrow: a dot, its site name, and its tensor's shape beside or around it."""
+        self.axes.plot([x], [y], "o", color=VERMILION, markersize=5.5, zorder=4)
+        if side == "around":
+            self.text(x, y - 0.13, name, color=VERMILION, **MONO)
+            self.text(x, y + 0.13, shape, color="#505050", **MONO)
+            return
+        gap = 0.11
+        width = MONO_ADVANCE * (len(name) + 1 + len(shape))
+        left = x + gap if side == "right" else x - gap - width
+        self.text(left, y, name, ha="left", color=VERMILION, **MONO)
+        self.text(left + MONO_ADVANCE * (len(name) + 1), y, shape, ha="left", color="#505050", **MONO)
+
+    def key(self, x: float, y: float, kinds: Mapping[str, str]) -> None:
+        """A legend, a row for each kind of box (a key of FILLS, with its meaning) and one for hook points."""
+        for row, (kind, meaning) in enumerate(kinds.items()):
+            self.box(x + 0.15, y + 0.27 * row, "", width=0.3, height=0.17, kind=kind)
+            self.text(x + 0.42, y + 0.27 * row, meaning, ha="left", fontsize=8.5)
+        bottom = y + 0.27 * len(kinds)
+        self.axes.plot([x + 0.15], [bottom], "o", color=VERMILION, markersize=5.5)
+        self.text(x + 0.42, bottom, "hook point: site name and shape", ha="left", fontsize=8.5)
+
+    def paragraph(self, x: float, y: float, lines: list[str]) -> None:
+        """Lines of plain text, the first at (x, y), left-aligned."""
+        for row, line in enumerate(lines):
+            self.text(x, y + 0.2 * row, line, ha="left", fontsize=8.5)

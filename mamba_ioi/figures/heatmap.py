@@ -1,0 +1,98 @@
+"""Heat maps with token labels: from a tidy table to labelled cells with a shared colour scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import seaborn as sns
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+
+from mamba_ioi.figures.style import LIGHT_GREY, literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DIVERGING = "RdBu"  # ColorBrewer; safe for colour-blind readers; red negative, blue positive
+EFFECT_LIMIT = 1.5
+"""Effects are in units of the whole change (1 = acts as corrupted): colours stop here, so that one cell with a
+tiny denominator does not wash out the others."""
+MISSING = "#BDBDBD"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A colour scale for several heat maps: zero is white, and what was clipped is said on the colour bar."""
+
+    norm: Normalize
+    label: str
+    extend: str
+
+    @classmethod
+    def symmetric(cls, values: np.ndarray, label: str, limit: float = EFFECT_LIMIT) -> Scale:
+        """From −m to m, m the largest magnitude among `values` or `limit`, whichever is smaller."""
+        values = np.asarray(values, dtype=float)
+        values = values[np.isfinite(values)]
+        largest = float(np.abs(values).max(initial=0))
+        bound = min(largest, limit) or 1.0
+        below, above = int((values < -bound).sum()), int((values > bound).sum())
+        if clipped := below + above:
+            cells = "cell" if clipped == 1 else "cells"
+            label += f"\ncolours clipped at ±{bound:g}: {clipped} {cells} beyond, largest {largest:.3g} in magnitude"
+        extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}.get(
+            (below > 0, above > 0), "both"
+        )
+        return cls(Normalize(-bound, bound), label, extend)
+
+    def bar(self, figure: Figure, axes: Sequence[Axes], **options) -> None:
+        """Draw the one colour bar that the heat maps in `axes` share."""
+        mappable = ScalarMappable(self.norm, DIVERGING)
+        bar = figure.colorbar(mappable, ax=axes, extend=self.extend, **options)
+        bar.set_label(self.label)
+        bar.outline.set_visible(False)
+
+
+def grid(table: pd.DataFrame, rows: str, columns: str, values: str) -> pd.DataFrame:
+    """The table as a matrix, rows and columns ascending; combinations that are absent are NaN.
+
+    Raises:
+        ValueError: a combination occurs twice.
+    """
+    if (twice := table.duplicated([rows, columns])).any():
+        row = table[twice].iloc[0]
+        raise ValueError(f"the table has two rows for {rows} {row[rows]} and {columns} {row[columns]}")
+    return table.pivot(index=rows, columns=columns, values=values).astype(float).sort_index().sort_index(axis=1)
+
+
+def labels(table: pd.DataFrame, position: str = "position", label: str = "label") -> list[str]:
+    """The label of each position, in the order of positions."""
+    return [literal(text) for text in table.drop_duplicates(position).sort_values(position)[label]]
+
+
+def draw_cells(
+    axes: Axes,
+    cells: pd.DataFrame,
+    *,
+    norm: Normalize,
+    column_labels: Sequence[str],
+    row_labels: Sequence[str] | None,
+    cmap: str = DIVERGING,
+    size: float = 7.5,
+    **options,
+) -> None:
+    """Draw `cells` with its first row at the top; `row_labels` None leaves that axis bare. Missing cells are grey."""
+    options = {"linewidths": 0.3, "linecolor": "white"} | options
+    sns.heatmap(cells, ax=axes, norm=norm, cmap=cmap, cbar=False, xticklabels=False, yticklabels=False, **options)
+    axes.set(xlabel="", ylabel="")
+    axes.set_facecolor(MISSING)
+    axes.spines[:].set(visible=True, color=LIGHT_GREY, linewidth=0.6)
+    axes.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels, rotation=90, fontsize=size, parse_math=False)
+    if row_labels is not None:
+        axes.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels, rotation=0, fontsize=size, parse_math=False)
+    axes.tick_params(length=2, width=0.6, pad=2)

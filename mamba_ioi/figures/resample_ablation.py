@@ -1,0 +1,64 @@
+"""Figures 4, 10 and 11: resample ablation of one site at every layer and position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mamba_ioi.figures.heatmap import Scale, draw_cells, grid, labels
+from mamba_ioi.figures.style import heading, new_figure, paper_style, require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mamba_ioi.result import Result
+
+CELL_WIDTH, BAR_WIDTH = 0.138, 1.4
+
+
+@paper_style()
+def resample_ablation(result: Result) -> Figure:
+    """One heat map a corruption, side by side; rows are layers with layer 0 at the top, columns tokens.
+
+    Blue: resampling here moves the answer towards the corrupt prompt's (1: all the way); red: away from it. All
+    panels share one colour scale centred at 0. It reaches to the largest effect but not beyond ±1.5; the colour bar
+    says so if cells lie beyond.
+
+    Args:
+        result: columns corruption, layer, position, label, effect (mean 1 − NLD), and n if known;
+            `meta["arguments"]["site"]` is named in the title.
+    """
+    require(result, "corruption", "layer", "position", "label", "effect")
+    table = result.table
+    panels = list(table.groupby("corruption", sort=False))
+    layers = np.sort(table["layer"].unique())
+    cell_height = 0.28 if len(layers) <= 16 else 0.15
+    longest = table["label"].astype(str).str.len().max()
+    columns = [panel["position"].nunique() for _, panel in panels]
+    widths = [max(count * CELL_WIDTH, 2.1) for count in columns]
+    height = max(len(layers) * cell_height, 1.4) + 0.08 * longest + 1.1
+    figure = new_figure(sum(widths) + 0.15 * len(panels) + BAR_WIDTH, height)
+    axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
+    scale = Scale.symmetric(table["effect"].to_numpy(), "effect = mean 1 − NLD")
+    for index, (axis, (corruption, panel)) in enumerate(zip(axes, panels, strict=True)):
+        cells = grid(panel, "layer", "position", "effect").reindex(layers)
+        draw_cells(
+            axis,
+            cells,
+            norm=scale.norm,
+            column_labels=labels(panel),
+            row_labels=[str(layer) for layer in layers] if index == 0 else None,
+        )
+        axis.set_title(_panel_title(corruption, panel), parse_math=False)
+    axes[0].set_ylabel("layer")
+    scale.bar(figure, list(axes), pad=0.01, fraction=0.02, aspect=30)
+    site = result.meta.get("arguments", {}).get("site", "layer_input")
+    figure.suptitle(heading(result, f"Resample ablation of {site}, by layer and token"), parse_math=False)
+    return figure
+
+
+def _panel_title(corruption: str, panel) -> str:
+    """The corruption with a real arrow, and how many prompts the mean is over."""
+    title = str(corruption).replace("->", "→")
+    return f"{title}\nn = {panel['n'].iloc[0]}" if "n" in panel.columns else title

@@ -1,0 +1,146 @@
+"""What all figures share: fonts, colours, the Figure class, saving, and the checks of a result's table."""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pandas as pd
+
+    from mamba_ioi.result import Result
+
+DPI = 200
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 8,
+    "figure.titlesize": 11,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "pdf.fonttype": 42,
+}
+
+# Okabe & Ito's colours, which people with colour-blindness tell apart.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+)
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, "#000000", YELLOW)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GREY = "#7F7F7F"
+LIGHT_GREY = "#D9D9D9"
+
+
+class PlainFigure(Figure):
+    """A Figure outside pyplot's global list, which still shows itself as the last value of a notebook cell."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float, **options) -> PlainFigure:
+    """An empty white figure of `width` × `height` inches, laid out by matplotlib's constrained layout."""
+    options = {"layout": "constrained"} | options
+    figure = PlainFigure(figsize=(width, height), **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """The figures' fonts and lines, for the time of a `with` block or a decorated function."""
+    with mpl.rc_context(RC):
+        yield
+
+
+def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write `stem`.png (200 dpi) and `stem`.pdf; neither name exists before its file is complete.
+
+    Args:
+        figure: any matplotlib figure.
+        stem: path without suffix; its folder is made if absent.
+
+    Returns:
+        The paths of the PNG and of the PDF.
+    """
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
+    temporary = stem.with_name(f".{stem.name}.{uuid.uuid4().hex}")
+    try:
+        with paper_style():
+            for path in paths:
+                kind = path.suffix[1:]
+                figure.savefig(temporary, format=kind, dpi=DPI, metadata={"CreationDate": None} if kind == "pdf" else None)
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return paths
+
+
+def require(result: Result, *columns: str) -> None:
+    """Refuse a result whose table is empty or lacks a column that its figure needs.
+
+    Raises:
+        ValueError: which columns are missing, and what the table has.
+    """
+    name = result.meta["experiment"]
+    if missing := [column for column in columns if column not in result.table.columns]:
+        raise ValueError(
+            f"the figure of {name!r} needs the column {missing[0]!r}; the table has {list(result.table.columns)}"
+        )
+    if result.table.empty:
+        raise ValueError(f"the figure of {name!r} needs at least one row; the table is empty")
+
+
+def heading(result: Result, title: str, note: str = "") -> str:
+    """The figure's title with the model's name, where the result knows it, and a note such as `n = 32`."""
+    return "  ·  ".join(part for part in (title, result.meta.get("model"), note) if part)
+
+
+def prompts_note(result: Result) -> str:
+    """`n = 32`, or `n = 30–32` where rows differ; empty if the table does not say."""
+    if "n" not in result.table.columns:
+        return ""
+    low, high = result.table["n"].min(), result.table["n"].max()
+    return f"n = {low}" if low == high else f"n = {low}–{high}"
+
+
+def error_lengths(table: pd.DataFrame, column: str) -> np.ndarray | None:
+    """Lengths [2, rows] of whiskers from `column` down to `low` and up to `high`; None without those columns."""
+    if not {"low", "high"} <= set(table.columns):
+        return None
+    return np.stack([table[column] - table["low"], table["high"] - table[column]]).clip(min=0)
+
+
+def literal(text: object) -> str:
+    """A token or label as one line of text: line breaks and tabs are written as escapes."""
+    return str(text).replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

@@ -1,0 +1,448 @@
+"""`load_model`: any Mamba (or another causal language model) as an nnsight model whose activations have names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from jaxtyping import Int
+from nnsight import TransformersModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers.utils import cached_file
+
+from .sites import ModelSites, envoys, missing_operations
+
+OLDEST_TRANSFORMERS = (5, 15)
+PACKAGED = Path(__file__).parent / "zoo" / "tiny"
+ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
+_BLOCKS = ("backbone.layers", "model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+
+_version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if _version < OLDEST_TRANSFORMERS:
+    raise ImportError(
+        f"mamba_ioi needs transformers 5.15 or newer, not {transformers.__version__}: older ones do not have the "
+        f"operations causal_conv1d_fn and mamba_selective_scan that its sites stand on"
+    )
+
+
+class CausalLM(TransformersModel):
+    """Any causal language model: what the experiments that need no Mamba work on (layer removal, residual edges)."""
+
+    is_mamba = False
+
+    @property
+    def model_id(self) -> str:
+        """The Hub id or folder the model came from."""
+        return str(self.repo_id)
+
+    @property
+    def layers(self):
+        """The envoy of the list of blocks."""
+        for path in _BLOCKS:
+            try:
+                return self.get(path)
+            except AttributeError:
+                continue
+        raise ValueError(f"the blocks of a {type(self._module).__name__} were not found; looked for {_BLOCKS}")
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks the model has."""
+        return self._module.config.num_hidden_layers
+
+    @property
+    def d_model(self) -> int:
+        """The width D of the residual stream."""
+        return self._module.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits the model has (V)."""
+        return self._module.config.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return next(self._module.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._module.parameters()).device
+
+    def require_mamba(self, what: str) -> None:
+        """Refuse ``what`` on a model that is no Mamba.
+
+        Raises:
+            ValueError: if the model is no Mamba.
+        """
+        if not self.is_mamba:
+            raise ValueError(f"{what} need a Mamba; {self.model_id} is a {type(self._module).__name__}")
+
+    def trace(self, *inputs, **kwargs):
+        """nnsight's ``trace``, without the generation cache unless ``use_cache=True`` is given."""
+        kwargs.setdefault("use_cache", False)
+        return super().trace(*inputs, **kwargs)
+
+    def to_tokens(self, tokens: Tensor | str | Sequence[str]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B"] | None]:
+        """Token ids on the model's device, and each row's last token if texts were given (else None).
+
+        Texts are tokenized as they stand (no token is added in front) and padded on the right.
+
+        Raises:
+            ValueError: for an empty batch, ids outside the vocabulary, or texts without a tokenizer.
+        """
+        last = None
+        if isinstance(tokens, Tensor):
+            ids = tokens
+        else:
+            texts = [tokens] if isinstance(tokens, str) else list(tokens)
+            if self.tokenizer is None:
+                raise ValueError(f"{self.model_id} has no tokenizer: pass token ids [B, L] instead of text")
+            if not texts or not all(isinstance(text, str) and text for text in texts):
+                raise ValueError("tokens are a LongTensor [B, L], a text, or a list of texts that are not empty")
+            rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            pad = self.tokenizer.pad_token_id or 0
+            ids = torch.full((len(rows), max(map(len, rows))), pad)
+            for i, row in enumerate(rows):
+                ids[i, : len(row)] = torch.tensor(row)
+            last = torch.tensor([len(row) - 1 for row in rows])
+        if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+            raise ValueError(f"tokens are integers of shape [B, L], not {ids.dtype} of shape {tuple(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"token ids run from 0 to {self.vocab_size - 1}, not {int(ids.min())} to {int(ids.max())}")
+        return ids.to(self.device, torch.long), last
+
+    def _remoteable_class(self) -> type:
+        return TransformersModel
+
+
+class MambaModel(CausalLM, ModelSites):
+    """A `MambaForCausalLM` under nnsight, every activation of `mamba_ioi.sites` readable and writable in a trace."""
+
+    is_mamba = True
+
+    @property
+    def d_inner(self) -> int:
+        """The width E of the mixers."""
+        return self._module.config.intermediate_size
+
+    @property
+    def d_state(self) -> int:
+        """The size N of each channel's state."""
+        return self._module.config.state_size
+
+    @property
+    def dt_rank(self) -> int:
+        """The rank R of the time step's projection."""
+        return int(self._module.config.time_step_rank)
+
+    @property
+    def d_conv(self) -> int:
+        """The number of the conv's taps."""
+        return self._module.config.conv_kernel
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the letters that shapes are written in."""
+        return {
+            "D": self.d_model,
+            "E": self.d_inner,
+            "N": self.d_state,
+            "R": self.dt_rank,
+            "K": self.d_conv,
+            "V": self.vocab_size,
+        }
+
+
+def load_model(
+    name: str | os.PathLike,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    remote: bool | str = False,
+) -> MambaModel | CausalLM:
+    """Load a model for tracing.
+
+    Args:
+        name: ``"tiny"`` (a small Mamba trained on the task, packaged), ``"planted"`` (a Mamba with a known circuit),
+            a local directory, or a Hub id. The original state-spaces layout is converted on the way. Another causal
+            language model (GPT-2, Llama) loads too, without the sites of a Mamba.
+        device: where to put it; the CPU unless given.
+        dtype: precision of the weights, e.g. ``torch.bfloat16`` or ``"float32"``; the checkpoint's unless given.
+        revision: the Hub revision.
+        remote: build the model without weights, for running on a remote server.
+
+    Raises:
+        ValueError: for a model that is not there, cannot be read, or has another architecture, and for a Mamba whose
+            slow path does not reproduce the untouched model's logits.
+    """
+    dtype = _as_dtype(dtype)
+    device = _as_device(device)
+    if name == "planted":
+        from . import planted
+
+        return _placed(planted(), device, dtype)
+    source = str(PACKAGED if name == "tiny" else os.path.expanduser(name))
+    _refuse_missing(source)
+    if remote:
+        return _wrap_remote(source, revision)
+    module, tokenizer = _load(source, revision)
+    module = module.to(device=device, dtype=dtype).eval()
+    return wrap(module, tokenizer, model_id=str(name), revision=revision)
+
+
+def wrap(module: nn.Module, tokenizer, *, model_id: str, revision: str | None = None) -> MambaModel | CausalLM:
+    """Make an nnsight model of a transformers model in memory, and check it if it is a Mamba.
+
+    Raises:
+        ValueError: if the mixers lack an operation that the sites stand on, or the slow path gives other logits.
+    """
+    is_mamba = isinstance(module, MambaForCausalLM)
+    cls = MambaModel if is_mamba else CausalLM
+    placeholder = tokenizer is None
+    model = cls(
+        module,
+        task="text-generation",
+        tokenizer=_empty_tokenizer() if placeholder else tokenizer,
+        device=module.device,
+        **({"envoys": envoys()} if is_mamba else {}),
+    )
+    if placeholder:
+        model.tokenizer = None
+    model.repo_id, model.revision = model_id, revision
+    if is_mamba:
+        refuse_other_operations(model)
+        check_slow_path(model)
+    return model
+
+
+def refuse_other_operations(model: MambaModel) -> None:
+    """Refuse a transformers whose mixer does not have the operations that the sites stand on.
+
+    Raises:
+        ValueError: naming the version and the missing operation.
+    """
+    missing = missing_operations(model.layers[0].mixer)
+    if missing:
+        raise ValueError(
+            f"transformers {transformers.__version__} has a MambaMixer without {' and '.join(missing)}; "
+            f"the sites need it: install a release of transformers from 5.15 on that mamba_ioi was tested with"
+        )
+
+
+def check_slow_path(model: MambaModel) -> float:
+    """Compare our own scan's logits with the untouched model's on a short prompt.
+
+    Returns:
+        The largest difference, relative to the largest logit.
+
+    Raises:
+        ValueError: naming the first site that differs, or saying that the logits are not finite.
+    """
+    from .patching import run
+
+    length = 6
+    ids = torch.arange(1, length + 1, device=model.device).mul(7919).remainder(model.vocab_size)[None]
+    with torch.no_grad():
+        expected = model._module(ids, use_cache=False).logits.float()
+    if not expected.isfinite().all():
+        raise ValueError(f"{model.model_id} gives logits that are not finite: its weights hold NaN or infinite values")
+    difference = relative_difference(run(model, ids, positions="all").float(), expected)
+    if difference > slow_path_tolerance(model.dtype):
+        site, here = _first_difference(model, ids)
+        raise ValueError(
+            f"the slow path does not reproduce {model.model_id}: the logits differ by {difference:.1e} of the largest; "
+            f"the first site that differs is {site}, by {here:.1e}"
+        )
+    return difference
+
+
+def slow_path_tolerance(dtype: torch.dtype) -> float:
+    """How far the slow path's logits may be from the untouched model's, relative to the largest logit."""
+    return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-4
+
+
+def relative_difference(value: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    scale = expected.abs().max().clamp(min=1e-30)
+    return float((value - expected).abs().max() / scale)
+
+
+def _first_difference(model: MambaModel, ids: Int[Tensor, "B L"]) -> tuple[str, float]:
+    """The first site where our run leaves the untouched one, with the relative difference there."""
+    from .patching import cache
+
+    plain: dict[str, Tensor] = {}
+    with torch.no_grad(), model.trace(ids):
+        found = {}
+        for i in range(model.n_layers):
+            layer = model.backbone.layers[i]
+            found[f"blocks.{i}.hook_normalized_input"] = layer.norm.output
+            found[f"blocks.{i}.hook_in_proj"] = layer.mixer.in_proj.output.chunk(2, dim=-1)[0]
+            found[f"blocks.{i}.hook_ssm_input"] = layer.mixer.source.causal_conv1d_fn_0.output.transpose(1, 2)
+            found[f"blocks.{i}.hook_after_skip"] = layer.mixer.source.mamba_selective_scan_0.output.transpose(1, 2)
+            found[f"blocks.{i}.hook_out_proj"] = layer.mixer.out_proj.output
+            found[f"blocks.{i}.hook_resid_post"] = layer.output
+        found["hook_norm"] = model.backbone.norm_f.output
+        plain = found.save()
+    ours = cache(model, ids, list(plain))
+    for key, expected in plain.items():
+        difference = relative_difference(ours[key].float(), expected.float())
+        if difference > slow_path_tolerance(model.dtype):
+            return key, difference
+    return "hook_logits", float("nan")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _load(source: str, revision: str | None) -> tuple[nn.Module, object]:
+    """The transformers model and its tokenizer (None if it has none)."""
+    config = _read_config(source, revision)
+    original = "d_model" in config and "n_layer" in config and "model_type" not in config
+    try:
+        if original:
+            module = _load_original(source, revision, config)
+        else:
+            AutoConfig.from_pretrained(source, revision=revision)
+            module = AutoModelForCausalLM.from_pretrained(source, revision=revision)
+    except Exception as error:
+        raise ValueError(f"{source} could not be loaded as a causal language model: {_one_line(error)}") from error
+    return module, _load_tokenizer(source, revision, original)
+
+
+def _read_config(source: str, revision: str | None) -> dict:
+    try:
+        path = cached_file(source, "config.json", revision=revision)
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source!r} is neither a packaged model (tiny, planted), nor a directory with a readable config.json, "
+            f"nor a Hub id that can be reached from here: {_one_line(error)}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the config.json of {source} holds a {type(config).__name__}, not an object")
+    return config
+
+
+def _load_original(source: str, revision: str | None, config: dict) -> MambaForCausalLM:
+    """Convert the original state-spaces layout: config with d_model and n_layer, weights with ``embedding``."""
+    ssm = config.get("ssm_cfg") or {}
+    if ssm.get("layer", "Mamba1") != "Mamba1" or config.get("attn_layer_idx"):
+        raise ValueError(f"its config asks for {ssm.get('layer', 'attention')} layers; only Mamba1 is converted")
+    weights = _original_weights(source, revision)
+    vocab_size = weights["backbone.embedding.weight"].shape[0]
+    a_log = weights["backbone.layers.0.mixer.A_log"]
+    hf = MambaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config["d_model"],
+        num_hidden_layers=config["n_layer"],
+        state_size=a_log.shape[1],
+        expand=a_log.shape[0] // config["d_model"],
+        conv_kernel=weights["backbone.layers.0.mixer.conv1d.weight"].shape[-1],
+        time_step_rank=weights["backbone.layers.0.mixer.dt_proj.weight"].shape[1],
+        residual_in_fp32=config.get("residual_in_fp32", True),
+        layer_norm_epsilon=1e-5,
+        use_conv_bias="backbone.layers.0.mixer.conv1d.bias" in weights,
+        use_bias="backbone.layers.0.mixer.in_proj.bias" in weights,
+        tie_word_embeddings=config.get("tie_embeddings", True),
+    )
+    module = MambaForCausalLM(hf)
+    state = {key.replace("backbone.embedding.", "backbone.embeddings."): value for key, value in weights.items()}
+    state.setdefault("lm_head.weight", state["backbone.embeddings.weight"])
+    module.to(a_log.dtype).load_state_dict(state)
+    return module
+
+
+def _original_weights(source: str, revision: str | None) -> dict[str, Tensor]:
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        path = cached_file(source, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        if filename.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    raise ValueError("it has neither model.safetensors nor pytorch_model.bin")
+
+
+def _load_tokenizer(source: str, revision: str | None, original: bool):
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except Exception:
+        if not original:
+            return None
+    try:
+        return AutoTokenizer.from_pretrained(ORIGINAL_TOKENIZER)
+    except Exception:
+        return None
+
+
+def _empty_tokenizer():
+    """A tokenizer that knows nothing, for a model that came without one (nnsight's pipeline needs one)."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
+
+
+def _refuse_missing(source: str) -> None:
+    looks_local = source.startswith((".", os.sep)) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
+    if os.path.isfile(source):
+        raise ValueError(f"{source} is a file; a model is a directory with config.json and weights")
+    if not os.path.isdir(source) and (looks_local or not source):
+        raise ValueError(f"there is no directory {source!r}")
+
+
+def _wrap_remote(source: str, revision: str | None) -> MambaModel | CausalLM:
+    """The model without weights, for remote runs."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    is_mamba = config.model_type == "mamba"
+    cls = MambaModel if is_mamba else CausalLM
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    model = cls(
+        source,
+        task="text-generation",
+        tokenizer=tokenizer,
+        revision=revision,
+        **({"envoys": envoys()} if is_mamba else {}),
+    )
+    if is_mamba:
+        refuse_other_operations(model)
+    return model
+
+
+def _placed(model: MambaModel, device, dtype) -> MambaModel:
+    model._module.to(device=device, dtype=dtype)
+    return model
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ValueError(f"dtype {dtype!r} is not a floating-point type; use float32, bfloat16 or float64, for example")
+    return dtype
+
+
+def _as_device(device: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(device or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {_one_line(error)}") from error
+    return device
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,363 @@
+"""What to change in a run and what to read from it: `Patch`, `cache`, `run`, each one nnsight trace.
+
+This file is shipped to remote servers: what runs inside a trace uses torch alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .sites import SITES, SiteInfo, open_stages, owner
+from .stages import ConvStages, ScanStages, cast
+
+if TYPE_CHECKING:
+    from .model import MambaModel
+
+Tokens = Tensor | str | Sequence[str]
+_ALIAS = re.compile(r"(?:blocks\.(\d+)\.)?hook_([A-Za-z_]+?(?:_\d)?)(?:\.(\d+))?$")
+_STAGES = {**dict.fromkeys(ConvStages.ORDER, ConvStages), **dict.fromkeys(ScanStages.ORDER, ScanStages)}
+
+
+@dataclass(frozen=True)
+class SiteRef:
+    """One site of one layer, at one position if an alias such as ``blocks.39.hook_h.7`` names it.
+
+    Attributes:
+        site: the site's row of the table.
+        layer: its layer, or None for the sites outside the layers.
+        position: the position an alias names, else None.
+    """
+
+    site: SiteInfo
+    layer: int | None
+    position: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The MambaLens name: ``blocks.39.hook_h``, ``hook_embed``."""
+        name = f"hook_{self.site.name}" + ("" if self.position is None else f".{self.position}")
+        return name if self.layer is None else f"blocks.{self.layer}.{name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """One change of a run: at ``site`` of ``layer``, at ``positions``, ``value`` takes the model's place.
+
+    Attributes:
+        site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
+        layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
+        value: a float, or a tensor broadcastable to the site at those positions: ``[B, len(positions), ...]``
+            (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an alias with a position the
+            position's dimension may be left out).
+        positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Patched
+            states (``h``) hold at their positions and the states after them follow.
+        slice: for ``conv_slice``, the one tap to change: -3, -2, -1 or 0. The term at *output* position p that comes
+            from ``in_proj`` at p + slice is replaced.
+    """
+
+    site: str
+    layer: int | None
+    value: Tensor | float
+    positions: int | Sequence[int] | None = None
+    slice: int | None = None
+
+
+def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = None) -> SiteRef:
+    """The site that a name, an alias or a pair (name, layer) refers to.
+
+    Raises:
+        ValueError: for an unknown site, a layer the model does not have, or a layer where none belongs.
+    """
+    model.require_mamba("named sites")
+    if isinstance(site, tuple):
+        site, layer = site
+    position = None
+    if match := _ALIAS.fullmatch(site):
+        number, name, at = match.groups()
+        if number is not None and layer is not None and int(number) != layer:
+            raise ValueError(f"{site!r} names layer {number}, but layer {layer} was asked for")
+        layer = int(number) if number is not None else layer
+        position = None if at is None else int(at)
+    else:
+        name = site
+    if name not in SITES:
+        raise ValueError(f"unknown site {site!r}; the sites are {', '.join(SITES)}")
+    info = SITES[name]
+    if info.owner == "model":
+        if layer is not None:
+            raise ValueError(f"the site {name!r} is outside the layers; give no layer, not {layer}")
+    elif layer is None or isinstance(layer, bool) or not 0 <= layer < model.n_layers:
+        raise ValueError(f"the site {name!r} needs a layer from 0 to {model.n_layers - 1}, not {layer}")
+    if position is not None and not info.by_position:
+        raise ValueError(f"the site {name!r} has no positions, but {site!r} names position {position}")
+    return SiteRef(info, layer, position)
+
+
+class ActivationCache(dict):
+    """Activations by MambaLens name (``blocks.39.hook_h``); ``cache["h", 39]`` and ``cache["embed"]`` find them too."""
+
+    def __missing__(self, key):
+        name, layer = key if isinstance(key, tuple) else (key, None)
+        full = f"hook_{name}" if layer is None else f"blocks.{layer}.hook_{name}"
+        if full not in self:
+            raise KeyError(key)
+        return self[full]
+
+
+def cache(
+    model: MambaModel, tokens: Tokens, sites: Iterable[str | tuple[str, int]], *, patches: Sequence[Patch] = ()
+) -> ActivationCache:
+    """The named activations of one run, which stops after the last of them.
+
+    Args:
+        model: a Mamba from `load_model`.
+        tokens: token ids ``[B, L]``, a text, or texts (padded on the right).
+        sites: names and aliases: ``"blocks.39.hook_h"``, ``("conv", 3)``, ``"embed"``; a layer's site without a
+            layer means every layer.
+        patches: changes made in the same run.
+
+    Returns:
+        A dict keyed ``blocks.{layer}.hook_{site}``, each value ``[B, L, ...]`` as the table of sites says
+        (``[E, N]`` for ``A``; without L under an alias that names a position).
+
+    Raises:
+        ValueError: for an unknown site, layer or position, or a patch that fits none.
+    """
+    if isinstance(sites, str):
+        sites = [sites]
+    refs: list[SiteRef] = []
+    for site in sites:
+        bare = site in SITES and SITES[site].owner != "model" if isinstance(site, str) else False
+        refs += [resolve(model, site, i) for i in range(model.n_layers)] if bare else [resolve(model, site)]
+    if not refs:
+        raise ValueError("no site was named")
+    ids, _ = model.to_tokens(tokens)
+    for ref in refs:
+        if ref.position is not None and ref.position >= ids.shape[1]:
+            raise ValueError(f"position {ref.position} is outside the prompt's {ids.shape[1]} positions")
+    plan = Plan.make(model, ids, patches, refs)
+    found: dict[str, Tensor] = {}
+    with torch.no_grad(), model.trace(ids) as tracer:
+        found = forward(model, plan, None)[0].save()
+        tracer.stop()
+    return ActivationCache((ref.key, found[ref.key]) for ref in refs)
+
+
+def run(
+    model: MambaModel,
+    tokens: Tokens,
+    patches: Sequence[Patch] = (),
+    *,
+    positions: Int[Tensor, "B"] | Literal["all"] | None = None,
+) -> Float[Tensor, "B V"]:
+    """The logits of one patched run.
+
+    Args:
+        model: a Mamba from `load_model`.
+        tokens: token ids ``[B, L]``, a text, or texts (padded on the right).
+        patches: what to change, in any order; at one site they apply in the order given.
+        positions: where to read: None for the last column (of texts: each text's own last token), a LongTensor
+            ``[B]`` for one position a row, ``"all"`` for logits ``[B, L, V]``.
+
+    Raises:
+        ValueError: for a patch at an unknown site, layer or position, or with a value that does not fit.
+    """
+    ids, last = model.to_tokens(tokens)
+    read = read_positions(ids, last if positions is None else positions)
+    plan = Plan.make(model, ids, patches, ())
+    with torch.no_grad(), model.trace(ids):
+        logits = forward(model, plan, read)[1].save()
+    return logits
+
+
+def read_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B"] | None:
+    """The position to read in each row, or None for all of them."""
+    if isinstance(positions, str):
+        if positions != "all":
+            raise ValueError(f'positions are None, a LongTensor [B] or "all", not {positions!r}')
+        return None
+    if positions is None:
+        return ids.new_full((ids.shape[0],), ids.shape[1] - 1)
+    positions = torch.as_tensor(positions)
+    if positions.shape != ids.shape[:1] or positions.is_floating_point():
+        raise ValueError(f"positions hold one integer a row, [{ids.shape[0]}], not {tuple(positions.shape)}")
+    if ((positions < -ids.shape[1]) | (positions >= ids.shape[1])).any():
+        raise ValueError(f"positions {positions.tolist()} reach outside the prompt's {ids.shape[1]} positions")
+    return (positions % ids.shape[1]).to(ids.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside the trace
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """A checked `Patch`: ``value`` goes to ``positions`` (None for all) of the site, in one tap if ``tap`` is given."""
+
+    site: SiteInfo
+    value: Tensor | float
+    positions: list[int] | None
+    tap: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one trace changes and reads, by layer (None: outside the layers) and site.
+
+    Attributes:
+        changes: layer -> site name -> the changes there, in order.
+        reads: layer -> the sites to read there.
+        last: the last layer that has to run; the model's output is needed where it equals the number of layers.
+    """
+
+    changes: dict[int | None, dict[str, list[Change]]]
+    reads: dict[int | None, list[SiteRef]]
+    last: int
+
+    @classmethod
+    def make(cls, model: MambaModel, ids: Tensor, patches: Sequence[Patch], refs: Sequence[SiteRef]) -> Plan:
+        """Check the patches against the model and the prompt, and sort everything by layer."""
+        changes: dict = {}
+        for patch in patches:
+            ref, change = check_patch(model, ids, patch)
+            changes.setdefault(ref.layer, {}).setdefault(ref.site.name, []).append(change)
+        reads: dict = {}
+        for ref in refs:
+            reads.setdefault(ref.layer, []).append(ref)
+        outside = any(ref.site.name in ("norm", "logits") for ref in refs)
+        last = model.n_layers if outside or not refs else max((ref.layer or 0 for ref in refs), default=0)
+        return cls(changes, reads, last)
+
+
+def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, Change]:
+    """The patch's site and the change it makes, or a sentence that says what would be right."""
+    ref = resolve(model, patch.site, patch.layer)
+    site, batch, length = ref.site, *ids.shape
+    positions = patch.positions
+    if ref.position is not None:
+        if positions is not None:
+            raise ValueError(f"{patch.site!r} names its position; give no positions as well")
+        positions = [ref.position]
+    if positions is not None:
+        if not site.by_position:
+            raise ValueError(f"the site {site.name!r} has no positions; patch it with positions=None")
+        positions = [positions] if isinstance(positions, int) else [int(p) for p in positions]
+        outside = [p for p in positions if not -length <= p < length]
+        if outside or not positions:
+            raise ValueError(f"positions {positions} of a prompt with {length} positions: use 0 to {length - 1}")
+        positions = [p % length for p in positions]
+    tap = None
+    if patch.slice is not None:
+        taps = range(1 - model.d_conv, 1)
+        if site.name != "conv_slice" or patch.slice not in taps:
+            raise ValueError(
+                f"slice={patch.slice} at the site {site.name!r}: slices are {list(taps)}, at the site 'conv_slice'"
+            )
+        tap = patch.slice - 1
+    letters = {"B": batch, "L": length if positions is None else len(positions), **model.sizes()}
+    shape = [letters[letter] for letter in site.shape[: -1 if tap is not None else None]]
+    value = patch.value
+    if isinstance(value, Tensor):
+        if ref.position is not None and value.dim() == len(shape) - 1:
+            value = value.unsqueeze(1)
+        try:
+            fits = list(torch.broadcast_shapes(value.shape, shape)) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
+            )
+    elif not isinstance(value, int | float):
+        raise ValueError(f"a patch's value is a tensor or a float, not {type(value).__name__}")
+    return ref, Change(site, value, positions, tap)
+
+
+def forward(model, plan: Plan, read: Tensor | None, logits: bool = True):
+    """The body of a trace: apply the plan's changes and gather its reads, layer after layer.
+
+    Returns:
+        The activations read, by key, and the logits at ``read`` (``[B, V]``, or ``[B, L, V]`` where it is None);
+        the logits are None if the plan ends inside the model.
+    """
+    found: dict[str, Tensor] = {}
+    visit(model, None, ("embed",), plan, found)
+    for layer in range(min(plan.last + 1, model.n_layers)):
+        visit(model, layer, [name for name, site in SITES.items() if site.owner != "model"], plan, found)
+    if plan.last < model.n_layers:
+        return found, None
+    visit(model, None, ("norm",), plan, found)
+    outputs = plan.changes.get(None, {}).get("logits") or any(
+        ref.site.name == "logits" for ref in plan.reads.get(None, ())
+    )
+    if read is not None and not outputs:
+        rows = torch.arange(read.shape[0], device=read.device)
+        model.backbone.norm_f.output = model.backbone.norm_f.output[rows, read].unsqueeze(1)
+        return found, model.lm_head.output[:, 0]
+    visit(model, None, ("logits",), plan, found)
+    result = model.lm_head.output
+    if read is None:
+        return found, result
+    return found, result[torch.arange(read.shape[0], device=read.device), read]
+
+
+def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dict[str, Tensor]) -> None:
+    """Apply the changes and gather the reads at one layer's sites, in execution order."""
+    changes, reads = plan.changes.get(layer, {}), plan.reads.get(layer, ())
+    wanted = {ref.site.name for ref in reads}
+    for name in names:
+        if name == ScanStages.ORDER[0]:
+            open_stages(model.layers[layer].mixer, ScanStages).own = True
+        if name not in changes and name not in wanted:
+            continue
+        site = SITES[name]
+        envoy = owner(model, site, layer)
+        if name in changes:
+            change_site(envoy, site, changes[name])
+        for ref in reads:
+            if ref.site is site:
+                value = getattr(envoy, site.attribute)
+                found[ref.key] = value.detach() if ref.position is None else value.detach()[:, ref.position].clone()
+
+
+def change_site(envoy, site: SiteInfo, changes: Sequence[Change]) -> None:
+    """Apply the changes to one site. States are held at the changed positions; the later ones follow."""
+    if site.name == "h":
+        stages = open_stages(envoy, ScanStages)
+        length = stages.x.shape[1]
+        for change in changes:
+            positions = range(length) if change.positions is None else change.positions
+            stages.scan(state_patch(change.value, list(positions)))
+        return
+    value = getattr(envoy, site.attribute)
+    for change in changes:
+        target = value if change.tap is None else value[..., change.tap]
+        if change.positions is None:
+            target[...] = cast(change.value, target)
+        else:
+            target[:, change.positions] = cast(change.value, target[:, change.positions])
+
+
+def state_patch(value: Tensor | float, positions: list[int]):
+    """The callable that holds the states at ``positions`` to ``value``, broadcastable to [B, len(positions), E, N]."""
+    value = torch.as_tensor(value)
+    per_position = value.dim() >= 3 and value.shape[-3] > 1
+    where = {position: index for index, position in enumerate(positions)}
+
+    def patch(t: int, h: Tensor) -> Tensor:
+        if t not in where:
+            return h
+        state = value
+        if value.dim() >= 3:
+            state = value.select(-3, where[t] if per_position else 0)
+        return cast(state, h)
+
+    return patch

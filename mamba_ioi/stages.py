@@ -1,0 +1,242 @@
+"""The two operations inside a mixer, the convolution and the scan, as chains of values that can be read and edited.
+
+This file is shipped to remote servers: it uses torch and nnsight alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from nnsight.intervention.source import NO_SKIP
+from torch import Tensor
+
+from .scan import PatchFn, compute_dtype, discretize_A, discretize_B, read_out, scan_states, selective_scan
+
+
+class Stages:
+    """One operation of the mixer as a chain of named values, each computed from those before it when asked for.
+
+    A stage that is edited (in place or by assignment) is kept, and what comes after it is computed again from it.
+
+    Attributes:
+        own: whether our own result replaces the model's even if nothing was edited.
+        OPERATION: the call in `MambaMixer.forward`, as nnsight names it.
+        ORDER: the values' names, each computed from those before it.
+    """
+
+    OPERATION: str
+    ORDER: tuple[str, ...]
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
+        self.kept: set[str] = set()
+        self.own = False
+
+    def get(self, name: str) -> Tensor:
+        """The stage's value: the caller may edit it in place."""
+        self._settle()
+        if name not in self.values:
+            self._store(name, getattr(self, f"_{name}")())
+        return self.values[name]
+
+    def set(self, name: str, value: Tensor | float) -> None:
+        """Replace the stage's value, broadcast to its shape."""
+        current = self.get(name)
+        self._edited(name, current, cast(value, current))
+
+    def finish(self):
+        """What replaces the operation's result: ours, or the sign that the model's own is to be computed."""
+        self._settle()
+        if self.own or self.kept or any(value.requires_grad for value in self.values.values()):
+            return self.result()
+        return NO_SKIP
+
+    def result(self):
+        """The operation's result, as the model's own function returns it."""
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        """Take note of the values that were edited in place since they were handed out."""
+        for name in self.ORDER:
+            if name in self.values and self.values[name]._version != self.versions[name]:
+                self._edited(name, None, self.values[name])
+
+    def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
+        self._store(name, after)
+        self.kept.add(name)
+        self._forget_after(name)
+
+    def _store(self, name: str, value: Tensor) -> None:
+        self.values[name], self.versions[name] = value, value._version
+
+    def _forget_after(self, name: str) -> None:
+        for later in self.ORDER[self.ORDER.index(name) + 1 :]:
+            if later not in self.kept:
+                self.values.pop(later, None)
+
+
+class ConvStages(Stages):
+    """The causal convolution: ``conv_slice`` [B, L, E, K] (terms), ``conv`` [B, L, E] (their sum and the bias)."""
+
+    OPERATION = "source.causal_conv1d_fn_0"
+    ORDER = ("conv_slice", "conv")
+
+    def __init__(self, args: tuple, kwargs: dict) -> None:
+        super().__init__()
+        self.x, self.weight = args[:2]
+        self.bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        _refuse_narrowed(self.weight, self.x)
+
+    def result(self) -> Tensor:
+        return F.silu(self.get("conv")).to(self.x.dtype).transpose(1, 2)
+
+    def _conv_slice(self) -> Tensor:
+        return conv_terms(self.x, self.weight)
+
+    def _conv(self) -> Tensor:
+        if "conv_slice" in self.kept or (self.weight.requires_grad and "conv_slice" in self.values):
+            total = self.values["conv_slice"].sum(-1)
+            return total if self.bias is None else total + self.bias
+        padded = F.pad(self.x.to(self.weight.dtype), (self.weight.shape[-1] - 1, 0))
+        conv = F.conv1d(padded, self.weight.unsqueeze(1), self.bias, groups=self.x.shape[1])
+        return conv.transpose(1, 2).contiguous()
+
+
+class ScanStages(Stages):
+    """The selective scan. Where ``h`` is edited at some positions, the states after them follow."""
+
+    OPERATION = "source.mamba_selective_scan_0"
+    ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h", "y", "ssm_output", "after_skip")
+
+    def __init__(self, args: tuple, kwargs: dict) -> None:
+        super().__init__()
+        x, self.dt, self.A, B, C = args[:5]
+        _refuse_narrowed(self.A, x)
+        self.dtype = compute_dtype(x.dtype)
+        self.x, self.B, self.C = (tensor.transpose(1, 2).to(self.dtype) for tensor in (x, B, C))
+        self.D, self.z, self.bias = kwargs.get("D"), kwargs.get("z"), kwargs.get("delta_bias")
+        self.return_last_state = kwargs.get("return_last_state", False)
+        self.initial: Tensor | None = None
+        self.patch: PatchFn | None = None
+        self.last: Tensor | None = None
+
+    def scan(self, patch) -> Tensor:
+        """Replace states by ``patch`` (None, a mapping position -> state, or a callable) and return every state."""
+        self.own = True
+        if patch is not None:
+            self._settle()
+            self._replace_states(patch_function(patch, self.x.shape[1]))
+        return self.get("h")
+
+    def result(self) -> Tensor | tuple[Tensor, Tensor]:
+        output = self.get("after_skip").transpose(1, 2)
+        if not self.return_last_state:
+            return output
+        return output, (self.get("h")[:, -1] if self.last is None or "h" in self.values else self.last)
+
+    def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
+        if name != "h":
+            return super()._edited(name, before, after)
+        before = self._h() if before is None else before
+        changed = (before != after).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+        states = {position: after[:, position] for position in changed}
+        self._replace_states(patch_function(states, self.x.shape[1]))
+
+    def _replace_states(self, patch: PatchFn) -> None:
+        """Replace states from now on, on top of those replaced before."""
+        earlier = self.patch
+        self.patch = patch if earlier is None else (lambda t, h: patch(t, earlier(t, h)))
+        self.own = True
+        self.values.pop("h", None)
+        self._forget_after("h")
+
+    def _A(self) -> Tensor:
+        return self.A.to(self.dtype, copy=True)
+
+    def _delta_2(self) -> Tensor:
+        dt = self.dt.transpose(1, 2).to(self.dtype)
+        return dt.clone() if self.bias is None else dt + self.bias.to(self.dtype)
+
+    def _delta(self) -> Tensor:
+        return F.softplus(self.get("delta_2"))
+
+    def _A_bar(self) -> Tensor:
+        return discretize_A(self.get("delta"), self.get("A"))
+
+    def _B_bar(self) -> Tensor:
+        return discretize_B(self.get("delta"), self.B)
+
+    def _h(self) -> Tensor:
+        delta, A = self.get("delta"), self.get("A")
+        A_bar, B_bar = self.values.get("A_bar"), self.values.get("B_bar")
+        return scan_states(
+            self.x,
+            lambda t: discretize_A(delta[:, t], A) if A_bar is None else A_bar[:, t],
+            lambda t: discretize_B(delta[:, t], self.B[:, t]) if B_bar is None else B_bar[:, t],
+            initial=self._initial(),
+            patch=self.patch,
+        )
+
+    def _y(self) -> Tensor:
+        if self.patch is not None or {"h", "A_bar", "B_bar"} & set(self.values):
+            return read_out(self.get("h"), self.C)
+        y, self.last = selective_scan(self.x, self.get("delta"), self.get("A"), self.B, self.C, initial=self._initial())
+        return y
+
+    def _ssm_output(self) -> Tensor:
+        y = self.get("y")
+        return y.clone() if self.D is None else y + self.x * self.D.to(self.dtype)
+
+    def _after_skip(self) -> Tensor:
+        output = self.get("ssm_output")
+        return output.clone() if self.z is None else output * F.silu(self.z.transpose(1, 2).to(self.dtype))
+
+    def _initial(self) -> Tensor:
+        if self.initial is not None:
+            return self.initial
+        return self.x.new_zeros(self.x.shape[0], self.x.shape[2], self.A.shape[-1])
+
+
+def patch_function(patch, length: int) -> PatchFn:
+    """A mapping position -> state, or a callable ``(position, h) -> h``, as a callable."""
+    if callable(patch):
+        return patch
+    if not isinstance(patch, Mapping):
+        raise ValueError(f"scan() takes a mapping position -> state or a callable, not {type(patch).__name__}")
+    states = {}
+    for position, state in patch.items():
+        if not -length <= position < length:
+            raise ValueError(f"position {position} is outside the prompt's {length} positions")
+        states[position % length] = state
+    return lambda t, h: cast(states[t], h) if t in states else h
+
+
+def conv_terms(x: Float[Tensor, "B E L"], weight: Float[Tensor, "E K"]) -> Float[Tensor, "B L E K"]:
+    """The conv's terms: ``weight[:, k] * x`` at the position ``k - (K - 1)`` relative to each output position."""
+    taps = weight.shape[-1]
+    windows = F.pad(x.to(weight.dtype), (taps - 1, 0)).unfold(-1, taps, 1)  # [B, E, L, K]
+    return (windows * weight[:, None, :]).transpose(1, 2).contiguous()
+
+
+def _refuse_narrowed(parameter: Tensor, x: Float[Tensor, "B E L"]) -> None:
+    """nnsight tells a batch by its first dimension: of several invokes whose rows add up to E, it splits parameters."""
+    if parameter.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"the invokes' rows add up to d_inner ({x.shape[1]}), which nnsight cannot tell from the layer's "
+            f"parameters: trace one row more or fewer"
+        )
+
+
+def cast(value, like: Tensor) -> Tensor:
+    """``value`` with the shape, dtype and device that the model has there."""
+    value = torch.as_tensor(value).to(like)
+    if value.shape == like.shape:
+        return value
+    try:
+        return value.expand(like.shape)
+    except RuntimeError:
+        raise ValueError(f"a value of shape {tuple(value.shape)} does not fit {tuple(like.shape)}") from None
