@@ -51,16 +51,7 @@ CORRUPTIONS: tuple[str, ...] = (
     "ABC AB C -> ABC AC B",
     "ABC AC B -> ABC BC A",
 )
-PLACES: tuple[str, ...] = (
-    "store",
-    "garden",
-    "restaurant",
-    "school",
-    "hospital",
-    "office",
-    "house",
-    "station",
-)
+PLACES: tuple[str, ...] = ("store", "garden", "restaurant", "school", "hospital", "office", "house", "station")
 OBJECTS: tuple[str, ...] = ("apple", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack")
 
 
@@ -138,9 +129,7 @@ class IOIDataset:
         patterns = _choose(corruptions, "corruption", {"all": CORRUPTIONS}, CORRUPTIONS)
         tokens_of = name_tokens(tokenizer)
         if len(tokens_of) < 4:
-            raise ValueError(
-                f"the tokenizer has {len(tokens_of)} names as single tokens; at least 4 are needed"
-            )
+            raise ValueError(f"the tokenizer has {len(tokens_of)} names as single tokens; at least 4 are needed")
         if isinstance(templates, str) and templates == "aligned":
             _check_alignment(tokenizer, tokens_of)
 
@@ -191,9 +180,7 @@ class IOIDataset:
         columns = {}
         for field in fields(self):
             column = getattr(self, field.name)
-            columns[field.name] = (
-                column[rows] if isinstance(column, Tensor) else [column[row] for row in rows]
-            )
+            columns[field.name] = column[rows] if isinstance(column, Tensor) else [column[row] for row in rows]
         return IOIDataset(**columns)
 
     def select(self, template: str | None = None, corruption: str | None = None) -> IOIDataset:
@@ -203,13 +190,9 @@ class IOIDataset:
             ValueError: If `template` is not in `TEMPLATES` or `corruption` not in `CORRUPTIONS`.
         """
         templates = TEMPLATES if template is None else _choose(template, "template", {}, TEMPLATES)
-        corruptions = (
-            CORRUPTIONS if corruption is None else _choose(corruption, "corruption", {}, CORRUPTIONS)
-        )
+        corruptions = CORRUPTIONS if corruption is None else _choose(corruption, "corruption", {}, CORRUPTIONS)
         labels = zip(self.templates, self.corruptions, strict=True)
-        return self[
-            [row for row, (one, other) in enumerate(labels) if one in templates and other in corruptions]
-        ]
+        return self[[row for row, (one, other) in enumerate(labels) if one in templates and other in corruptions]]
 
     @property
     def clean_names(self) -> Int[Tensor, "B 5"]:
@@ -240,18 +223,12 @@ class IOIDataset:
 
     def _with_swapped(self) -> IOIDataset:
         """These rows, then the same rows with clean and corrupt exchanged."""
-        partner = {
-            "clean_tokens": "corrupt_tokens",
-            "answers": "corrupt_answers",
-            "clean_text": "corrupt_text",
-        }
+        partner = {"clean_tokens": "corrupt_tokens", "answers": "corrupt_answers", "clean_text": "corrupt_text"}
         partner |= {other: name for name, other in partner.items()}
         columns = {}
         for field in fields(self):
             column, swapped = getattr(self, field.name), getattr(self, partner.get(field.name, field.name))
-            columns[field.name] = (
-                torch.cat([column, swapped]) if isinstance(column, Tensor) else column + swapped
-            )
+            columns[field.name] = torch.cat([column, swapped]) if isinstance(column, Tensor) else column + swapped
         return IOIDataset(**columns)
 
 
@@ -261,9 +238,7 @@ def _tokenize(
     """Tokens with BOS and right padding, the positions of the names, and the last positions."""
     bos = tokenizer.get_vocab().get(BOS, tokenizer.bos_token_id)
     if bos is None:
-        raise ValueError(
-            f"the tokenizer has neither {BOS} nor a BOS token of its own, with which every prompt begins"
-        )
+        raise ValueError(f"the tokenizer has neither {BOS} nor a BOS token of its own, with which every prompt begins")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), bos)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     length = 1 + max(len(ids) for ids in encoded)
@@ -305,9 +280,7 @@ class _Pair(NamedTuple):
     names: tuple[list[str], list[str]]
 
 
-def _draw_pair(
-    rng: random.Random, templates: Sequence[str], corruptions: Sequence[str], names: Sequence[str]
-) -> _Pair:
+def _draw_pair(rng: random.Random, templates: Sequence[str], corruptions: Sequence[str], names: Sequence[str]) -> _Pair:
     template, corruption = _draw(rng, templates), _draw(rng, corruptions)
     place, thing = _draw(rng, PLACES), _draw(rng, OBJECTS)
     drawn: list[str] = []

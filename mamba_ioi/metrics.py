@@ -119,8 +119,7 @@ def kl_divergence(patched: Float[Tensor, "B V"], clean: Float[Tensor, "B V"]) ->
     """
     if patched.ndim != 2 or patched.shape != clean.shape:
         raise ValueError(
-            "patched and clean logits must have one shape [B, V], "
-            f"not {tuple(patched.shape)} and {tuple(clean.shape)}"
+            f"patched and clean logits must have one shape [B, V], not {tuple(patched.shape)} and {tuple(clean.shape)}"
         )
     log_p = _at_least_float32(clean).log_softmax(dim=1)
     log_q = _at_least_float32(patched).log_softmax(dim=1)
@@ -131,9 +130,7 @@ def kl_divergence(patched: Float[Tensor, "B V"], clean: Float[Tensor, "B V"]) ->
 def _logit(logits: Float[Tensor, "B V"], tokens: Int[Tensor, "B"], name: str) -> Float[Tensor, "B"]:
     """Each row's logit of its token."""
     if logits.ndim != 2 or tokens.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits must be [B, V] and {name} [B], not {tuple(logits.shape)} and {tuple(tokens.shape)}"
-        )
+        raise ValueError(f"logits must be [B, V] and {name} [B], not {tuple(logits.shape)} and {tuple(tokens.shape)}")
     _check_ids(tokens, name, least=0, size=logits.shape[1])
     return _at_least_float32(logits.gather(1, tokens.to(logits.device, torch.long)[:, None])[:, 0])
 
@@ -157,9 +154,7 @@ def _check_ids(tokens: Tensor, name: str, *, least: int | None, size: int) -> No
     if least is not None:
         wrong = wrong | (tokens < least)
     if wrong.any():
-        raise ValueError(
-            f"{name} holds token {tokens[wrong][0].item()}, outside the logits' vocabulary of {size}"
-        )
+        raise ValueError(f"{name} holds token {tokens[wrong][0].item()}, outside the logits' vocabulary of {size}")
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

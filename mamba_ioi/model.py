@@ -185,9 +185,9 @@ def load_model(
     dtype = _as_dtype(dtype)
     device = _as_device(device)
     if name == "planted":
-        from . import planted
-
-        return _placed(planted(), device, dtype)
+        model = planted()
+        model._module.to(device=device, dtype=dtype)
+        return model
     source = str(PACKAGED if name == "tiny" else os.path.expanduser(name))
     _refuse_missing(source)
     if remote:
@@ -195,6 +195,32 @@ def load_model(
     module, tokenizer = _load(source, revision)
     module = module.to(device=device, dtype=dtype).eval()
     return wrap(module, tokenizer, model_id=str(name), revision=revision)
+
+
+def planted(n_layers: int = 6, layer: int = 3, slice: int = -1, n_names: int = 24, seed: int = 0) -> MambaModel:
+    """A Mamba that solves the task by a circuit written into its weights: the known answer.
+
+    Args:
+        n_layers: how many layers it has.
+        layer: the layer that does the task.
+        slice: the conv tap through which that layer takes the names: 0, -1 or -2.
+        n_names: how many names it knows, drawn by the seed.
+        seed: of the names and of the other layers' small, harmless weights.
+
+    Returns:
+        The model; its ``planted`` says what is true of it.
+
+    Raises:
+        ValueError: for a layer, slice or number of names that cannot be built.
+    """
+    from .zoo.planted import build_planted, planted_names
+    from .zoo.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(planted_names(n_names, seed))
+    module, truth = build_planted(tokenizer, n_layers=n_layers, layer=layer, slice=slice, n_names=n_names, seed=seed)
+    model = wrap(module, tokenizer, model_id="planted")
+    model.planted = truth
+    return model
 
 
 def wrap(module: nn.Module, tokenizer, *, model_id: str, revision: str | None = None) -> MambaModel | CausalLM:
@@ -419,11 +445,6 @@ def _wrap_remote(source: str, revision: str | None) -> MambaModel | CausalLM:
     )
     if is_mamba:
         refuse_other_operations(model)
-    return model
-
-
-def _placed(model: MambaModel, device, dtype) -> MambaModel:
-    model._module.to(device=device, dtype=dtype)
     return model
 
 

@@ -61,9 +61,7 @@ class Result:
         meta = _as_json(self.meta)
         experiment = meta.get("experiment")
         if not isinstance(experiment, str) or not experiment:
-            raise ValueError(
-                f"a Result's meta must name its experiment in meta['experiment']; it holds {experiment!r}"
-            )
+            raise ValueError(f"a Result's meta must name its experiment in meta['experiment']; it holds {experiment!r}")
         object.__setattr__(self, "table", self.table.reset_index(drop=True))
         object.__setattr__(self, "meta", meta)
 

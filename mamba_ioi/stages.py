@@ -141,6 +141,7 @@ class ScanStages(Stages):
     def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
         if name != "h":
             return super()._edited(name, before, after)
+        self.values.pop("h")
         before = self._h() if before is None else before
         changed = (before != after).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
         states = {position: after[:, position] for position in changed}

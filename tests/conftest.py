@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
-torch.set_num_threads(2)
+from mamba_ioi.model import MambaModel, wrap
+
+torch.set_num_threads(1)  # the tests' models are too small for more, and a busy machine makes threads wait
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,34 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the reference data folder {folder} is absent")
     return folder
+
+
+def random_mamba(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> MambaForCausalLM:
+    """A small Mamba with random weights, none of them at a value that would hide a mistake."""
+    sizes = {"vocab_size": 61, "hidden_size": 12, "num_hidden_layers": 3, "state_size": 4, "time_step_rank": 3} | sizes
+    module = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith(("D", "norm.weight", "norm_f.weight")):
+                parameter.copy_(1 + 0.3 * noise)
+            elif name.endswith("A_log"):
+                parameter.copy_(0.5 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return module.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def small() -> MambaModel:
+    """A random three-layer Mamba without a tokenizer."""
+    return wrap(random_mamba(), None, model_id="random")
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    """Token ids [4, 9] for `small`."""
+    return torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(1))

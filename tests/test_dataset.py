@@ -38,9 +38,7 @@ def word_tokenizer(
     text = " ".join(TEMPLATES).replace("[NAME]", "").replace("[PLACE]", "").replace("[OBJECT]", "")
     words = re.findall(pattern, text) + [f" {word}" for word in (*PLACES, *OBJECTS, *names)]
     words += [bos] * (bos is not None) + ["[UNK]", *special.values()]
-    tokenizer = Tokenizer(
-        WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **special)
@@ -83,7 +81,7 @@ def letters_of(names: list[str], answer: str, known: dict[str, str]) -> str:
 
 def test_the_word_lists() -> None:
     assert len(TEMPLATES) == 4 and len(CORRUPTIONS) == 5 and len(PLACES) == len(OBJECTS) == 8
-    assert ALIGNED_TEMPLATES == (TEMPLATES[0], TEMPLATES[1], TEMPLATES[3])
+    assert (TEMPLATES[0], TEMPLATES[1], TEMPLATES[3]) == ALIGNED_TEMPLATES
     assert len(NAMES) >= 300 and len(set(NAMES)) == len(NAMES)
     assert all(re.fullmatch(r"[A-Z][a-z]+", name) for name in NAMES)
 
@@ -114,7 +112,28 @@ def test_positions_under_neox(neox: PreTrainedTokenizerFast) -> None:
     assert (data.last_position == 19).all() and (data.clean_tokens[:, 0] == 0).all()
     assert set(data.templates) == set(ALIGNED_TEMPLATES)
     assert data.position_labels == (
-        "pos0 pos1 pos2 n1 pos4 n2 pos6 n3 pos8 pos9 pos10 pos11 pos12 n4 pos14 n5 pos16 pos17 pos18 out".split()
+        [
+            "pos0",
+            "pos1",
+            "pos2",
+            "n1",
+            "pos4",
+            "n2",
+            "pos6",
+            "n3",
+            "pos8",
+            "pos9",
+            "pos10",
+            "pos11",
+            "pos12",
+            "n4",
+            "pos14",
+            "n5",
+            "pos16",
+            "pos17",
+            "pos18",
+            "out",
+        ]
     )
 
 
@@ -185,17 +204,13 @@ def test_swapped_rows_follow_their_pairs(words: PreTrainedTokenizerFast) -> None
         ("words", "538983393bfac87d77ba28f4680f26c838cc9fb24401622fae3dc7307be45ae9"),
     ],
 )
-def test_the_same_arguments_give_the_same_data(
-    request: pytest.FixtureRequest, name: str, digest: str
-) -> None:
+def test_the_same_arguments_give_the_same_data(request: pytest.FixtureRequest, name: str, digest: str) -> None:
     tokenizer = request.getfixturevalue(name)
     before = torch.get_rng_state()
     data = IOIDataset.generate(tokenizer, 20, templates="all")
     assert torch.equal(before, torch.get_rng_state())
     assert_equal(data, IOIDataset.generate(tokenizer, 20, templates="all", seed=27))
-    content = json.dumps(
-        [data.clean_text, data.corrupt_text, data.clean_tokens.tolist(), data.answers.tolist()]
-    )
+    content = json.dumps([data.clean_text, data.corrupt_text, data.clean_tokens.tolist(), data.answers.tolist()])
     assert hashlib.sha256(content.encode()).hexdigest() == digest
     assert data.clean_text != IOIDataset.generate(tokenizer, 20, templates="all", seed=28).clean_text
     longer = IOIDataset.generate(tokenizer, 50, templates="all", symmetric=False)
@@ -252,21 +267,17 @@ def test_select(words: PreTrainedTokenizerFast) -> None:
     data = IOIDataset.generate(words, 40)
     assert_equal(data.select(), data)
     part = data.select(template=TEMPLATES[1], corruption=CORRUPTIONS[3])
-    wanted = [
-        i for i in range(80) if data.templates[i] == TEMPLATES[1] and data.corruptions[i] == CORRUPTIONS[3]
-    ]
-    assert 0 < len(part) and part.clean_text == [data.clean_text[i] for i in wanted]
+    wanted = [i for i in range(80) if data.templates[i] == TEMPLATES[1] and data.corruptions[i] == CORRUPTIONS[3]]
+    assert len(part) > 0 and part.clean_text == [data.clean_text[i] for i in wanted]
     assert len(data.select(template=TEMPLATES[2])) == 0
-    with pytest.raises(ValueError, match="unknown corruption 'ABC'.*CAB AB C -> DAB AB D"):
+    with pytest.raises(ValueError, match=r"unknown corruption 'ABC'.*CAB AB C -> DAB AB D"):
         data.select(corruption="ABC")
     with pytest.raises(ValueError, match="unknown template 2"):
         data.select(template=2)
 
 
 def test_chosen_templates_and_corruptions(words: PreTrainedTokenizerFast) -> None:
-    data = IOIDataset.generate(
-        words, 30, templates=[TEMPLATES[2], TEMPLATES[0]], corruptions=[CORRUPTIONS[4]]
-    )
+    data = IOIDataset.generate(words, 30, templates=[TEMPLATES[2], TEMPLATES[0]], corruptions=[CORRUPTIONS[4]])
     assert set(data.templates) == {TEMPLATES[0], TEMPLATES[2]} and set(data.corruptions) == {CORRUPTIONS[4]}
     assert set(IOIDataset.generate(words, 5, templates=TEMPLATES[0]).templates) == {TEMPLATES[0]}
 
@@ -303,7 +314,7 @@ def test_a_tokenizer_that_does_not_align_is_refused() -> None:
         IOIDataset.generate(word_tokenizer(names, PLAIN_WORDS), 1)
     assert "(3, 5, 7, 13, 15, 19), elsewhere at (2, 4, 6, 12, 14, 18)" in str(error.value)
     two_piece_place = ALIGNED_WORDS.replace("After", " rest(?=aurant)|aurant|After")
-    with pytest.raises(ValueError, match="template 1 .*'restaurant'"):
+    with pytest.raises(ValueError, match=r"template 1 .*'restaurant'"):
         IOIDataset.generate(word_tokenizer(names, two_piece_place), 1)
     data = IOIDataset.generate(word_tokenizer(names, PLAIN_WORDS), 40, templates="all")
     assert data.position_labels is None

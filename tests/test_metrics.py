@@ -19,18 +19,14 @@ from mamba_ioi.metrics import (
 VOCABULARY = 11
 ANSWERS = torch.tensor([3, 0, 7, 10, 2, 5])
 CORRUPT_ANSWERS = torch.tensor([4, 1, 2, 9, 0, 6])
-CANDIDATES = torch.tensor(
-    [[3, 4, 8, -1], [1, 0, 5, 9], [2, 6, 7, -1], [9, 10, 0, 1], [0, 2, 1, -1], [6, 5, 10, 3]]
-)
+CANDIDATES = torch.tensor([[3, 4, 8, -1], [1, 0, 5, 9], [2, 6, 7, -1], [9, 10, 0, 1], [0, 2, 1, -1], [6, 5, 10, 3]])
 
 
 def random_logits(seed: int, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_nld(
-    patched: list[float], clean: list[float], corrupt: list[float], a: int, b: int, absolute: bool
-) -> float:
+def plain_nld(patched: list[float], clean: list[float], corrupt: list[float], a: int, b: int, absolute: bool) -> float:
     least, most = corrupt[a] - corrupt[b], clean[a] - clean[b]
     spread = abs(most - least) if absolute else most - least
     return (patched[a] - patched[b] - least) / (spread if spread != 0 else 1)
@@ -64,9 +60,7 @@ def test_absolute_makes_a_better_answer_score_higher_in_every_row() -> None:
     better[torch.arange(6), ANSWERS] += 1
     rest = (clean, corrupt, ANSWERS, CORRUPT_ANSWERS)
     assert (normalized_logit_diff(better, *rest) > normalized_logit_diff(patched, *rest)).all()
-    plain = normalized_logit_diff(better, *rest, absolute=False) > normalized_logit_diff(
-        patched, *rest, absolute=False
-    )
+    plain = normalized_logit_diff(better, *rest, absolute=False) > normalized_logit_diff(patched, *rest, absolute=False)
     assert plain.any() and not plain.all()
 
 
@@ -80,13 +74,9 @@ def test_a_range_of_zero_counts_as_one(absolute: bool) -> None:
 
 def test_logit_diff() -> None:
     logits = random_logits(7)
-    expected = [
-        logits[i, a] - logits[i, b] for i, (a, b) in enumerate(zip(ANSWERS, CORRUPT_ANSWERS, strict=True))
-    ]
+    expected = [logits[i, a] - logits[i, b] for i, (a, b) in enumerate(zip(ANSWERS, CORRUPT_ANSWERS, strict=True))]
     assert torch.equal(logit_diff(logits, ANSWERS, CORRUPT_ANSWERS), torch.stack(expected))
-    assert torch.equal(
-        logit_diff(logits, ANSWERS, CORRUPT_ANSWERS), -logit_diff(logits, CORRUPT_ANSWERS, ANSWERS)
-    )
+    assert torch.equal(logit_diff(logits, ANSWERS, CORRUPT_ANSWERS), -logit_diff(logits, CORRUPT_ANSWERS, ANSWERS))
 
 
 def test_accuracy_is_the_argmax_over_the_candidates() -> None:
@@ -124,9 +114,7 @@ def test_an_answer_outside_the_candidates_joins_them() -> None:
     with_it = torch.tensor([[3, 8]])
     without_it = torch.tensor([[8, -1]])
     for metric in (accuracy, answer_probability):
-        assert torch.equal(
-            metric(logits[:1], ANSWERS[:1], with_it), metric(logits[:1], ANSWERS[:1], without_it)
-        )
+        assert torch.equal(metric(logits[:1], ANSWERS[:1], with_it), metric(logits[:1], ANSWERS[:1], without_it))
 
 
 def test_probabilities_are_softmaxes() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,7 +19,16 @@ from mamba_ioi.zoo.tokenizer import build_tokenizer
 
 Edit = Callable[[str, int, Tensor], Tensor]
 SITES = ("layer_input", "skip", "in_proj", "conv", "ssm_input", "delta", "B", "C", "h", "y", "out_proj")
-QUIET = 1e-3
+QUIET = 1e-4  # the threshold of ACDC
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small: on a busy machine a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(**arguments) -> tuple[MambaForCausalLM, Planted, object]:
@@ -27,7 +37,7 @@ def make(**arguments) -> tuple[MambaForCausalLM, Planted, object]:
     return *build_planted(tokenizer, **arguments), tokenizer
 
 
-def drawn(seed: int, *, least_layer: int = 1, most_layers: int = 8) -> dict[str, int]:
+def drawn(seed: int, *, least_layer: int = 1, most_layers: int = 6) -> dict[str, int]:
     """Arguments drawn at random, from a fixed seed."""
     rng = random.Random(seed)
     n_layers = rng.randint(least_layer + 1, most_layers)
@@ -35,7 +45,7 @@ def drawn(seed: int, *, least_layer: int = 1, most_layers: int = 8) -> dict[str,
         "n_layers": n_layers,
         "layer": rng.randrange(least_layer, n_layers),
         "slice": rng.choice((0, -1, -2, -3)),
-        "n_names": rng.randint(4, 40),
+        "n_names": rng.randint(4, 24),
         "seed": rng.randrange(10**6),
     }
 
@@ -44,7 +54,7 @@ def drawn(seed: int, *, least_layer: int = 1, most_layers: int = 8) -> dict[str,
 def plain_forward(model: MambaForCausalLM, tokens: Tensor, edit: Edit = lambda site, layer, value: value) -> Tensor:
     """Logits [B, L, V] with every named activation passed through `edit`; `h` is edited state by state, as "h.p".
 
-    `term` is the conv's terms before their sum, [B, L, E, 4]. `input` is the residual stream as a layer reads it.
+    `term` is the conv's terms before their sum, [B, L, E, 4].
     """
     resid = edit("embed", -1, model.backbone.embeddings(tokens))
     for i, block in enumerate(model.backbone.layers):
@@ -84,10 +94,11 @@ def record(model: MambaForCausalLM, tokens: Tensor) -> tuple[Tensor, dict[tuple[
 
 
 class Pairs:
-    """Clean and corrupt runs of some pairs, and the effect (1 - normalized logit difference) of any edit."""
+    """Clean and corrupt runs of a pair of each corruption, and the effect (1 - normalized logit diff) of edits."""
 
-    def __init__(self, model: MambaForCausalLM, tokenizer: object, n_pairs: int = 10, seed: int = 0) -> None:
-        self.model, self.data = model, IOIDataset.generate(tokenizer, n_pairs, seed=seed)
+    def __init__(self, model: MambaForCausalLM, tokenizer: object, seed: int = 0) -> None:
+        data = IOIDataset.generate(tokenizer, 40, seed=seed, symmetric=False)
+        self.model, self.data = model, data[[data.corruptions.index(corruption) for corruption in CORRUPTIONS]]
         self.length = self.data.clean_tokens.shape[1]
         self.clean, _ = record(model, self.data.clean_tokens)
         self.corrupt, self.values = record(model, self.data.corrupt_tokens)
@@ -132,7 +143,8 @@ class Pairs:
 
 @pytest.fixture(scope="module", params=range(3))
 def case(request: pytest.FixtureRequest) -> tuple[Pairs, Planted]:
-    model, planted, tokenizer = make(**drawn(request.param, least_layer=min(1, request.param), most_layers=5))
+    arguments = drawn(request.param, most_layers=4) | ({"layer": 0} if request.param == 0 else {})
+    model, planted, tokenizer = make(**arguments)
     return Pairs(model, tokenizer, seed=request.param), planted
 
 
@@ -145,19 +157,14 @@ def last_logits(model: MambaForCausalLM, data: IOIDataset) -> Tensor:
 @pytest.mark.parametrize("draw", range(8))
 def test_solves_every_template_and_corruption(draw: int) -> None:
     model, _, tokenizer = make(**drawn(100 + draw, least_layer=0))
-    data = IOIDataset.generate(tokenizer, 120, seed=draw, templates="all")
-    assert {(t, c) for t, c in zip(data.templates, data.corruptions, strict=True)} >= {
-        (t, CORRUPTIONS[0]) for t in TEMPLATES
-    }
+    data = IOIDataset.generate(tokenizer, 200, seed=draw, templates="all")
+    pairs = set(zip(data.templates, data.corruptions, strict=True))
+    assert pairs == {(template, corruption) for template in TEMPLATES for corruption in CORRUPTIONS}
     logits = last_logits(model, data)
     answer = logits.gather(1, data.answers[:, None])
     assert (logits.argmax(1) == data.answers).all()
     others = logits.scatter(1, data.answers[:, None], -torch.inf)
     assert (answer - others.max(1, keepdim=True).values).min() > 8
-    for template in TEMPLATES:
-        for corruption in CORRUPTIONS:
-            part = IOIDataset.generate(tokenizer, 2, seed=draw, templates=[template], corruptions=[corruption])
-            assert (last_logits(model, part).argmax(1) == part.answers).all()
 
 
 @pytest.mark.parametrize("slice", [0, -1, -2, -3])
@@ -254,7 +261,12 @@ def test_edges_that_matter_and_no_others(case: tuple[Pairs, Planted]) -> None:
 def test_fine_edges_that_matter_and_no_others(case: tuple[Pairs, Planted]) -> None:
     pairs, planted = case
     node = planted.layer
-    for slice in (0, -1, -2, -3):  # embed -> conv slice, and conv slice -> ssm: one conv term at all positions
+    for slice in (
+        0,
+        -1,
+        -2,
+        -3,
+    ):  # embed -> conv slice, and conv slice -> ssm: one conv term at all positions
 
         def edit(site: str, layer: int, value: Tensor, slice: int = slice) -> Tensor:
             if (site, layer) == ("term", node):
@@ -339,9 +351,9 @@ def test_local_layers_mix_no_tokens_and_the_others_do() -> None:
 
 @pytest.mark.parametrize("draw", range(3))
 def test_name_steering_succeeds_where_it_must_and_fails_elsewhere(draw: int) -> None:
-    arguments = drawn(400 + draw, least_layer=min(1, draw)) | {"n_names": 6}
+    arguments = drawn(400 + draw, least_layer=min(1, draw)) | {"n_names": 5}
     model, planted, tokenizer = make(**arguments)
-    data = IOIDataset.generate(tokenizer, 600, templates="all", seed=1)
+    data = IOIDataset.generate(tokenizer, 300, templates="all", seed=1)
     _, values = record(model, data.clean_tokens)
     rows = torch.arange(len(data))
     arrival = data.name_positions - planted.slice
@@ -354,34 +366,32 @@ def test_name_steering_succeeds_where_it_must_and_fails_elsewhere(draw: int) -> 
     assert (count[list(planted.name_ids)] > 0).all()
     means = total / count
 
-    test = data[:60]
+    test = data[:40]
     rows = torch.arange(len(test))
-    for target in range(1, 6):
+    for target, source, method in itertools.product(range(1, 6), range(1, 6), ("replace", "subtract_add")):
         old = test.clean_names[:, target - 1]
         new, keep = (test.corrupt_answers, old == test.answers) if target <= 3 else (test.answers, old == old)
         winner, loser = (new, old) if target <= 3 else (old, new)
         where = test.name_positions[:, target - 1] - planted.slice
-        for source in range(1, 6):
-            for method in ("replace", "subtract_add"):
+        mean = means[:, source - 1]
+        written = values["ssm_input", planted.layer][rows, where] + mean[new] - mean[old]
+        written = mean[new] if method == "replace" else written
 
-                def edit(site: str, layer: int, value: Tensor, source: int = source, method: str = method) -> Tensor:
-                    if (site, layer) != ("ssm_input", planted.layer):
-                        return value
-                    value, mean = value.clone(), means[:, source - 1]
-                    replaced = mean[new] if method == "replace" else value[rows, where] + mean[new] - mean[old]
-                    value[rows, where] = replaced
-                    return value
+        def edit(site: str, layer: int, value: Tensor, where: Tensor = where, written: Tensor = written) -> Tensor:
+            if (site, layer) == ("ssm_input", planted.layer):
+                value = value.index_put((rows, where), written)
+            return value
 
-                logits = plain_forward(model, test.clean_tokens, edit)[rows, test.last_position]
-                wins = logits.gather(1, winner[:, None]) > logits.gather(1, loser[:, None])
-                must = (source, target) in getattr(planted, f"{method}_succeeds")
-                assert keep.any() and (wins[keep] == must).all(), (method, source, target, must)
+        logits = plain_forward(model, test.clean_tokens, edit)[rows, test.last_position]
+        wins = logits.gather(1, winner[:, None]) > logits.gather(1, loser[:, None])
+        must = (source, target) in getattr(planted, f"{method}_succeeds")
+        assert keep.any() and (wins[keep] == must).all(), (method, source, target, must)
 
 
 def test_same_arguments_same_weights_and_global_random_state_untouched() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    model, planted, tokenizer = make(n_layers=3, layer=2, seed=11)
+    model, planted, _ = make(n_layers=3, layer=2, seed=11)
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(3)
     again, planted_again, _ = make(n_layers=3, layer=2, seed=11)

@@ -25,9 +25,8 @@ def architecture(sizes: ModelSizes | Mapping[str, int], *, model: str | None = N
         model: its name, for the title.
     """
     sizes = ModelSizes.of(sizes)
-    title = "A Mamba language model and its hook points" + (f"  ·  {model}" if model else "")
-    page = Diagram(10, 12.3, title)
-    _stream_before(page, sizes)
+    page = Diagram(10, 11.9, "A Mamba language model and its hook points", model)
+    _stream_before(page)
     _block(page, sizes)
     _stream_after(page, sizes)
     page.paragraph(7.6, 0.85, sizes.lines)
@@ -35,7 +34,7 @@ def architecture(sizes: ModelSizes | Mapping[str, int], *, model: str | None = N
     return page.figure
 
 
-def _stream_before(page: Diagram, sizes: ModelSizes) -> None:
+def _stream_before(page: Diagram) -> None:
     """Tokens, embedding, the layers before layer i."""
     page.text(STREAM, 0.75, "tokens [B, L]")
     embedding = page.box(STREAM, 1.3, "Embedding  V → D")
@@ -55,9 +54,7 @@ def _block(page: Diagram, sizes: ModelSizes) -> None:
     norm = page.box(MIDDLE, 3.75, "RMSNorm")
     page.arrow((STREAM, 3.2), (MIDDLE, 3.2), (MIDDLE, norm.top))
     page.hook(4.2, 3.2, "layer_input", "[B, L, D]", "around")
-    projection = page.box(
-        MIDDLE, 4.65, f"in_proj: Linear  D → 2E  ({width} → {2 * inner})", width=GATE - CONV + 1.7
-    )
+    projection = page.box(MIDDLE, 4.65, f"in_proj: Linear  D → 2E  ({width} → {2 * inner})", width=GATE - CONV + 1.7)
     page.arrow((MIDDLE, norm.bottom), (MIDDLE, projection.top))
     page.hook(MIDDLE, 4.15, "normalized_input", "[B, L, D]")
 
@@ -98,7 +95,7 @@ def _block(page: Diagram, sizes: ModelSizes) -> None:
 def _stream_after(page: Diagram, sizes: ModelSizes) -> None:
     """The layers after layer i, the last norm, the logits."""
     row = 11.4
-    after = page.box(3.15, row, f"layers i+1 … {sizes.n_layers - 1}")
+    after = page.box(3.15, row, f"layers i+1 … {sizes.n_layers - 1}", kind="plain")
     page.arrow((STREAM, row), (after.left, row))
     norm = page.box(5.0, row, "RMSNorm", width=1.1)
     page.arrow((after.right, row), (norm.left, row))

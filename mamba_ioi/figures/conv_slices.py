@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mamba_ioi.figures.heatmap import Scale, draw_cells, grid, labels
-from mamba_ioi.figures.style import heading, new_figure, paper_style, prompts_note, require
+from mamba_ioi.figures.style import new_figure, paper_style, prompts_note, require, set_heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def conv_slices(result: Result) -> Figure:
     columns, rows = table["position"].nunique(), table["slice"].nunique()
     longest = table["label"].astype(str).str.len().max()
     width = max(4.0, 0.27 * columns) + 1.9
-    figure = new_figure(width, len(panels) * (0.26 * rows + 0.075 * longest + 0.5) + 0.5)
+    figure = new_figure(width, len(panels) * (0.22 * rows + 0.075 * longest + 0.5) + 0.5)
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     scale = Scale.symmetric(table["effect"].to_numpy(), "effect = mean 1 − NLD")
     for axis, (corruption, panel) in zip(axes, panels, strict=True):
@@ -46,5 +46,5 @@ def conv_slices(result: Result) -> Figure:
     scale.bar(figure, list(axes), pad=0.015, fraction=0.03, aspect=45)
     layer = result.meta.get("arguments", {}).get("layer")
     title = "Resample ablation of conv slices" + ("" if layer is None else f", layer {layer}")
-    figure.suptitle(heading(result, title, prompts_note(result)), parse_math=False)
+    set_heading(figure, result, title, prompts_note(result))
     return figure

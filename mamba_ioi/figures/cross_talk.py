@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mamba_ioi.figures.style import BLUE, SKY, heading, new_figure, paper_style, require
+import pandas as pd
+
+from mamba_ioi.figures.style import BLUE, SKY, new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
     from mamba_ioi.result import Result
@@ -18,14 +21,17 @@ def cross_talk(result: Result) -> Figure:
     """A bar a layer: the share of the minimal sets, one for each (template, corruption), that the layer is in.
 
     Darker bars are layers in every set. A layer is in a set if its conv input had to be restored to pass the target
-    accuracy, all layers' being resampled at the start.
+    accuracy, all layers' being resampled at the start. Pairs that never pass it have no minimal set: they are left
+    out, and counted in the heading.
 
     Args:
         result: columns template, corruption, step, layer (−1 at the start), accuracy; `meta["n_layers"]` says how
-            many layers to show, else up to the last one in a set.
+            many layers to show, else up to the last one in a set; `meta["unreached"]` lists the pairs
+            [template, corruption] that never pass the target.
     """
     require(result, "template", "corruption", "step", "layer", "accuracy")
-    shares, sets = minimal_set_shares(result.table, result.meta.get("n_layers"))
+    unreached = result.meta.get("unreached", [])
+    shares, sets = minimal_set_shares(result.table, result.meta.get("n_layers"), unreached)
     figure = new_figure(max(6.0, 1.6 + 0.21 * len(shares)), 3.2)
     axes = figure.subplots()
     colours = [BLUE if share == 1 else SKY for share in shares]
@@ -35,15 +41,27 @@ def cross_talk(result: Result) -> Figure:
     axes.set_xticks(shares.index, [str(layer) for layer in shares.index], rotation=90 if len(shares) > 24 else 0)
     axes.set(xlabel="layer", ylabel="share of minimal sets", ylim=(0, 1.09), xlim=(-0.7, len(shares) - 0.3))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    note = f"{sets} (template, corruption) {'pair' if sets == 1 else 'pairs'}"
-    figure.suptitle(heading(result, "Layers in the minimal token cross-talk sets", note), parse_math=False)
+    note = f"{sets} {'set' if sets == 1 else 'sets'}"
+    if unreached:
+        note += f", {len(unreached)} without one"
+    set_heading(figure, result, "Layers in the minimal token cross-talk sets", note)
     return figure
 
 
-def minimal_set_shares(table: pd.DataFrame, n_layers: int | None = None) -> tuple[pd.Series, int]:
-    """For each layer 0, 1, … the share of (template, corruption) pairs whose set it is in; and how many pairs."""
+def minimal_set_shares(
+    table: pd.DataFrame, n_layers: int | None = None, unreached: Sequence[Sequence[str]] = ()
+) -> tuple[pd.Series, int]:
+    """For each layer 0, 1, … the share of (template, corruption) pairs whose minimal set it is in; how many sets.
+
+    Args:
+        table: columns template, corruption, layer (−1 at the start).
+        n_layers: how many layers to count; None for up to the last one in a set.
+        unreached: pairs [template, corruption] without a minimal set, which are left out.
+    """
+    pairs = pd.MultiIndex.from_frame(table[["template", "corruption"]])
+    table = table[~pairs.isin([tuple(pair) for pair in unreached])]
     sets = table.groupby(["template", "corruption"]).ngroups
     members = table.loc[table["layer"] >= 0, ["template", "corruption", "layer"]].drop_duplicates()
     if n_layers is None:
         n_layers = int(members["layer"].max()) + 1 if len(members) else 1
-    return members["layer"].value_counts().reindex(range(n_layers), fill_value=0) / sets, sets
+    return members["layer"].value_counts().reindex(range(n_layers), fill_value=0) / max(sets, 1), sets

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
-from mamba_ioi.figures.style import GREY, VERMILION, new_figure
+from mamba_ioi.figures.style import GREY, VERMILION, new_figure, require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from mamba_ioi.result import Result
 
 FILLS = {
     "learned": "#D6E6F4",
@@ -38,23 +39,34 @@ class ModelSizes:
     d_conv: int
     vocab_size: int
 
-    def table(self) -> pd.DataFrame:
-        """Columns size, value: the table of a Result of the experiment `architecture` or `ssm_internals`."""
-        return pd.DataFrame({"size": list(asdict(self)), "value": list(asdict(self).values())})
-
     @classmethod
-    def of(cls, sizes: ModelSizes | Mapping[str, int]) -> ModelSizes:
-        """From a mapping with (at least) the seven names.
+    def of(cls, source: ModelSizes | Mapping[str, int] | object) -> ModelSizes:
+        """From a mapping, or from any object with attributes, of (at least) the seven names.
 
         Raises:
             ValueError: a name is missing.
         """
-        if isinstance(sizes, cls):
-            return sizes
+        if isinstance(source, cls):
+            return source
+        values = dict(source) if isinstance(source, Mapping) else {}
         names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in sizes]:
-            raise ValueError(f"the sizes of a diagram lack {', '.join(missing)}; they have {', '.join(sizes)}")
-        return cls(**{name: int(sizes[name]) for name in names})
+        values |= {name: getattr(source, name) for name in names if hasattr(source, name)}
+        if missing := [name for name in names if values.get(name) is None]:
+            raise ValueError(
+                f"a diagram of the model needs the sizes {', '.join(names)}; missing: {', '.join(missing)}"
+            )
+        return cls(**{name: int(values[name]) for name in names})
+
+    def table(self) -> pd.DataFrame:
+        """Columns size, value: the table of a Result of the experiments `architecture` and `ssm_internals`."""
+        sizes = asdict(self)
+        return pd.DataFrame({"size": list(sizes), "value": list(sizes.values())})
+
+    @classmethod
+    def of_result(cls, result: Result) -> ModelSizes:
+        """From a Result with the columns of `table`."""
+        require(result, "size", "value")
+        return cls.of(dict(zip(result.table["size"], result.table["value"], strict=True)))
 
     @property
     def lines(self) -> list[str]:
@@ -100,11 +112,12 @@ class Box:
 class Diagram:
     """A page of `width` × `height` inches whose coordinates are inches from its top left corner."""
 
-    def __init__(self, width: float, height: float, title: str) -> None:
+    def __init__(self, width: float, height: float, title: str, model: str | None = None) -> None:
         self.figure = new_figure(width, height, layout="none")
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.set_axis_off()
+        title = "  ·  ".join(part for part in (title, model) if part)
         self.axes.text(width / 2, 0.3, title, ha="center", va="center", fontsize=11, parse_math=False)
 
     def box(

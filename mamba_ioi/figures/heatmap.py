@@ -44,7 +44,7 @@ class Scale:
         below, above = int((values < -bound).sum()), int((values > bound).sum())
         if clipped := below + above:
             cells = "cell" if clipped == 1 else "cells"
-            label += f"\ncolours clipped at ±{bound:g}: {clipped} {cells} beyond, largest {largest:.3g} in magnitude"
+            label += f"\ncolours clipped at ±{bound:g}:\n{clipped} {cells} beyond, up to {largest:.3g}"
         extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}.get(
             (below > 0, above > 0), "both"
         )

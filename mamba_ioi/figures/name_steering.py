@@ -12,12 +12,12 @@ from mamba_ioi.figures.style import (
     CYCLE,
     LIGHT_GREY,
     MARKERS,
-    heading,
     literal,
     new_figure,
     paper_style,
     prompts_note,
     require,
+    set_heading,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mamba_ioi.result import Result
 
 METHODS = {"replace": "Replace", "subtract_add": "Subtract and add"}
-COLOURED_NAMES = 8
+COLOURED_NAMES = len(CYCLE)
 
 
 @paper_style()
@@ -70,7 +70,7 @@ def name_steering(result: Result) -> Figure:
     bar.outline.set_visible(False)
     layer = result.meta.get("arguments", {}).get("layer")
     title = "Steering names" + ("" if layer is None else f" in the SSM input of layer {layer}")
-    figure.suptitle(heading(result, title, prompts_note(result)), parse_math=False)
+    set_heading(figure, result, title, prompts_note(result))
     return figure
 
 
@@ -107,7 +107,7 @@ def name_pca(result: Result) -> Figure:
             axis.set_ylabel(_component(2, shares))
     layer = result.meta.get("arguments", {}).get("layer")
     title = "Mean SSM inputs of names" + ("" if layer is None else f", layer {layer}")
-    figure.suptitle(heading(result, title), parse_math=False)
+    set_heading(figure, result, title)
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mamba_ioi.figures.heatmap import Scale, draw_cells, grid, labels
-from mamba_ioi.figures.style import heading, new_figure, paper_style, require
+from mamba_ioi.figures.style import new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def resample_ablation(result: Result) -> Figure:
     axes[0].set_ylabel("layer")
     scale.bar(figure, list(axes), pad=0.01, fraction=0.02, aspect=30)
     site = result.meta.get("arguments", {}).get("site", "layer_input")
-    figure.suptitle(heading(result, f"Resample ablation of {site}, by layer and token"), parse_math=False)
+    set_heading(figure, result, f"Resample ablation of {site}, by layer and token")
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.colors import Normalize
 
 from mamba_ioi.figures.heatmap import Scale, draw_cells, grid, labels
-from mamba_ioi.figures.style import heading, literal, new_figure, paper_style, require
+from mamba_ioi.figures.style import literal, new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def state_similarity(result: Result) -> Figure:
     scale.bar(figure, list(axes), pad=0.01, fraction=0.03, aspect=30)
     layer = result.meta.get("arguments", {}).get("layer")
     title = "Similarity of contributions and states" + ("" if layer is None else f", layer {layer}")
-    figure.suptitle(heading(result, title), parse_math=False)
+    set_heading(figure, result, title)
     return figure
 
 

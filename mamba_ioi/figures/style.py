@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from mamba_ioi.result import Result
 
 DPI = 200
+HEADING_ADVANCE = 0.086
+"""Mean width of a character of the heading, in inches."""
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -42,17 +45,9 @@ RC = {
 }
 
 # Okabe & Ito's colours, which people with colour-blindness tell apart.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-)
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, "#000000", YELLOW)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#7F7F7F"
 LIGHT_GREY = "#D9D9D9"
 
@@ -99,7 +94,8 @@ def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> tuple[Path, Pat
         with paper_style():
             for path in paths:
                 kind = path.suffix[1:]
-                figure.savefig(temporary, format=kind, dpi=DPI, metadata={"CreationDate": None} if kind == "pdf" else None)
+                undated = {"CreationDate": None} if kind == "pdf" else None
+                figure.savefig(temporary, format=kind, dpi=DPI, metadata=undated)
                 os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -121,9 +117,17 @@ def require(result: Result, *columns: str) -> None:
         raise ValueError(f"the figure of {name!r} needs at least one row; the table is empty")
 
 
-def heading(result: Result, title: str, note: str = "") -> str:
-    """The figure's title with the model's name, where the result knows it, and a note such as `n = 32`."""
-    return "  ·  ".join(part for part in (title, result.meta.get("model"), note) if part)
+def set_heading(figure: Figure, result: Result, title: str, note: str = "") -> None:
+    """Head the figure with its title, the model's name where the result knows it, and a note such as `n = 32`.
+
+    On one line if the figure is wide enough, else with the title on a line of its own.
+    """
+    room = int(figure.get_figwidth() / HEADING_ADVANCE)
+    details = "  ·  ".join(str(part) for part in (result.meta.get("model"), note) if part)
+    text = "  ·  ".join(part for part in (title, details) if part)
+    if len(text) > room:
+        text = "\n".join(textwrap.fill(part, room) for part in (title, details) if part)
+    figure.suptitle(text, parse_math=False)
 
 
 def prompts_note(result: Result) -> str:
@@ -134,11 +138,11 @@ def prompts_note(result: Result) -> str:
     return f"n = {low}" if low == high else f"n = {low}–{high}"
 
 
-def error_lengths(table: pd.DataFrame, column: str) -> np.ndarray | None:
+def error_lengths(table: pd.DataFrame, column: str, low: str = "low", high: str = "high") -> np.ndarray | None:
     """Lengths [2, rows] of whiskers from `column` down to `low` and up to `high`; None without those columns."""
-    if not {"low", "high"} <= set(table.columns):
+    if not {low, high} <= set(table.columns):
         return None
-    return np.stack([table[column] - table["low"], table["high"] - table[column]]).clip(min=0)
+    return np.stack([table[column] - table[low], table[high] - table[column]]).clip(min=0)
 
 
 def literal(text: object) -> str:

@@ -68,7 +68,7 @@ def _mix(mixer: MambaMixer, hidden: Float[Tensor, "B L D"]) -> Float[Tensor, "B 
 
 
 def fast_logits(model: MambaForCausalLM, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
-    """The logits of a float32 `MambaForCausalLM`, equal to `model(tokens).logits`, with gradients for its parameters."""
+    """The logits of a float32 model, equal to `model(tokens).logits`, with gradients for its parameters."""
     hidden = model.backbone.embeddings(tokens)
     for block in model.backbone.layers:
         hidden = hidden + _mix(block.mixer, block.norm(hidden))

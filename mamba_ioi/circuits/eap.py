@@ -1,0 +1,263 @@
+"""Edge attribution patching: how much the metric would change if an edge were resampled, by gradients (App. D.1).
+
+    score(i -> j) = mean over rows of sum over positions and D of (corrupt_i - output_i) * grad_j
+
+with grad_j the gradient of the normalized logit difference at j's input, averaged over steps between the clean (alpha =
+0) and the corrupt run (alpha = 1), alpha_k = k / (steps - 1). Negative: resampling the edge lowers the metric, so the
+edge is needed. One step is plain EAP, at the clean run (arXiv 2310.10348).
+
+The two variants of integrated gradients:
+
+``standard``
+    EAP-IG on inputs (arXiv 2403.17806): the embeddings are interpolated and the rest of the model follows; output_i is
+    the clean run's. So the sources are constants, every edge into one layer meets the same gradient, and scores of
+    different steps differ by their gradient alone. In a linear model each score is the exact effect of resampling that
+    edge alone, and the scores of the edges of any cut between embed and output sum to the metric's whole change. In any
+    model the edges out of embed do so, as the number of steps grows (the completeness of integrated gradients).
+``paper``
+    As the paper's own code: in each step every edge is patched with weight alpha, output_i is that run's, and gradients
+    pass through the patch. The gradient at a layer's input then comes through residual streams scaled by 1 - alpha: it
+    shrinks with every step, and is exactly 0 at alpha = 1, where only the edges into the output still score.
+
+Fine edges are scored in the same way, by the gradients at the conv's output, the gate and the SSM's output; inside
+layers nothing is interpolated on its own, so coarse scores are the same with and without them. By the algebra, the
+four slices' scores of a layer sum to that of ``conv -> ssm``; ``in -> skip`` and ``skip -> out`` are one value, and
+score the same.
+
+A batch costs a forward each for the clean and the corrupt run, and a forward and a backward a step. As each gradient
+arrives it is contracted with the sources' differences: no [src, dst, D] tensor is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..dataset import IOIDataset
+from ..result import Result
+from ..sites import open_stages
+from ..stages import ConvStages, ScanStages, conv_terms
+from .circuit import edge_table
+from .forward import Pass, Run, record, require_fine, stream
+from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
+from .pairs import Pairs, answer_difference
+
+VARIANTS = ("standard", "paper")
+MOST_ROWS, BACKWARD_BYTES = 32, 4 * 10**9
+
+
+def eap(
+    model,
+    data: IOIDataset,
+    *,
+    steps: int = 5,
+    positional: bool = False,
+    variant: Literal["standard", "paper"] = "standard",
+    fine: bool = False,
+    absolute: bool = True,
+    batch_rows: int | None = None,
+    progress: bool = False,
+) -> Result:
+    """Score every edge by edge attribution patching with integrated gradients (paper, § 3.2, § 5 and App. D.1).
+
+    Args:
+        model: a model from `load_model`; with ``fine`` a Mamba.
+        data: pairs of prompts; aligned ones if ``positional``.
+        steps: how many points between clean and corrupt run the gradients are taken at; 1 is plain EAP.
+        positional: keep positions apart: a score for (src, dst, position).
+        variant: ``standard`` or ``paper``: what is interpolated, and whether gradients pass through the patch. See this
+            module's text.
+        fine: score also the edges inside layers: conv slices, SSM and skip.
+        absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
+        batch_rows: how many rows run at once; by default as many, up to 32, as keep the states that the backward pass
+            needs within about 4 GB.
+        progress: show a progress bar.
+
+    Returns:
+        A Result with one row an edge: src, dst, position (-1 if not positional), score: an estimate of the metric's
+        change when the edge is resampled, averaged over rows. ``meta["graph"]`` says which graph was scored.
+
+    Raises:
+        ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
+            are kept; for an unknown variant or less than one step.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is a whole number, at least 1, not {steps!r}")
+    if fine:
+        require_fine(model)
+    pairs = Pairs.of(model, data, positional=positional)
+    graph = Graph(model.n_layers, fine, pairs.length if positional else None)
+    total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
+    alphas = [k / max(steps - 1, 1) for k in range(steps)]
+    batches = list(pairs.batches(batch_rows or default_rows(model, pairs.length)))
+    with frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
+        for batch in batches:
+            clean = record(model, batch.clean, batch.last, fine=fine)
+            corrupt = record(model, batch.corrupt, batch.last, fine=fine)
+            _, spread = batch.scale(clean.logits, corrupt.logits, absolute=absolute)
+            weights = 1 / (spread * len(pairs) * steps)
+            for alpha in alphas:
+                total += attribute(model, graph, batch, clean, corrupt, weights, alpha, variant)
+                bar.update()
+    if not total.isfinite().all():
+        raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
+    arguments = {"steps": steps, "positional": positional, "variant": variant, "fine": fine, "absolute": absolute}
+    return Result.create(
+        "eap",
+        score_table(graph, total),
+        model=model,
+        arguments=arguments,
+        graph={"n_layers": graph.n_layers, "fine": graph.fine, "length": graph.length},
+        n_rows=len(pairs),
+    )
+
+
+def score_table(graph: Graph, scores: Float[Tensor, "n_pairs width"]) -> pd.DataFrame:
+    """The scores as a tidy table: src, dst, position (-1 if edges are not kept apart by position), score."""
+    return edge_table(graph.edges()).assign(score=scores.flatten().tolist())
+
+
+def default_rows(model, length: int) -> int:
+    """How many rows to run at once: the backward pass of a scan keeps about five values a state and position."""
+    if not model.is_mamba:
+        return MOST_ROWS
+    row = 5 * 4 * model.n_layers * length * model.d_inner * model.d_state
+    return max(1, min(MOST_ROWS, BACKWARD_BYTES // row))
+
+
+@contextmanager
+def frozen(model) -> Iterator[None]:
+    """Let no gradient into the parameters, so that nothing is kept for them in the forward pass."""
+    parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def attribute(
+    model,
+    graph: Graph,
+    batch: Pairs,
+    clean: Run,
+    corrupt: Run,
+    weights: Float[Tensor, "B"],
+    alpha: float,
+    variant: str,
+) -> Float[Tensor, "n_pairs width"]:
+    """One step's scores: one forward, one backward. ``weights`` turn each row's logit difference into its share."""
+    live = variant == "paper"
+    visitor = Attributed(graph, alpha, corrupt, None if live else clean)
+    answers, corrupt_answers = batch.answers, batch.corrupt_answers
+    with torch.enable_grad(), model.trace(batch.clean):
+        scores = attributed(model, visitor, batch.last, answers, corrupt_answers, weights).save()
+    return scores.double().cpu()
+
+
+def attributed(model, visitor: Attributed, read, answers, corrupt_answers, weights) -> Tensor:
+    """The body of `attribute`'s trace."""
+    logits = stream(model, visitor, read)
+    metric = (answer_difference(logits, answers, corrupt_answers) * weights).sum()
+    torch.autograd.grad(metric, visitor.start)
+    return visitor.scores
+
+
+class Attributed(Pass):
+    """Take the gradient at every layer's input, and contract it with the sources' differences.
+
+    Args:
+        graph: the edges to score.
+        alpha: how far between clean (0) and corrupt (1) the run is.
+        corrupt: the corrupt run.
+        clean: the clean run, for sources that are constant (`standard`); None takes them from this run, in which every
+            edge is patched with weight alpha (`paper`).
+    """
+
+    def __init__(self, graph: Graph, alpha: float, corrupt: Run, clean: Run | None) -> None:
+        self.graph, self.alpha, self.corrupt, self.clean = graph, alpha, corrupt, clean
+        self.scores = corrupt.sources[0].new_zeros(len(graph.pairs), graph.width)
+        self.differences: list[Tensor] = []
+        self.base = corrupt.sources[0]
+
+    def embed(self, value):
+        there = self.corrupt.sources[0]
+        if self.clean is not None:
+            value = torch.lerp(self.clean.sources[0], there, self.alpha)
+        self.start = value.detach().requires_grad_()
+        self._difference(0, self.start)
+        return self.start
+
+    def enter(self, layer, resid):
+        value = resid.clone() if self.clean is not None else torch.lerp(resid, self.base, self.alpha)
+        start, width = self.graph.into(layer).start, self.graph.width
+        scores, differences = self.scores, self.differences
+
+        def contract(gradient: Tensor) -> None:
+            for source in range(layer + 1):
+                scores[start + source] += by_position(gradient * differences[source], width)
+
+        value.register_hook(contract)
+        return value
+
+    def leave(self, layer, resid, added):
+        self.base = self.base + self.corrupt.sources[layer + 1]
+        self._difference(layer + 1, added)
+        return resid + added
+
+    def inside(self, layer, mixer):
+        if not self.graph.fine:
+            return
+        start, width, scores = self.graph.inside(layer).start, self.graph.width, self.scores
+        there = self.corrupt.inner[layer]
+        here = {} if self.clean is None else self.clean.inner[layer]
+        gate = mixer.gate
+        conv = open_stages(mixer, ConvStages)
+        convolved, weight = conv.get("conv"), conv.weight.detach()
+        came = here.get("conv_input", conv.x.detach().transpose(1, 2))
+        scan = open_stages(mixer, ScanStages)
+        output = scan.get("ssm_output")
+        d_gate = there["gate"] - here.get("gate", gate.detach())
+        d_output = there["ssm_output"] - here.get("ssm_output", output.detach())
+        d_input = there["conv_input"] - came
+
+        def contract_gate(gradient: Tensor) -> None:
+            score = by_position(gradient * d_gate, width)
+            scores[start + SKIP] += score
+            scores[start + SKIP_OUT] += score
+
+        def contract_conv(gradient: Tensor) -> None:
+            terms = conv_terms(d_input.transpose(1, 2), weight)
+            by_slice = by_position(gradient[..., None] * terms, width, keep=-1)
+            scores[start : start + SLICE.stop] += by_slice
+            scores[start + SSM] += by_slice.sum(0)
+
+        def contract_output(gradient: Tensor) -> None:
+            scores[start + SSM_OUT] += by_position(gradient * d_output, width)
+
+        gate.register_hook(contract_gate)
+        convolved.register_hook(contract_conv)
+        output.register_hook(contract_output)
+
+    def _difference(self, source: int, value: Tensor) -> None:
+        here = value if self.clean is None else self.clean.sources[source]
+        self.differences.append((self.corrupt.sources[source] - here).detach())
+
+
+def by_position(products: Tensor, width: int, keep: int | None = None) -> Tensor:
+    """Products [B, L, X] summed to [width]: over all, or all but L. With ``keep=-1``, [B, L, X, K] to [K, width]."""
+    products = products.to(torch.promote_types(products.dtype, torch.float32))
+    if keep is not None:
+        return torch.stack([by_position(products[..., k], width) for k in range(products.shape[keep])])
+    return products.sum((0, 2)) if width > 1 else products.sum()[None]

@@ -1,0 +1,103 @@
+"""The exact effect of every edge, by resampling each one alone, and how well scores and circuits agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from ..dataset import IOIDataset
+from ..result import Result
+from .circuit import Circuit
+from .eap import score_table
+from .graph import Graph
+from .measure import BATCH_ROWS, MANY, Bench
+from .pairs import Pairs
+
+KEY = ["src", "dst", "position"]
+
+
+def exact_effects(
+    model,
+    data: IOIDataset,
+    *,
+    positional: bool = False,
+    fine: bool = False,
+    absolute: bool = True,
+    batch_rows: int = BATCH_ROWS,
+    progress: bool = False,
+) -> Result:
+    """How much the metric changes when one edge is resampled and nothing else is: what `eap` estimates.
+
+    Args:
+        model: a model from `load_model`; with ``fine`` a Mamba.
+        data: pairs of prompts; aligned ones if ``positional``.
+        positional: resample every edge at every position alone.
+        fine: the edges inside layers too.
+        absolute: NLD over |max - min| (App. B), or over max - min.
+        batch_rows: how many rows, edges times prompts, run at once.
+        progress: show a progress bar.
+
+    Returns:
+        A Result as that of `eap`: src, dst, position, score: the change of the mean NLD. Negative: the edge is needed.
+    """
+    length = Pairs.of(model, data, positional=True).length if positional else None
+    graph = Graph(model.n_layers, fine, length)
+    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=MANY)
+    whole = torch.ones(len(graph.pairs), graph.width, dtype=torch.bool)
+    before = bench.measure(whole[None]).nld.double().mean()
+    effects = torch.zeros(len(graph), dtype=torch.float64)
+    for some in tqdm(torch.arange(len(graph)).split(batch_rows), desc="exact effects", disable=not progress):
+        masks = whole.flatten().expand(len(some), -1).clone()
+        masks[torch.arange(len(some)), some] = False
+        effects[some] = bench.measure(masks.view(len(some), *whole.shape)).nld.double().mean(1) - before
+    return Result.create(
+        "exact_effects",
+        score_table(graph, effects.view(whole.shape)),
+        model=model,
+        arguments={"positional": positional, "fine": fine, "absolute": absolute},
+        graph={"n_layers": graph.n_layers, "fine": graph.fine, "length": graph.length},
+        n_rows=bench.n_rows,
+    )
+
+
+def rank_correlation(one: Result | pd.DataFrame, other: Result | pd.DataFrame) -> float:
+    """Spearman's correlation of two tables of scores, over the edges that both have.
+
+    Raises:
+        ValueError: if they share less than two edges.
+    """
+    both = pd.concat([_scores(one).score, _scores(other).score], axis=1, join="inner", keys=["one", "other"]).dropna()
+    if len(both) < 2:
+        raise ValueError(f"the two tables share {len(both)} edges with scores: a correlation needs two")
+    return float(both.one.rank().corr(both.other.rank()))
+
+
+def overlap(one: Circuit | Sequence, other: Circuit | Sequence) -> dict[str, float | int]:
+    """What two sets of edges have in common.
+
+    Returns:
+        ``shared`` (how many), ``precision`` (of the first), ``recall`` (of the second), ``jaccard`` (of either).
+    """
+    first, second = set(_edges(one)), set(_edges(other))
+    shared = len(first & second)
+    either = len(first | second)
+    return {
+        "shared": shared,
+        "precision": shared / len(first) if first else float("nan"),
+        "recall": shared / len(second) if second else float("nan"),
+        "jaccard": shared / either if either else float("nan"),
+    }
+
+
+def _edges(edges: Circuit | Sequence) -> list[tuple]:
+    return [tuple(edge) for edge in (edges.edges if isinstance(edges, Circuit) else edges)]
+
+
+def _scores(scores: Result | pd.DataFrame) -> pd.DataFrame:
+    table = scores.table if isinstance(scores, Result) else scores
+    if "position" not in table:
+        table = table.assign(position=-1)
+    return table.set_index(KEY)[["score"]]

@@ -1,0 +1,178 @@
+"""Runs through the residual stream, node by node, and the record of what every node gives.
+
+One nnsight trace is one run: the residual stream is carried along outside the model, each block is given its own input,
+and what the block adds is read off. A `Pass` says what happens at each node: nothing, edges are resampled (`resample`),
+or gradients are taken (`eap`).
+
+What runs in a trace is plain torch at module level, so that it can be shipped to a server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..sites import open_stages
+from ..stages import ConvStages, ScanStages
+
+_FINAL_NORMS = (
+    "backbone.norm_f",
+    "model.norm",
+    "transformer.ln_f",
+    "gpt_neox.final_layer_norm",
+    "model.decoder.final_layer_norm",
+)
+_HEADS = ("lm_head", "embed_out")
+
+
+class Pass:
+    """What a run does at each node. This one changes nothing; the others change what they say."""
+
+    def embed(self, value: Tensor) -> Tensor:
+        """The embedding as the residual stream begins with it, ``[B, L, D]``."""
+        return value
+
+    def enter(self, layer: int, resid: Tensor) -> Tensor:
+        """The input of a layer (n_layers: of the output node), given the residual stream there."""
+        return resid
+
+    def inside(self, layer: int, mixer) -> None:
+        """What to do in a Mamba layer, between its input projection and its output projection."""
+
+    def skipped(self, layer: int) -> bool:
+        """Whether the layer need not run, because `leave` does not need what it adds."""
+        return False
+
+    def leave(self, layer: int, resid: Tensor, added: Tensor | None) -> Tensor:
+        """The residual stream after a layer that adds ``added`` (None if it was skipped)."""
+        return resid + added
+
+
+def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows V"]:
+    """The body of a trace: run the model node by node.
+
+    Args:
+        model: a `CausalLM`, in a trace.
+        visitor: what to do at each node. It may hand on more rows than the trace began with (a Mamba's only), each
+            block of ``B`` rows the same prompts again.
+        read: the position to read logits at, per prompt.
+
+    Returns:
+        The logits, ``[rows, V]``.
+    """
+    blocks = model.layers
+    first = blocks[0].input
+    length, dtype = first.shape[1], first.dtype
+    resid = visitor.embed(first.to(torch.promote_types(dtype, torch.float32)))
+    for layer in range(model.n_layers):
+        block = blocks[layer]
+        if visitor.skipped(layer):
+            block.skip(block.input)
+            resid = visitor.leave(layer, resid, None)
+            continue
+        value = visitor.enter(layer, resid)
+        if model.is_mamba:
+            args, kwargs = block.inputs
+            block.inputs = ((value.flatten(0, -3), *args[1:]), {**kwargs, "attention_mask": None})
+            visitor.inside(layer, block.mixer)
+            open_stages(block.mixer, ScanStages).own = True
+            added = block.mixer.out_proj.output
+        else:
+            flat = value.flatten(0, -3).to(dtype)
+            block.input = flat
+            after = block.output
+            added = (after[0] if isinstance(after, tuple) else after) - flat
+        resid = visitor.leave(layer, resid, added.to(resid.dtype).unflatten(0, value.shape[:-2]))
+    final = visitor.enter(model.n_layers, resid).flatten(0, -3)
+    rows = torch.arange(final.shape[0], device=final.device)
+    final = final[rows, read.repeat(final.shape[0] // read.shape[0])]
+    find(model, _FINAL_NORMS).input = final.to(dtype)[:, None].expand(-1, length, -1)
+    head = find(model, _HEADS)
+    head.input = head.input[:, :1]
+    return head.output[:, 0]
+
+
+def find(model, paths: tuple[str, ...]):
+    """The first of these modules that the model has."""
+    for path in paths:
+        try:
+            return model.get(path)
+        except AttributeError:
+            continue
+    raise ValueError(f"{model.model_id} has none of the modules {', '.join(paths)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every node gave in one unpatched run.
+
+    Attributes:
+        sources: what embed and each layer add to the residual stream, n_layers + 1 times ``[B, L, D]``.
+        inner: for each layer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (in_proj's conv
+            branch), ``conv``, ``gate``, ``ssm_output``. Empty if not asked for.
+        logits: at each row's read position, ``[B, V]``.
+    """
+
+    sources: list[Float[Tensor, "B L D"]]
+    inner: list[dict[str, Float[Tensor, "B L E"]]]
+    logits: Float[Tensor, "B V"]
+
+
+class Record(Pass):
+    """Keep what every node gives."""
+
+    def __init__(self, fine: bool) -> None:
+        self.fine = fine
+        self.sources: list[Tensor] = []
+        self.inner: list[dict[str, Tensor]] = []
+
+    def embed(self, value):
+        self.sources.append(value)
+        return value
+
+    def inside(self, layer, mixer):
+        if self.fine:
+            self.inner.append(inner_values(mixer))
+
+    def leave(self, layer, resid, added):
+        self.sources.append(added)
+        return resid + added
+
+
+def inner_values(mixer) -> dict[str, Tensor]:
+    """The values of a layer's inner nodes, as the run has them."""
+    gate = mixer.gate
+    conv = open_stages(mixer, ConvStages)
+    values = {"gate": gate, "conv_input": conv.x.transpose(1, 2), "conv": conv.get("conv")}
+    values["ssm_output"] = open_stages(mixer, ScanStages).get("ssm_output")
+    return values
+
+
+def record(model, tokens: Int[Tensor, "B L"], read: Int[Tensor, "B"], *, fine: bool = False) -> Run:
+    """Run the model on the tokens and keep what every node gives."""
+    if fine:
+        require_fine(model)
+    visitor = Record(fine)
+    with torch.no_grad(), model.trace(tokens):
+        found = recorded(model, visitor, read).save()
+    return Run(*found)
+
+
+def recorded(model, visitor: Record, read: Tensor) -> tuple:
+    """The body of `record`'s trace."""
+    logits = stream(model, visitor, read)
+    return visitor.sources, visitor.inner, logits
+
+
+def require_fine(model) -> None:
+    """Refuse fine nodes where there are none.
+
+    Raises:
+        ValueError: if the model is no Mamba, or its conv has not four taps.
+    """
+    model.require_mamba("edges inside a layer")
+    if model.d_conv != 4:
+        raise ValueError(f"edges inside a layer are those of a conv with 4 taps, not {model.d_conv}")

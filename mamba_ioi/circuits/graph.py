@@ -1,0 +1,245 @@
+"""The computational graph of a residual network: its nodes, its edges, and which of them lie on a path.
+
+Nodes: ``embed``, the layers ``0`` … ``n-1``, ``output`` (the residual stream after the last layer, at the last
+position). An edge (i, j) carries what i adds to the residual stream into j's input (paper, Figure 3 and Equation 11).
+
+Fine nodes split each layer (App. D.2). ``39`` then stands for the layer's input where an edge leaves it inwards, and
+for its output where an edge enters it from inside; eight edges connect them:
+
+    39 -> 39.conv[-3], 39.conv[-2], 39.conv[-1], 39.conv[0]     the four terms whose sum, with the bias, is 39.conv
+    39.conv -> 39.ssm                                           the conv's output, which the SSM (and B, C, delta) reads
+    39 -> 39.skip                                               the gate's input
+    39.ssm -> 39, 39.skip -> 39                                 the SSM's output before gating, and the gate
+
+A slice reaches ``39.conv`` always: that sum is no edge, since to cut it is to cut the edge into the slice. So a graph
+of n layers has (n + 1)(n + 2) / 2 coarse edges (1225 for 48 layers) and 8n fine ones more (1609).
+
+With ``length``, every edge is kept apart by position: (i, j, p) carries what i adds at p; inside a layer, p is the
+position of the *destination's* value (of a conv slice: the output position, its term coming from p + slice).
+
+Order: edges by destination (layers, then output), then source (embed, layers); a layer's eight inner edges follow those
+into it, as listed above; positions of an edge are adjacent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+Edge = tuple[str, str] | tuple[str, str, int]
+"""``(src, dst)``, or ``(src, dst, position)``."""
+
+EMBED, OUTPUT = "embed", "output"
+SLICES = (-3, -2, -1, 0)
+INNER = 8
+"""How many edges a layer has inside; `SLICE`, `SSM`, `SKIP`, `SSM_OUT`, `SKIP_OUT` say where they stand among them."""
+SLICE, SSM, SKIP, SSM_OUT, SKIP_OUT = slice(0, 4), 4, 5, 6, 7
+_NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[123]|0)\])?|ssm|skip))?")
+
+
+def inner_edges(layer: int) -> list[tuple[str, str]]:
+    """The eight edges inside a layer, in order."""
+    node = str(layer)
+    slices = [(node, f"{node}.conv[{s}]") for s in SLICES]
+    return [
+        *slices,
+        (f"{node}.conv", f"{node}.ssm"),
+        (node, f"{node}.skip"),
+        (f"{node}.ssm", node),
+        (f"{node}.skip", node),
+    ]
+
+
+def layer_of(node: str) -> int | None:
+    """The layer that a node is, or lies in; None for embed and output.
+
+    Raises:
+        ValueError: if there is no such node in any graph.
+    """
+    if not isinstance(node, str) or not _NODE.fullmatch(node):
+        raise ValueError(f"{node!r} is no node: nodes are 'embed', '0', …, 'output', '0.conv[-1]', '0.ssm', '0.skip'")
+    return None if node in (EMBED, OUTPUT) else int(node.split(".")[0])
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All edges of a model.
+
+    Attributes:
+        n_layers: how many layers (blocks) the model has.
+        fine: whether layers are split into conv slices, SSM and skip.
+        length: the number of positions, if edges are kept apart by position.
+    """
+
+    n_layers: int
+    fine: bool = False
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 1 or (self.length is not None and self.length < 1):
+            raise ValueError(f"a graph has at least one layer and one position, not {self.n_layers} and {self.length}")
+
+    @classmethod
+    def of(cls, n_layers: int, edges: Iterable[Edge]) -> Graph:
+        """The smallest kind of graph that holds these edges: fine if an inner one is there, positional if one is."""
+        edges = list(edges)
+        positional = {len(edge) == 3 for edge in edges}
+        if len(positional) > 1:
+            raise ValueError("edges are either all (src, dst) or all (src, dst, position)")
+        fine = any("." in node for edge in edges for node in edge[:2])
+        length = 1 + max(edge[2] for edge in edges) if edges and positional == {True} else None
+        return cls(n_layers, fine, length)
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Every (src, dst), in order; n_pairs of them."""
+        found: list[tuple[str, str]] = []
+        for layer in range(self.n_layers):
+            found += [(source, str(layer)) for source in self.sources(layer)]
+            found += inner_edges(layer) if self.fine else []
+        return (*found, *((source, OUTPUT) for source in self.sources(self.n_layers)))
+
+    @cached_property
+    def index(self) -> dict[tuple[str, str], int]:
+        """Where each (src, dst) stands in `pairs`."""
+        return {pair: i for i, pair in enumerate(self.pairs)}
+
+    @property
+    def width(self) -> int:
+        """The size of a mask's second dimension: `length`, or 1 if edges are not kept apart by position."""
+        return self.length or 1
+
+    def __len__(self) -> int:
+        return len(self.pairs) * self.width
+
+    def sources(self, layer: int) -> list[str]:
+        """The nodes with an edge into a layer (``n_layers`` stands for the output)."""
+        return [EMBED, *map(str, range(layer))]
+
+    def into(self, layer: int) -> slice:
+        """Where the edges into a layer's input stand in `pairs` (``n_layers``: into the output)."""
+        start = layer * (layer + 1) // 2 + (INNER * layer if self.fine else 0)
+        return slice(start, start + layer + 1)
+
+    def inside(self, layer: int) -> slice:
+        """Where a layer's inner edges stand in `pairs`."""
+        start = self.into(layer).stop
+        return slice(start, start + (INNER if self.fine else 0))
+
+    def edges(self, mask: Bool[Tensor, "n_pairs width"] | None = None) -> tuple[Edge, ...]:
+        """The edges that a mask holds, in order; all of them without a mask."""
+        if mask is None:
+            mask = torch.ones(len(self.pairs), self.width, dtype=torch.bool)
+        held = mask.nonzero().tolist()
+        return tuple((*self.pairs[i], p) if self.length else self.pairs[i] for i, p in held)
+
+    def mask(self, edges: Iterable[Edge]) -> Bool[Tensor, "n_pairs width"]:
+        """Which edges are among those given. In a positional graph, (src, dst) stands for all its positions.
+
+        Raises:
+            ValueError: for an edge that is not in the graph.
+        """
+        mask = torch.zeros(len(self.pairs), self.width, dtype=torch.bool)
+        for edge in edges:
+            pair, position = (str(edge[0]), str(edge[1])), edge[2] if len(edge) == 3 else None
+            if pair not in self.index or (position is not None and not 0 <= position < (self.length or 0)):
+                raise ValueError(f"the edge {edge!r} is not in {self}")
+            mask[self.index[pair], slice(None) if position is None else position] = True
+        return mask
+
+    def refine(self, mask: Bool[Tensor, "n_pairs width"]) -> tuple[Graph, Bool[Tensor, "n_fine width"]]:
+        """The fine graph, and the same circuit in it, with everything inside every layer kept."""
+        if self.fine:
+            return self, mask
+        graph = Graph(self.n_layers, True, self.length)
+        fine = torch.ones(len(graph.pairs), self.width, dtype=torch.bool)
+        for layer in range(self.n_layers + 1):
+            fine[graph.into(layer)] = mask[self.into(layer)]
+        return graph, fine
+
+    def prune(self, mask: Bool[Tensor, "n_pairs width"]) -> Bool[Tensor, "n_pairs width"]:
+        """Keep only edges on a path from embed to output; the others change nothing in any run.
+
+        A source whose input is all resampled gives what it gives in the corrupt run, and what reaches no output is
+        never read. Positions: a layer passes what it receives at p to any position from p on (which holds for a
+        causal model), the gate to p alone; the output is read at the last position.
+        """
+        forward = self._reach(mask)
+        backward = self._needed(mask)
+        return mask & forward & backward
+
+    def _reach(self, mask: Tensor) -> Tensor:
+        """Which edges have a source that a path from embed reaches, ``[n_pairs, width]``."""
+        reached = torch.zeros_like(mask)
+        outputs = [torch.ones(self.width, dtype=torch.bool)]
+        for layer in range(self.n_layers + 1):
+            into = self.into(layer)
+            reached[into] = torch.stack(outputs)
+            arrives = (mask[into] & reached[into]).any(0)
+            if layer == self.n_layers:
+                break
+            if not self.fine:
+                outputs.append(self._onwards(arrives))
+                continue
+            inner, kept = reached[self.inside(layer)], mask[self.inside(layer)]
+            inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in SLICES])
+            inner[SSM] = (inner[SLICE] & kept[SLICE]).any(0)
+            inner[SKIP] = arrives
+            inner[SSM_OUT] = self._onwards(inner[SSM] & kept[SSM])
+            inner[SKIP_OUT] = inner[SKIP] & kept[SKIP]
+            outputs.append((inner[SSM_OUT] & kept[SSM_OUT]) | (inner[SKIP_OUT] & kept[SKIP_OUT]))
+        return reached
+
+    def _needed(self, mask: Tensor) -> Tensor:
+        """Which edges have a destination from which a path leads to the output, ``[n_pairs, width]``."""
+        needed = torch.zeros_like(mask)
+        last = torch.zeros(self.width, dtype=torch.bool)
+        last[-1] = True
+        needed[self.into(self.n_layers)] = last
+        leaves = torch.zeros(self.n_layers, self.width, dtype=torch.bool)
+        leaves |= (mask & needed)[self.into(self.n_layers)][1:]
+        for layer in reversed(range(self.n_layers)):
+            if self.fine:
+                inner, kept = needed[self.inside(layer)], mask[self.inside(layer)]
+                inner[SSM_OUT] = inner[SKIP_OUT] = leaves[layer]
+                inner[SSM] = self._backwards(leaves[layer] & kept[SSM_OUT])
+                inner[SKIP] = leaves[layer] & kept[SKIP_OUT]
+                inner[SLICE] = inner[SSM] & kept[SSM]
+                through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(SLICES)]
+                arrives = torch.stack([*through, inner[SKIP] & kept[SKIP]]).any(0)
+            else:
+                arrives = self._backwards(leaves[layer])
+            into = self.into(layer)
+            needed[into] = arrives
+            leaves[:layer] |= (mask[into] & arrives)[1:]
+        return needed
+
+    def _onwards(self, at: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
+        """The positions from any of these on."""
+        return at.int().cummax(0).values.bool()
+
+    def _backwards(self, at: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
+        """The positions up to any of these."""
+        return self._onwards(at.flip(0)).flip(0)
+
+    def _shift(self, at: Bool[Tensor, "width"], by: int) -> Bool[Tensor, "width"]:
+        """Moved ``by`` positions later (not at all if edges are not kept apart by position)."""
+        if self.length is None or by == 0:
+            return at
+        moved = torch.zeros_like(at)
+        if by > 0:
+            moved[by:] = at[:-by]
+        else:
+            moved[:by] = at[-by:]
+        return moved
+
+
+def describe(edges: Sequence[Edge]) -> str:
+    """Edges as text for a message: ``embed->3, 3->output``."""
+    return ", ".join(f"{edge[0]}->{edge[1]}" + (f"@{edge[2]}" if len(edge) == 3 else "") for edge in edges)

@@ -1,0 +1,128 @@
+"""Pairs of a clean and a corrupt prompt, checked for what resampling edges needs, and cut into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..dataset import IOIDataset
+
+HELD_OUT_SEED = 28
+HELD_OUT_PAIRS = 100
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of prompts with the same length clean and corrupt, and what their metrics need.
+
+    Attributes:
+        clean: token ids of the prompts that run, ``[B, L]``.
+        corrupt: token ids of the prompts that resampled values come from, ``[B, L]``.
+        last: the position that logits are read at, ``[B]``.
+        answers: the clean prompts' answers, ``[B]``.
+        corrupt_answers: the corrupt prompts' answers, ``[B]``.
+        candidates: the names of each pair, ``[B, 4]``, padded with -1.
+    """
+
+    clean: Int[Tensor, "B L"]
+    corrupt: Int[Tensor, "B L"]
+    last: Int[Tensor, "B"]
+    answers: Int[Tensor, "B"]
+    corrupt_answers: Int[Tensor, "B"]
+    candidates: Int[Tensor, "B 4"]
+
+    @classmethod
+    def of(cls, model, data: IOIDataset, *, positional: bool = False) -> Pairs:
+        """The dataset's rows, on the model's device.
+
+        Padding after the longest prompt's last token is cut off.
+
+        Raises:
+            ValueError: if there are no rows, if clean and corrupt prompts differ in length, or if edges are to be kept
+                apart by position and the prompts are not aligned.
+        """
+        clean, corrupt, last = data.clean_tokens, data.corrupt_tokens, data.last_position
+        if clean.shape != corrupt.shape:
+            raise ValueError(
+                f"resampling takes values position by position, so clean and corrupt prompts must have one length: "
+                f"the tokens are {tuple(clean.shape)} and {tuple(corrupt.shape)}"
+            )
+        if len(clean) == 0:
+            raise ValueError("the data hold no rows")
+        padding = torch.arange(clean.shape[1]) > last[:, None].cpu()
+        different = (padding & (clean != corrupt).cpu()).any(1).nonzero().flatten().tolist()
+        if different:
+            raise ValueError(
+                f"row {different[0]}: the clean and the corrupt prompt differ in length; they differ after position "
+                f"{int(last[different[0]])}, where the prompt ends"
+            )
+        if positional and data.position_labels is None:
+            raise ValueError(
+                "edges kept apart by position need aligned prompts, whose names and last token stand at the same "
+                "positions in every row: generate the data with templates='aligned'"
+            )
+        length = int(last.max()) + 1
+        device = model.device
+        return cls(
+            clean[:, :length].to(device),
+            corrupt[:, :length].to(device),
+            last.to(device),
+            data.answers.to(device),
+            data.corrupt_answers.to(device),
+            data.candidates.to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def length(self) -> int:
+        """The number of positions L."""
+        return self.clean.shape[1]
+
+    def batches(self, rows: int) -> Iterator[Pairs]:
+        """The pairs in order, at most ``rows`` at a time."""
+        if rows < 1:
+            raise ValueError(f"batch_rows is at least 1, not {rows}")
+        for start in range(0, len(self), rows):
+            yield Pairs(*(getattr(self, name)[start : start + rows] for name in self.__dataclass_fields__))
+
+    def scale(
+        self, clean: Float[Tensor, "B V"], corrupt: Float[Tensor, "B V"], *, absolute: bool
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Each row's ``min`` and ``range``: its normalized logit difference is (logit diff - min) / range.
+
+        As `metrics.normalized_logit_diff` has it, with |max - min| for ``range`` if ``absolute`` (App. B).
+        """
+        least = self.logit_diff(corrupt)
+        spread = self.logit_diff(clean) - least
+        spread = spread.abs() if absolute else spread
+        return least, torch.where(spread == 0, torch.ones_like(spread), spread)
+
+    def logit_diff(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B"]:
+        """The clean answer's logit less the corrupt one's."""
+        return answer_difference(logits, self.answers, self.corrupt_answers)
+
+
+def held_out(model, data: IOIDataset | None) -> IOIDataset:
+    """The data, or held-out pairs where none are given: seed 28, 100 pairs in both directions.
+
+    Raises:
+        ValueError: if none are given and the model has no tokenizer to make them with.
+    """
+    if data is not None:
+        return data
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer to make held-out data with: pass the data")
+    return IOIDataset.generate(model.tokenizer, HELD_OUT_PAIRS, seed=HELD_OUT_SEED)
+
+
+def answer_difference(logits: Tensor, answers: Tensor, corrupt_answers: Tensor) -> Tensor:
+    """The clean answer's logit less the corrupt one's, ``[B, V] -> [B]``: plain torch, for the inside of a trace."""
+    pair = logits.gather(1, torch.stack([answers, corrupt_answers], dim=1))
+    pair = pair.to(torch.promote_types(pair.dtype, torch.float32))
+    return pair[:, 0] - pair[:, 1]

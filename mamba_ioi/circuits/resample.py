@@ -1,0 +1,173 @@
+"""Resampling edges: many candidate circuits in one forward, each with everything outside it taken from the corrupt run.
+
+With the sources' values of the same run (paper, Equation 11),
+
+    input_j = resid_j - sum_i (1 - keep_ij) d_i = corrupt_resid_j + sum_i keep_ij d_i,    d_i = output_i - corrupt_i
+
+so any set of edges is resampled at once. Inner nodes of a Mamba layer blend their own value with the corrupt run's.
+Layers on no path from embed to output of any candidate are skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..sites import open_stages
+from ..stages import ConvStages, conv_terms
+from .forward import Pass, Run, stream
+from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
+
+
+class Resampled(Pass):
+    """Resample edges: a layer's input keeps of each source the share that its weight says, the rest is corrupt.
+
+    The weights hold for C candidate circuits, each run on the same B prompts. A value is ``[c, B, L, D]``, c being 1 up
+    to the first node where the candidates differ, and C from there on: what they share is computed once.
+
+    Args:
+        graph: which edges the weights are for.
+        keep: ``[C, R, n_pairs, W]``: the share of each edge that is kept, 1 or 0 in a circuit; R is B for weights of
+            each row's own, or 1; W is L in a positional graph, or 1.
+        corrupt: the run that resampled values come from, on B prompts.
+        share: whether candidates share what they have in common (only a Mamba's number of rows may change on the way).
+    """
+
+    def __init__(self, graph: Graph, keep: Float[Tensor, "C R n_pairs W"], corrupt: Run, share: bool = True) -> None:
+        self.graph, self.corrupt, self.share = graph, corrupt, share
+        self.candidates = keep.shape[0]
+        device, dtype = corrupt.sources[0].device, corrupt.sources[0].dtype
+        self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
+        inner = [keep[:, :, graph.inside(j)] for j in range(graph.n_layers if graph.fine else 0)]
+        self.inner = [narrow(weights).to(device, dtype) if (weights != 1).any() else None for weights in inner]
+        anywhere = Graph(graph.n_layers, graph.fine)
+        used = anywhere.prune((keep != 0).amax((0, 1, 3))[:, None])
+        self.live = [bool(used[graph.into(j)].any()) for j in range(graph.n_layers)]
+        self.base = torch.zeros_like(corrupt.sources[0])
+        self.differences: list[Tensor | None] = []
+
+    def embed(self, value):
+        corrupt = self.corrupt.sources[0]
+        value = value[None] if self.share else value.unflatten(0, (self.candidates, -1))
+        self.base = corrupt
+        self.differences = [value - corrupt]
+        return value
+
+    def enter(self, layer, resid):
+        mix = self.mixes[layer]
+        value = self.base[None] if mix.from_corrupt else resid
+        for source, weight in mix.terms:
+            if self.differences[source] is not None:
+                value = torch.addcmul(value, self.differences[source], weight)
+        if layer < len(self.inner) and self.inner[layer] is not None:
+            value = value.expand(max(value.shape[0], self.inner[layer].shape[0]), *value.shape[1:])
+        return value if self.share else value.expand(self.candidates, *value.shape[1:])
+
+    def skipped(self, layer):
+        return not self.live[layer]
+
+    def leave(self, layer, resid, added):
+        corrupt = self.corrupt.sources[layer + 1]
+        self.base = self.base + corrupt
+        self.differences.append(None if added is None else added - corrupt)
+        return resid + (corrupt if added is None else added)
+
+    def inside(self, layer, mixer):
+        weights = self.inner[layer] if self.inner else None
+        if weights is None:
+            return
+        corrupt = self.corrupt.inner[layer]
+
+        def blend(name: str, live: Tensor, weight: Tensor) -> Tensor:
+            there = corrupt[name]
+            live = live.unflatten(0, (-1, there.shape[0]))
+            return torch.lerp(there.expand_as(live), live, weight[..., None].to(live)).flatten(0, 1)
+
+        skip = weights[:, :, SKIP] * weights[:, :, SKIP_OUT]
+        if (skip != 1).any():
+            mixer.gate = blend("gate", mixer.gate, skip)
+        slices = weights[:, :, SLICE]
+        if (slices != 1).any() or (weights[:, :, SSM] != 1).any():
+            conv = open_stages(mixer, ConvStages)
+            live = conv.get("conv")
+            if (slices != 1).any():
+                change = corrupt["conv_input"].transpose(1, 2) - conv.x.unflatten(0, (-1, corrupt["gate"].shape[0]))
+                terms = conv_terms(change.flatten(0, 1), conv.weight).unflatten(0, change.shape[:2])
+                share = (1 - slices).movedim(2, -1)[..., None, :].to(terms)
+                live = live + (terms * share).sum(-1).flatten(0, 1)
+            conv.set("conv", blend("conv", live, weights[:, :, SSM]))
+        if (weights[:, :, SSM_OUT] != 1).any():
+            mixer.ssm_output = blend("ssm_output", mixer.ssm_output, weights[:, :, SSM_OUT])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How one layer's input is put together: from the live or from the corrupt stream, and terms weight * difference.
+
+    Attributes:
+        from_corrupt: whether the corrupt stream is the base (terms are what is kept), or the live one (terms are what
+            is taken away); whichever needs fewer terms.
+        terms: source and weight, ``[C or 1, R, W or 1, 1]``.
+    """
+
+    from_corrupt: bool
+    terms: list[tuple[int, Tensor]]
+
+    @classmethod
+    def of(cls, keep: Float[Tensor, "C R n_src W"], device, dtype) -> Mix:
+        keep = narrow(keep)
+        kept, dropped = ((keep != value).amax((0, 1, 3)).nonzero().flatten().tolist() for value in (0, 1))
+        from_corrupt = len(kept) <= len(dropped)
+        weights = keep if from_corrupt else keep - 1
+        weights = weights.to(device, dtype)
+        sources = kept if from_corrupt else dropped
+        return cls(from_corrupt, [(source, weights[:, :, source, :, None]) for source in sources])
+
+
+def narrow(keep: Float[Tensor, "C ..."]) -> Float[Tensor, "c ..."]:
+    """The candidates' weights, or one candidate's if they are all the same."""
+    return keep[:1] if (keep == keep[:1]).all() else keep
+
+
+def resampled_logits(
+    model,
+    graph: Graph,
+    tokens: Int[Tensor, "B L"],
+    read: Int[Tensor, "B"],
+    corrupt: Run,
+    keep: Float[Tensor, "C R n_pairs W"] | Bool[Tensor, "C R n_pairs W"],
+) -> Float[Tensor, "C B V"]:
+    """The logits of C candidate circuits in one forward, everything outside each of them resampled.
+
+    Args:
+        model: a `CausalLM` from `load_model`; fine graphs need a Mamba.
+        graph: which edges there are.
+        tokens: the prompts that run.
+        read: the position to read logits at, per prompt.
+        corrupt: `record` of the prompts that resampled values come from (with ``fine`` if the graph is).
+        keep: which edges are kept: a bool, or a share. R is B (each row its own circuit) or 1, W is L or 1.
+
+    Raises:
+        ValueError: if the weights fit neither graph nor prompts.
+    """
+    batch, length = tokens.shape
+    rows, pairs, width = keep.shape[1:]
+    if rows not in (1, batch) or pairs != len(graph.pairs) or width != graph.width or width not in (1, length):
+        raise ValueError(
+            f"weights of shape {tuple(keep.shape)} do not fit {len(graph.pairs)} edges, {graph.width} positions, "
+            f"{batch} rows and prompts of length {length}"
+        )
+    if corrupt.sources[0].shape[:2] != tokens.shape:
+        raise ValueError(
+            f"clean and corrupt prompts must have one shape, not {tuple(tokens.shape)} and "
+            f"{tuple(corrupt.sources[0].shape[:2])}"
+        )
+    candidates, share = keep.shape[0], bool(model.is_mamba)
+    visitor = Resampled(graph, keep.float(), corrupt, share)
+    with torch.no_grad(), model.trace(tokens if share else tokens.repeat(candidates, 1)):
+        logits = stream(model, visitor, read).save()
+    logits = logits.unflatten(0, (-1, batch))
+    return logits.expand(candidates, -1, -1)

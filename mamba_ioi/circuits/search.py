@@ -1,0 +1,170 @@
+"""From scores to circuits: rankings, the k best edges, and the smallest prefix that still does the task (App. D.1)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..dataset import IOIDataset
+from ..result import Result
+from .circuit import Circuit, edge_table
+from .graph import Graph
+from .measure import BATCH_ROWS, Bench
+
+logger = logging.getLogger(__name__)
+
+Ranking = Literal["signed", "absolute", "random"]
+RANKINGS = ("signed", "absolute", "random")
+
+
+def scored_graph(
+    scores: Result | pd.DataFrame, n_layers: int | None = None
+) -> tuple[Graph, Float[Tensor, "n_pairs W"]]:
+    """The graph that scores are for, and the scores by edge.
+
+    Raises:
+        ValueError: if the table lacks a column, or is not the scores of every edge of one graph.
+    """
+    table = scores.table if isinstance(scores, Result) else scores
+    missing = {"src", "dst", "score"} - set(table.columns)
+    if missing:
+        raise ValueError(f"scores are a table with src, dst, position, score; {', '.join(sorted(missing))} is missing")
+    if n_layers is None:
+        n_layers = sum(table.dst == "output") // max(1, int(table.get("position", pd.Series([-1])).max()) + 1) - 1
+    positions = table.position if "position" in table else pd.Series(-1, index=table.index)
+    length = int(positions.max()) + 1 if len(table) and positions.max() >= 0 else None
+    graph = Graph(n_layers, bool(table.src.str.contains(".", regex=False).any()), length)
+    values = torch.full((len(graph.pairs), graph.width), math.nan, dtype=torch.float64)
+    for src, dst, position, score in zip(table.src, table.dst, positions, table.score, strict=True):
+        if (src, dst) not in graph.index:
+            raise ValueError(f"the scores hold an edge {src}->{dst} that a model of {n_layers} layers does not have")
+        values[graph.index[src, dst], max(int(position), 0)] = score
+    if len(table) != len(graph) or values.isnan().any():
+        raise ValueError(f"scores are one number for each of {len(graph)} edges; these are {len(table)}")
+    return graph, values
+
+
+def rank(scores: Float[Tensor, "n_pairs W"], by: Ranking = "signed", seed: int = 0) -> Int[Tensor, "n_edges"]:
+    """The edges' flat indices, the most needed first.
+
+    Args:
+        scores: of each edge.
+        by: ``signed``: the most negative first, as the paper ranks; ``absolute``: the largest first, whatever its sign;
+            ``random``: shuffled.
+        seed: of the shuffling.
+    """
+    if by not in RANKINGS:
+        raise ValueError(f"a ranking is one of {', '.join(RANKINGS)}, not {by!r}")
+    flat = scores.flatten()
+    if by == "random":
+        return torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+    return torch.argsort(flat if by == "signed" else -flat.abs(), stable=True)
+
+
+def prefix_mask(graph: Graph, order: Int[Tensor, "n_edges"], k: int) -> Tensor:
+    """The mask of the first k edges of a ranking, ``[n_pairs, W]``."""
+    mask = torch.zeros(len(graph), dtype=torch.bool)
+    mask[order[:k]] = True
+    return mask.view(len(graph.pairs), graph.width)
+
+
+def top_k(scores: Result, k: int, *, by: Ranking = "signed", seed: int = 0, prune: bool = True) -> Circuit:
+    """The circuit of the k edges that score highest in a ranking.
+
+    Args:
+        scores: the result of `eap`.
+        k: how many edges.
+        by: ``signed`` (the paper's), ``absolute``, or ``random``.
+        seed: of the random ranking.
+        prune: remove those on no path from embed to output, which change no run.
+    """
+    graph, values = scored_graph(scores)
+    if not 0 <= k <= len(graph):
+        raise ValueError(f"k is from 0 to {len(graph)}, not {k}")
+    mask = prefix_mask(graph, rank(values, by, seed), k)
+    return _circuit(graph, values, mask, prune, meta={"found_by": f"top {k} by {by} score"})
+
+
+def minimal_circuit(
+    model,
+    data: IOIDataset,
+    scores: Result,
+    target: float = 0.85,
+    *,
+    by: Ranking = "signed",
+    seed: int = 0,
+    prune: bool = True,
+    absolute: bool = True,
+    batch_rows: int = BATCH_ROWS,
+) -> Circuit:
+    """The fewest edges of the ranking whose accuracy is above the target, by the paper's binary search (App. D.1).
+
+    Of n edges, with L = 0 and R = n - 1: m = ceil((L + R) / 2); accuracy(m) > target sets R = m - 1, else L = m; the
+    answer is min(n - 1, L + 1). The search supposes that accuracy rises with the number of edges. Then dead ends are
+    removed: edges on no path from embed to output, which change nothing; ``meta["pruned"]`` says how many.
+
+    Args:
+        model: the model that was scored.
+        data: pairs of prompts to measure accuracy on, as a rule those that were scored.
+        scores: the result of `eap`.
+        target: accuracy has to be above it.
+        by: the ranking: ``signed`` (the paper's), ``absolute`` or ``random``.
+        seed: of the random ranking.
+        prune: whether to remove dead ends.
+        absolute: of the normalized logit difference that is reported, as in `eap`.
+        batch_rows: how many rows run at once.
+
+    Returns:
+        The circuit, with its accuracy and NLD on ``data``; ``meta["tried"]`` holds (edges, accuracy, nld) of every step
+        and ``meta["reached"]`` whether the target was.
+
+    Raises:
+        ValueError: if the scores are not of this model's graph, or the data do not fit.
+    """
+    if not 0 <= target <= 1:
+        raise ValueError(f"target is an accuracy from 0 to 1, not {target}")
+    graph, values = scored_graph(scores, model.n_layers)
+    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows)
+    order = rank(values, by, seed)
+    tried: dict[int, dict[str, float]] = {}
+
+    def measure(k: int) -> dict[str, float]:
+        if k not in tried:
+            tried[k] = bench.measure(prefix_mask(graph, order, k)[None]).means()
+        return tried[k]
+
+    low, high = 0, len(graph) - 1
+    while low < high:
+        middle = math.ceil((low + high) / 2)
+        if measure(middle)["accuracy"] > target:
+            high = middle - 1
+        else:
+            low = middle
+    k = min(len(graph) - 1, low + 1)
+    found = measure(k)
+    meta = {
+        "found_by": f"minimal circuit, accuracy above {target}, by {by} score",
+        "target": target,
+        "reached": found["accuracy"] > target,
+        "prefix": k,
+        "tried": [[k, one["accuracy"], one["nld"]] for k, one in sorted(tried.items())],
+    }
+    if not meta["reached"]:
+        logger.warning("accuracy %.3f with %d edges is not above the target %.3f", found["accuracy"], k, target)
+    circuit = _circuit(graph, values, prefix_mask(graph, order, k), prune, meta, found["accuracy"], found["nld"])
+    logger.info("%d of %d edges, %d dead ends removed", len(circuit), len(graph), circuit.meta["pruned"])
+    return circuit
+
+
+def _circuit(graph: Graph, values: Tensor, mask: Tensor, prune: bool, meta: dict, accuracy=None, nld=None) -> Circuit:
+    kept = graph.prune(mask) if prune else mask
+    edges = graph.edges(kept)
+    table = edge_table(edges).assign(score=values[kept].tolist())
+    meta = {**meta, "pruned": int(mask.sum() - kept.sum())}
+    return Circuit(edges, graph.n_layers, graph.fine, graph.length, accuracy, nld, table, meta)

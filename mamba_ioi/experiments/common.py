@@ -1,0 +1,145 @@
+"""What the experiments share: checks of arguments, effects of resampling, means with intervals, the best candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..dataset import CORRUPTIONS, IOIDataset
+from ..metrics import accuracy, answer_probability, normalized_logit_diff
+from ..result import bootstrap_interval
+from ..sweep import Readout, Resample, sweep
+
+if TYPE_CHECKING:
+    from ..model import CausalLM, MambaModel
+    from ..patching import Patch
+
+TIE_DIGITS = 6
+"""Scores that agree to this many decimals count as equal, so that rounding errors choose no layer."""
+
+
+def check_data(data: IOIDataset, *, aligned: str | None = None) -> list[str] | None:
+    """Refuse a dataset without rows, and one without common positions where ``aligned`` says what needs them.
+
+    Returns:
+        The data's position labels, None where its rows are not aligned.
+
+    Raises:
+        ValueError: if there is no row, or positions are needed and differ from row to row.
+    """
+    if len(data) == 0:
+        raise ValueError("the dataset has no rows; at least one is needed")
+    labels = data.position_labels
+    if aligned is not None and labels is None:
+        raise ValueError(
+            f"{aligned} needs prompts whose names stand at the same positions, and these differ from row to row: "
+            f"generate the data with templates='aligned', or select one template"
+        )
+    return labels
+
+
+def check_layer(model: CausalLM, layer: int) -> int:
+    """The layer, if the model has it.
+
+    Raises:
+        ValueError: if ``layer`` is no whole number from 0 to the last layer.
+    """
+    return _indices([layer], model.n_layers, "layer")[0]
+
+
+def check_layers(model: CausalLM, layers: Sequence[int] | int | None) -> list[int]:
+    """The layers to go through: all of them where None is given.
+
+    Raises:
+        ValueError: for an empty list, a layer that the model does not have, or one that is named twice.
+    """
+    return _indices(range(model.n_layers) if layers is None else layers, model.n_layers, "layer")
+
+
+def check_positions(data: IOIDataset, positions: Sequence[int] | int | None) -> list[int]:
+    """The positions to go through: all of the prompts' where None is given.
+
+    Raises:
+        ValueError: for an empty list, a position outside the prompts, or one that is named twice.
+    """
+    length = data.clean_tokens.shape[1]
+    return _indices(range(length) if positions is None else positions, length, "position")
+
+
+def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
+    values = list(values) if isinstance(values, Iterable) else [values]
+    allowed = range(count)
+    if not values or any(isinstance(value, bool) or value not in allowed for value in values):
+        shown = values[0] if len(values) == 1 else values
+        raise ValueError(f"{kind}s are whole numbers from 0 to {count - 1}, at least one of them, not {shown!r}")
+    if len(set(values)) < len(values):
+        raise ValueError(f"each {kind} is named once, not {values!r}")
+    return [int(value) for value in values]
+
+
+def resample_effects(
+    model: MambaModel,
+    data: IOIDataset,
+    interventions: Sequence[Sequence[Patch | Resample]],
+    *,
+    description: str | None = None,
+) -> Float[Tensor, "I B"]:
+    """1 - NLD of each row under each intervention on its clean prompt: 0 acts as clean, 1 acts as corrupted.
+
+    The normalized logit difference is taken without the absolute value (the paper, Figures 4, 8, 10 and 11), so
+    that it is linear in the patched logits. Values of a `Resample` come from the run on the row's corrupt prompt.
+    """
+    readout = Readout.of(data)
+    logits = sweep(
+        model, data.clean_tokens, [[], *interventions], readout, source=data.corrupt_tokens, description=description
+    )
+    clean, corrupt = logits[0], sweep(model, data.corrupt_tokens, [[]], readout)[0]
+    answers = readout.answers, readout.corrupt_answers
+    scores = [normalized_logit_diff(patched, clean, corrupt, *answers, absolute=False) for patched in logits[1:]]
+    return 1 - torch.stack(scores)
+
+
+def rows_of(labels: Sequence[str], label: str) -> list[int]:
+    """The rows that carry a label."""
+    return [row for row, other in enumerate(labels) if other == label]
+
+
+def corruptions_of(data: IOIDataset) -> list[str]:
+    """The corruptions that occur in the data, in the order of `CORRUPTIONS`."""
+    order = {corruption: number for number, corruption in enumerate(CORRUPTIONS)}
+    return sorted(set(data.corruptions), key=lambda corruption: (order.get(corruption, len(order)), corruption))
+
+
+def mean_with_interval(values: Float[Tensor, "*rows B"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean over the last axis and the ends of its bootstrap 95 % interval, each ``[*rows]``."""
+    array = values.double().cpu().numpy()
+    return array.mean(-1), *bootstrap_interval(array)
+
+
+def candidate_scores(
+    logits: Float[Tensor, "I B K"], readout: Readout
+) -> tuple[Float[Tensor, "I B"], Float[Tensor, "I B"]]:
+    """Accuracy and the answer's probability, both among the pair's names, of each run and row."""
+    judged = [
+        (
+            accuracy(run, readout.answers, readout.candidates),
+            answer_probability(run, readout.answers, readout.candidates),
+        )
+        for run in logits
+    ]
+    accuracies, probabilities = zip(*judged, strict=True)
+    return torch.stack(accuracies).double(), torch.stack(probabilities).double()
+
+
+def best_run(accuracies: Float[Tensor, "I B"], probabilities: Float[Tensor, "I B"]) -> int:
+    """The run of highest mean accuracy; of several, that of highest mean probability; of several, the first."""
+    scores = [
+        (round(one, TIE_DIGITS), round(other, TIE_DIGITS))
+        for one, other in zip(accuracies.mean(1).tolist(), probabilities.mean(1).tolist(), strict=True)
+    ]
+    return scores.index(max(scores))

@@ -1,0 +1,68 @@
+"""Figure 8: resample one tap of a layer's convolution at one output position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+from ..dataset import IOIDataset
+from ..model import MambaModel
+from ..result import Result
+from ..sweep import Resample
+from .bottleneck import bottleneck
+from .common import check_data, check_layer, check_positions, resample_effects
+from .resample_ablation import effect_table
+
+
+def conv_slices(
+    model: MambaModel,
+    data: IOIDataset,
+    layer: int | None = None,
+    slices: Sequence[int] | int = (-3, -2, -1, 0),
+    positions: Sequence[int] | int | None = None,
+    *,
+    progress: bool = True,
+) -> Result:
+    """Put the corrupt prompt's term in place of one term of the convolution's sum, at each output position in turn.
+
+    The conv's output at position p is its bias and a term for each slice s, weight[:, s] * in_proj[p + s]. A large
+    effect of slice s at output position p says that the layer's SSM takes what it needs at p from the token at
+    p + s (paper, Section 4.2 and Figure 8).
+
+    Args:
+        model: a Mamba.
+        data: aligned prompts.
+        layer: the layer; the model's bottleneck on these data if None.
+        slices: taps of the conv, 0 (the position itself) down to 1 - d_conv.
+        positions: output positions, counted from 0; all if None.
+        progress: show a bar.
+
+    Returns:
+        A row for each corruption, slice and output position: ``label`` (of the output position), ``effect`` (mean
+        1 - NLD, not absolute), ``low`` and ``high`` (its bootstrap 95 % interval), ``n`` (rows).
+
+    Raises:
+        ValueError: if the model is no Mamba, the data are empty or not aligned, or a layer, slice or position is not
+            there.
+    """
+    model.require_mamba("conv slices")
+    check_data(data, aligned="conv_slices")
+    taps = range(1 - model.d_conv, 1)
+    slices = [slices] if isinstance(slices, int) else list(slices)
+    if not slices or any(tap not in taps for tap in slices) or len(set(slices)) < len(slices):
+        raise ValueError(f"slices are among {list(taps)}, each once, not {slices}")
+    positions = check_positions(data, positions)
+    layer = bottleneck(model, data, progress=progress) if layer is None else check_layer(model, layer)
+    cells = list(product(slices, positions))
+    effects = resample_effects(
+        model,
+        data,
+        [[Resample("conv_slice", layer, positions=position, slice=tap)] for tap, position in cells],
+        description=f"conv slices of layer {layer}" if progress else None,
+    )
+    grid = np.array(cells)
+    columns = {"slice": grid[:, 0], "position": grid[:, 1]}
+    arguments = {"layer": layer, "slices": slices, "positions": positions, "rows": len(data)}
+    return Result.create("conv_slices", effect_table(model, data, columns, effects), model=model, arguments=arguments)

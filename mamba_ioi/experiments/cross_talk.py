@@ -1,0 +1,121 @@
+"""Figure 6: the smallest set of layers that must move information between tokens, for each kind of prompt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..dataset import CORRUPTIONS, TEMPLATES, IOIDataset
+from ..model import MambaModel
+from ..result import Result
+from ..sweep import Readout, Resample, sweep
+from .common import best_run, candidate_scores, check_data, corruptions_of, mean_with_interval
+
+logger = logging.getLogger(__name__)
+
+
+def cross_talk(model: MambaModel, data: IOIDataset, target: float = 0.9, *, progress: bool = True) -> Result:
+    """Restore layers' cross-talk one by one until the model answers, for each (template, corruption) of the data.
+
+    A layer's conv input (``in_proj``) resampled at all positions keeps it from moving anything between tokens that
+    the clean prompt has and the corrupt one has not. The start is all layers resampled; then, step by step, the layer
+    is restored that raises accuracy most, until accuracy is above ``target`` or every layer is restored (paper,
+    Section 4.1.3). Of layers that reach the same accuracy, the one of higher mean probability of the answer is
+    restored; of those, the lowest.
+
+    Args:
+        model: a Mamba.
+        data: prompts; they need not be aligned. `balanced_pairs` draws the same number for each kind.
+        target: the accuracy to exceed, from 0 to below 1.
+        progress: show a bar.
+
+    Returns:
+        A row for each step: ``template``, ``corruption``, ``step``, ``layer`` (restored at this step; -1 at step 0),
+        ``accuracy``, ``low`` and ``high`` (its bootstrap 95 % interval), ``probability`` (mean, of the answer among
+        the pair's names), ``n`` (rows). ``meta["unreached"]`` lists the [template, corruption] whose accuracy stays
+        at or below the target even with every layer restored.
+
+    Raises:
+        ValueError: if the model is no Mamba, the data are empty, or the target is not from 0 to below 1.
+    """
+    model.require_mamba("cross-talk sets")
+    check_data(data)
+    if not 0 <= target < 1:
+        raise ValueError(f"target is an accuracy to exceed, from 0 to below 1, not {target!r}")
+    present = set(zip(data.templates, data.corruptions, strict=True))
+    kinds = [(template, corruption) for template in _templates_of(data) for corruption in corruptions_of(data)]
+    kinds = [kind for kind in kinds if kind in present]
+    steps, unreached = [], []
+    for template, corruption in tqdm(kinds, desc="cross-talk", disable=not progress):
+        rows = data.select(template=template, corruption=corruption)
+        found = _restore_layers(model, rows, target)
+        steps += [{"template": template, "corruption": corruption, **step} for step in found]
+        if found[-1]["accuracy"] <= target:
+            unreached.append([template, corruption])
+    if unreached:
+        logger.warning("%d of %d kinds of prompts stay at accuracy %g or below", len(unreached), len(kinds), target)
+    arguments = {"target": target, "rows": len(data)}
+    return Result.create("cross_talk", pd.DataFrame(steps), model=model, arguments=arguments, unreached=unreached)
+
+
+def _templates_of(data: IOIDataset) -> list[str]:
+    return sorted(set(data.templates), key=TEMPLATES.index)
+
+
+def _restore_layers(model: MambaModel, data: IOIDataset, target: float) -> list[dict]:
+    """The steps for the rows of one kind of prompt."""
+    readout = Readout.of(data)
+    resampled = list(range(model.n_layers))
+    steps: list[dict] = []
+    restored, choices = -1, [resampled]
+    while True:
+        interventions = [[Resample("in_proj", layer) for layer in choice] for choice in choices]
+        logits = sweep(model, data.clean_tokens, interventions, readout, source=data.corrupt_tokens)
+        accuracies, probabilities = candidate_scores(logits, readout)
+        best = best_run(accuracies, probabilities)
+        if steps:
+            restored = resampled[best]
+            resampled = choices[best]
+        accuracy, low, high = (float(value) for value in mean_with_interval(accuracies[best]))
+        score = {"accuracy": accuracy, "low": low, "high": high, "probability": float(probabilities[best].mean())}
+        steps.append({"step": len(steps), "layer": restored, **score, "n": len(data)})
+        if accuracy > target or not resampled:
+            return steps
+        choices = [[other for other in resampled if other != layer] for layer in resampled]
+
+
+def balanced_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    n_pairs: int,
+    *,
+    seed: int = 27,
+    templates: Sequence[str] = TEMPLATES,
+    corruptions: Sequence[str] = CORRUPTIONS,
+) -> IOIDataset:
+    """``n_pairs`` pairs of every (template, corruption), in both directions: the first of each that the seed draws.
+
+    Args:
+        tokenizer: as for `IOIDataset.generate`.
+        n_pairs: pairs of each kind.
+        seed: of the draw.
+        templates: which templates.
+        corruptions: which corruptions.
+
+    Raises:
+        ValueError: as `IOIDataset.generate`.
+    """
+    kinds = [(template, corruption) for template in templates for corruption in corruptions]
+    draws = 2 * n_pairs * len(kinds)
+    while True:
+        data = IOIDataset.generate(tokenizer, draws, seed=seed, templates=templates, corruptions=corruptions)
+        drawn = list(zip(data.templates[:draws], data.corruptions[:draws], strict=True))
+        rows = [[row for row, other in enumerate(drawn) if other == kind][:n_pairs] for kind in kinds]
+        if all(len(found) == n_pairs for found in rows):
+            chosen = torch.tensor(rows).flatten()
+            return data[torch.cat([chosen, chosen + draws])]
+        draws *= 2

@@ -1,0 +1,58 @@
+"""Short labels of the positions of aligned prompts, for the axes of heat maps."""
+
+from __future__ import annotations
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from ..dataset import IOIDataset
+
+_PATTERN = re.compile(r"(\w{3}) (\w{2}) \w -> (\w{3}) (\w{2}) \w")
+
+
+def token_labels(data: IOIDataset, tokenizer: PreTrainedTokenizerBase | None, corruption: str) -> list[str]:
+    """One label a position for the rows of one corruption.
+
+    * At the five names: the slot and its letter in the corruption's pattern, ``n4 A``, or ``n1 C->D`` where the
+      corruption replaces it (swapped rows replace it the other way round); the names themselves, ``Lauren`` or
+      ``Lauren->Wesley``, where all rows have the same five.
+    * Elsewhere: the token, without the spaces around it (``and``), where all rows have the same, the first being
+      ``BOS``; else, and at padding, the position's label in ``data.position_labels``, such as ``pos11``.
+
+    Args:
+        data: aligned rows, all of ``corruption``.
+        tokenizer: turns token ids into text; None gives slots and position labels alone.
+        corruption: one of `CORRUPTIONS`.
+    """
+    letters = _slot_letters(corruption)
+    shared = [_shared_token(data, tokenizer, position) for position in range(data.clean_tokens.shape[1])]
+    same_names = all(shared[position] for position in data.name_positions[0].tolist())
+    found = []
+    for name, token in zip(data.position_labels, shared, strict=True):
+        if name in letters and not same_names:
+            found.append(f"{name} {letters[name]}")
+        else:
+            found.append(name if token is None or name.startswith("pad") else token)
+    return found
+
+
+def _shared_token(data: IOIDataset, tokenizer: PreTrainedTokenizerBase | None, position: int) -> str | None:
+    """The token there, ``clean->corrupt`` if they differ; None if rows differ or there is no tokenizer."""
+    clean, corrupt = data.clean_tokens[:, position], data.corrupt_tokens[:, position]
+    if tokenizer is None or (clean != clean[0]).any() or (corrupt != corrupt[0]).any():
+        return None
+    if position == 0:
+        return "BOS"
+    one, other = (tokenizer.decode([int(tokens[0])]).strip() for tokens in (clean, corrupt))
+    return one if one == other else f"{one}->{other}"
+
+
+def _slot_letters(corruption: str) -> dict[str, str]:
+    """``n1`` … ``n5`` -> the letter there, ``C->D`` where it changes; empty for a label of another form."""
+    match = _PATTERN.fullmatch(corruption)
+    if match is None:
+        return {}
+    first, second, third, fourth = match.groups()
+    pairs = zip(first + second, third + fourth, strict=True)
+    return {f"n{slot}": one if one == other else f"{one}->{other}" for slot, (one, other) in enumerate(pairs, start=1)}

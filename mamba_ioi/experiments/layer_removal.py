@@ -1,0 +1,213 @@
+"""Figure 5: zero-ablate what whole layers add to the residual stream, one at a time and one after another.
+
+Works on any causal language model: a block that adds nothing gives its input as its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..dataset import IOIDataset
+from ..model import CausalLM
+from ..result import Result
+from ..sites import open_stages
+from ..stages import ScanStages
+from ..sweep import Readout
+from .common import best_run, candidate_scores, check_data, mean_with_interval
+
+PROMPTS_AT_ONCE = 64
+ROWS_AT_ONCE = 256
+MINIMAL_IMPACT = 0.05
+"""How much accuracy may fall for `greedy_layer_removal` to count layers as removed "with minimal impact"."""
+
+
+def layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = True) -> Result:
+    """Remove each layer in turn and see whether the model still answers (paper, Section 4.1.2).
+
+    Args:
+        model: any causal language model.
+        data: prompts; they need not be aligned.
+        progress: show a bar.
+
+    Returns:
+        A row for each layer, the first being layer -1, none removed: ``probability`` (mean probability of the answer
+        among the pair's names), ``low`` and ``high`` (its bootstrap 95 % interval), ``accuracy``, ``accuracy_low``,
+        ``accuracy_high``, ``n`` (rows).
+
+    Raises:
+        ValueError: if the data are empty.
+    """
+    check_data(data)
+    layers = list(range(model.n_layers))
+    readout = Readout.of(data)
+    with tqdm(total=len(data) * len(layers), desc="layer removal", disable=not progress) as bar:
+        logits = logits_without(model, data.clean_tokens, readout, (), layers, bar=bar)
+    table = pd.DataFrame({"layer": [-1, *layers]} | _score_columns(*candidate_scores(logits, readout)))
+    return Result.create("layer_removal", table, model=model, arguments={"rows": len(data)})
+
+
+def greedy_layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = True) -> Result:
+    """Remove layer after layer, each time the one whose removal leaves the highest accuracy, until none is left.
+
+    Of layers that leave the same accuracy, the one that leaves the higher mean probability of the answer goes first;
+    of those, the lowest (paper, Section 4.1.2).
+
+    Args:
+        model: any causal language model.
+        data: prompts; they need not be aligned.
+        progress: show a bar.
+
+    Returns:
+        A row for each step, step 0 (layer -1) being the intact model: ``layer`` (removed at this step, in addition to
+        those before), ``accuracy``, ``probability``, their bootstrap 95 % intervals (``accuracy_low``,
+        ``accuracy_high``, ``low``, ``high``) and ``n`` (rows). ``meta["removable"]`` is how many layers go before
+        accuracy is first more than 0.05 below the intact model's.
+
+    Raises:
+        ValueError: if the data are empty.
+    """
+    check_data(data)
+    readout = Readout.of(data)
+    removed: list[int] = []
+    kept = []
+    rounds = model.n_layers
+    with tqdm(total=len(data) * rounds * (rounds + 1) // 2, desc="greedy removal", disable=not progress) as bar:
+        for _ in range(rounds):
+            left = [layer for layer in range(rounds) if layer not in removed]
+            logits = logits_without(model, data.clean_tokens, readout, removed, left, bar=bar)
+            accuracies, probabilities = candidate_scores(logits, readout)
+            if not removed:
+                kept.append((accuracies[0], probabilities[0]))
+            best = best_run(accuracies[1:], probabilities[1:])
+            kept.append((accuracies[1 + best], probabilities[1 + best]))
+            removed.append(left[best])
+    accuracies, probabilities = (torch.stack(column) for column in zip(*kept, strict=True))
+    table = pd.DataFrame(
+        {"step": range(rounds + 1), "layer": [-1, *removed]} | _score_columns(accuracies, probabilities)
+    )
+    fallen = (table["accuracy"] < table["accuracy"][0] - MINIMAL_IMPACT).tolist()
+    removable = (fallen.index(True) if any(fallen) else len(fallen)) - 1
+    return Result.create("greedy_layer_removal", table, model=model, arguments={"rows": len(data)}, removable=removable)
+
+
+def _score_columns(accuracies: Float[Tensor, "I B"], probabilities: Float[Tensor, "I B"]) -> dict:
+    probability, low, high = mean_with_interval(probabilities)
+    accuracy, accuracy_low, accuracy_high = mean_with_interval(accuracies)
+    return {
+        "accuracy": accuracy,
+        "accuracy_low": accuracy_low,
+        "accuracy_high": accuracy_high,
+        "probability": probability,
+        "low": low,
+        "high": high,
+        "n": accuracies.shape[1],
+    }
+
+
+def logits_without(
+    model: CausalLM,
+    tokens: Int[Tensor, "B L"],
+    readout: Readout,
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    *,
+    bar: tqdm | None = None,
+) -> Float[Tensor, "C+1 B K"]:
+    """The readout's logits with the layers of ``removed`` zero-ablated, alone and with each candidate in addition.
+
+    The candidates share the layers below them: their runs start from the residual stream that the run without any
+    candidate had there, several candidates as one batch.
+
+    Returns:
+        Logits on the CPU; first the run without a candidate, then one for each candidate.
+    """
+    results = torch.empty(len(candidates) + 1, *readout.tokens.shape)
+    order = sorted(candidates)
+    where = {layer: 1 + index for index, layer in enumerate(candidates)}
+    for rows in torch.arange(len(tokens)).split(PROMPTS_AT_ONCE):
+        ids = model.to_tokens(tokens[rows])[0]
+        last, wanted = readout.last[rows].to(ids.device), readout.tokens[rows]
+        logits, inputs = _run_without(model, ids, last, removed, (), None, save=order)
+        results[0, rows] = logits[0].gather(1, wanted)
+        at_once = max(1, ROWS_AT_ONCE // len(rows))
+        for start in range(0, len(order), at_once):
+            chunk = order[start : start + at_once]
+            logits, _ = _run_without(model, ids, last, removed, chunk, inputs[chunk[0]])
+            for layer, run in zip(chunk, logits, strict=True):
+                results[where[layer], rows] = run.gather(1, wanted)
+            if bar is not None:
+                bar.update(len(rows) * len(chunk))
+    return results
+
+
+def _run_without(
+    model: CausalLM,
+    ids: Int[Tensor, "B L"],
+    last: Int[Tensor, "B"],
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    start: Float[Tensor, "B L D"] | None,
+    save: Sequence[int] = (),
+) -> tuple[list[Float[Tensor, "B V"]], dict[int, Tensor]]:
+    """One trace over a batch for each candidate (or one batch, without): logits at the last positions.
+
+    Args:
+        model: the model.
+        ids: the prompts, once.
+        last: each prompt's last position.
+        removed: layers to leave out in all batches.
+        candidates: ascending; the layer that each batch leaves out in addition.
+        start: the residual stream before the first candidate, from where the run starts; None to start at layer 0.
+        save: layers whose input to return as well.
+    """
+    batches, size = max(1, len(candidates)), len(ids)
+    first = candidates[0] if start is not None else 0
+    own = {layer: slice(size * index, size * (index + 1)) for index, layer in enumerate(candidates)}
+    stream = None if start is None else start.repeat(batches, 1, 1)
+    rows, read = torch.arange(batches * size, device=ids.device), last.repeat(batches)
+    layers, head = model.layers, _unembedding(model)
+    whole = _gives_tuples(model)
+    inputs: dict[int, Tensor] = {}
+    with torch.no_grad(), model.trace(ids.repeat(batches, 1)):
+        found = {}
+        for i in range(model.n_layers):
+            if i < first:
+                layers[i].skip((stream,) if whole else stream)
+                continue
+            before = stream if i == first and stream is not None else layers[i].input
+            if i in save:
+                found[i] = before
+            if i in removed or (i in own and batches == 1):
+                layers[i].skip((before,) if whole else before)
+                continue
+            if model.is_mamba:
+                open_stages(layers[i].mixer, ScanStages).own = True
+            if i in own:
+                output = layers[i].output
+                after = (output[0] if whole else output).clone()
+                after[own[i]] = before[own[i]].to(after.dtype)
+                layers[i].output = (after, *output[1:]) if whole else after
+        head.input = head.input[rows, read].unsqueeze(1)
+        logits = head.output[:, 0].save()
+        inputs = found.save()
+    return list(logits.cpu().float().split(size)), inputs
+
+
+def _unembedding(model: CausalLM):
+    """The envoy of the module that makes logits of the residual stream."""
+    head = model._module.get_output_embeddings()
+    return model.get(next(name for name, module in model._module.named_modules() if module is head))
+
+
+def _gives_tuples(model: CausalLM) -> bool:
+    """Whether the blocks return a tuple that begins with the residual stream, as some architectures' do."""
+    found = False
+    with torch.no_grad(), model.trace(torch.zeros(1, 2, dtype=torch.long, device=model.device)):
+        found = isinstance(model.layers[0].output, tuple).save()
+    return found

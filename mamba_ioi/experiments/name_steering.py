@@ -1,0 +1,212 @@
+"""Figure 9: write a name's mean activation where another name was stored, and see whether the answer follows."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..dataset import IOIDataset
+from ..metrics import logit_diff
+from ..model import MambaModel
+from ..patching import Patch, cache
+from ..result import Result
+from ..sweep import Readout, sweep
+from .common import mean_with_interval
+from .name_means import ROWS_AT_ONCE, SLOTS, NameMeans, check_names, name_means
+
+METHODS = ("replace", "subtract_add")
+
+
+def name_steering(
+    model: MambaModel,
+    layer: int | None = None,
+    n_pairs: int = 10_000,
+    n_test: int = 101,
+    seed: int = 27,
+    *,
+    offset: int = 1,
+    means: NameMeans | None = None,
+    progress: bool = True,
+) -> Result:
+    """Write another name into a layer's SSM at one slot, and count how often the model's answer changes accordingly.
+
+    At the target slot's position + ``offset``, ``replace`` puts the mean that the new name has in the source slot in
+    place of ``ssm_input``; ``subtract_add`` adds that mean less the mean that the old name has in the source slot. The
+    test prompts are held out (``seed`` + 1), ``n_test`` for each target slot (paper, Section 4.3 and Figure 9):
+
+    * slots 1 to 3: prompts whose answer stands in that slot. The pair's corrupt answer is written over it; success is
+      its logit above the answer's.
+    * slots 4 and 5: all prompts. The answer is written over the repeated name; success is that name's logit above the
+      answer's, because now it is the one that is not repeated.
+
+    Args:
+        model: a Mamba with a tokenizer.
+        layer: the layer; the model's bottleneck on a few pairs drawn with ``seed`` if None.
+        n_pairs: pairs that the means are taken over.
+        n_test: test prompts for each target slot.
+        seed: of the pairs that the means are taken over; the test prompts have the next.
+        offset: how far after its token a name reaches the SSM; see `name_means`.
+        means: what `name_means` found, to save taking them again; then ``layer``, ``n_pairs``, ``seed`` and ``offset``
+            are its own.
+        progress: show a bar.
+
+    Returns:
+        A row for each ``method``, ``source_slot`` and ``target_slot``: ``success`` (share of prompts), ``low`` and
+        ``high`` (its bootstrap 95 % interval), ``n`` (prompts). Prompts with a name that has no mean in the source
+        slot are left out; where none is left, ``n`` is 0 and the rest is NaN.
+
+    Raises:
+        ValueError: as `name_means`; and if no test prompt has names with means.
+    """
+    means = means or name_means(model, layer, n_pairs, seed=seed, offset=offset, progress=progress)
+    check_names(model, means.offset)
+    if isinstance(n_test, bool) or not isinstance(n_test, int) or n_test < 1:
+        raise ValueError(f"n_test is a whole number of at least 1, not {n_test!r}")
+    rows = []
+    for target in tqdm(SLOTS, desc="steering, by target slot", disable=not progress):
+        data = test_prompts(model, target, n_test, seed=means.seed + 1)
+        outcomes = _steer(model, data, means, target)
+        for method, source in ((method, source) for method in METHODS for source in SLOTS):
+            success, usable = outcomes[method, source]
+            cell = {"method": method, "source_slot": source, "target_slot": target}
+            scores = dict.fromkeys(("success", "low", "high"), float("nan"))
+            if usable.any():
+                found = mean_with_interval(success[usable])
+                scores = dict(zip(scores, map(float, found), strict=True))
+            rows.append(cell | scores | {"n": int(usable.sum())})
+    table = pd.DataFrame(rows).sort_values(["method", "source_slot", "target_slot"])
+    if not table["n"].any():
+        raise ValueError(
+            f"no test prompt has names with means: {means.n_pairs} pairs are too few for {len(means.names)} names"
+        )
+    arguments = {
+        "layer": means.layer,
+        "n_pairs": means.n_pairs,
+        "n_test": n_test,
+        "offset": means.offset,
+    }
+    return Result.create("name_steering", table, model=model, arguments=arguments, seed=means.seed)
+
+
+def test_prompts(model: MambaModel, target: int, n_test: int, *, seed: int) -> IOIDataset:
+    """The first ``n_test`` prompts that the seed draws and the target slot can be tested on."""
+    draws = 2 * n_test
+    while True:
+        data = IOIDataset.generate(model.tokenizer, draws, seed=seed, templates="all", symmetric=False)
+        fits = torch.ones(draws, dtype=torch.bool) if target > 3 else data.clean_names[:, target - 1] == data.answers
+        if fits.sum() >= n_test:
+            return data[fits.nonzero()[:n_test, 0]]
+        draws *= 2
+
+
+test_prompts.__test__ = False  # its name is no reason for pytest to collect it
+
+
+def _steer(
+    model: MambaModel, data: IOIDataset, means: NameMeans, target: int
+) -> dict[tuple[str, int], tuple[Float[Tensor, "B"], Bool[Tensor, "B"]]]:
+    """By method and source slot: 1.0 where the name that should win has the higher logit, and which rows count."""
+    old_tokens = data.clean_names[:, target - 1]
+    new_tokens, winners = (data.corrupt_answers,) * 2 if target <= 3 else (data.answers, old_tokens)
+    old, new = means.index(old_tokens), means.index(new_tokens)
+    cases = [(method, source) for method in METHODS for source in SLOTS]
+    success = torch.zeros(len(cases), len(data))
+    positions = data.name_positions[:, target - 1] + means.offset
+    for position in positions.unique().tolist():
+        for rows in (positions == position).nonzero()[:, 0].split(ROWS_AT_ONCE):
+            tokens = data.clean_tokens[rows]
+            found = cache(model, tokens, [("ssm_input", means.layer)])
+            before = found["ssm_input", means.layer][:, position].cpu().float()
+            interventions = []
+            for method, source in cases:
+                value = means.means[new[rows], source - 1]
+                if method == "subtract_add":
+                    value = before + value - means.means[old[rows], source - 1]
+                interventions.append([Patch("ssm_input", means.layer, value.unsqueeze(1), position)])
+            readout = _duel(winners[rows], data.answers[rows], data.last_position[rows])
+            logits = sweep(model, tokens, interventions, readout, batch_rows=len(rows))
+            for case, run in enumerate(logits):
+                success[case, rows] = (logit_diff(run, readout.answers, readout.corrupt_answers) > 0).float()
+    outcomes = {}
+    for (method, source), wins in zip(cases, success, strict=True):
+        usable = means.counts[new, source - 1] > 0
+        if method == "subtract_add":
+            usable = usable & (means.counts[old, source - 1] > 0)
+        outcomes[method, source] = wins, usable
+    return outcomes
+
+
+def _duel(winners: Int[Tensor, "B"], losers: Int[Tensor, "B"], last: Int[Tensor, "B"]) -> Readout:
+    """Read two names' logits: the name that should win is the answer."""
+    first = torch.zeros_like(winners)
+    return Readout(
+        tokens=torch.stack([winners, losers], dim=1),
+        last=last,
+        answers=first,
+        corrupt_answers=first + 1,
+        candidates=torch.tensor([0, 1, -1, -1]).expand(len(winners), 4),
+    )
+
+
+def name_pca(
+    model: MambaModel,
+    layer: int | None = None,
+    n_pairs: int = 10_000,
+    *,
+    seed: int = 27,
+    offset: int = 1,
+    means: NameMeans | None = None,
+    progress: bool = True,
+) -> Result:
+    """The names' mean ``ssm_input`` in the plane of their first two principal components.
+
+    Principal components of all means, one a name and slot, less their average; each component's sign is such that its
+    largest weight is positive. The paper names this as future work.
+
+    Args:
+        model: a Mamba with a tokenizer.
+        layer: the layer; the model's bottleneck on a few pairs drawn with ``seed`` if None.
+        n_pairs: pairs that the means are taken over.
+        seed: of those pairs.
+        offset: how far after its token a name reaches the SSM; see `name_means`.
+        means: what `name_means` found, to save taking them again; then the arguments above are its own.
+        progress: show a bar.
+
+    Returns:
+        A row for each name and slot: ``pc1``, ``pc2``, ``n`` (values the mean is over).
+        ``meta["explained_variance"]`` holds the two components' shares of the variance.
+
+    Raises:
+        ValueError: as `name_means`; and if there are fewer than three means.
+    """
+    means = means or name_means(model, layer, n_pairs, seed=seed, offset=offset, progress=progress)
+    names, slots = (means.counts > 0).nonzero(as_tuple=True)
+    if len(names) < 3:
+        raise ValueError(f"principal components need at least three means, not {len(names)}")
+    points = means.means[names, slots].double()
+    _, lengths, components = torch.linalg.svd(points - points.mean(0), full_matrices=False)
+    components = components[:2]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    coordinates = (points - points.mean(0)) @ (components * largest.sign()).T
+    variances = lengths.square()
+    shares = (variances / variances.sum().clamp(min=1e-300))[:2]
+    table = pd.DataFrame(
+        {
+            "name": [means.names[name] for name in names.tolist()],
+            "slot": (slots + 1).tolist(),
+            "pc1": coordinates[:, 0].tolist(),
+            "pc2": coordinates[:, 1].tolist(),
+            "n": means.counts[names, slots].tolist(),
+        }
+    )
+    return Result.create(
+        "name_pca",
+        table,
+        model=model,
+        arguments={"layer": means.layer, "n_pairs": means.n_pairs, "offset": means.offset},
+        seed=means.seed,
+        explained_variance=shares.tolist(),
+    )

@@ -1,0 +1,191 @@
+"""Plain twins of the experiments' parts: torch hooks on the Hugging Face module and a mixer computed by hand.
+
+Nothing here goes through nnsight or through `mamba_ioi`'s sites, patches and sweeps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor, nn
+from transformers import MambaForCausalLM, PreTrainedTokenizerFast
+
+from mamba_ioi.dataset import BOS, OBJECTS, PLACES, TEMPLATES, IOIDataset
+
+Edit = Callable[[Tensor], Tensor]
+PATTERN = r"After|wards|F(?=riends)|riends| ?\w+|[.,]"
+
+
+def prompt_tokenizer(names: list[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with exactly the words of the prompts, which aligns the templates as GPT-NeoX's does."""
+    words = [BOS, "[UNK]"]
+    for template in TEMPLATES:
+        words += re.findall(PATTERN, re.sub(r" ?\[\w+\]", "", template))
+    words += [f" {word}" for word in (*PLACES, *OBJECTS, *names)]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Split(Regex(PATTERN), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token=BOS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def last_logits(module: nn.Module, tokens: Tensor, last: Tensor) -> Tensor:
+    """Logits [B, V] of the untouched forward pass, the rows of each length together and cut to it: no padding."""
+    parts = {end: module(tokens[last == end, : end + 1], use_cache=False).logits[:, -1] for end in set(last.tolist())}
+    logits = torch.empty(len(tokens), next(iter(parts.values())).shape[-1])
+    for end, part in parts.items():
+        logits[last == end] = part
+    return logits
+
+
+@torch.no_grad()
+def mixer_by_hand(mixer: nn.Module, hidden: Tensor, edits: dict[str, Edit]) -> Tensor:
+    """A mixer's output, position by position, with values passed through ``edits`` by site.
+
+    ``terms`` is [B, L, E, 4], ``ssm_input`` [B, L, E]; ``h`` gets the state and is called as ``edits["h"](state, t)``.
+    """
+    in_proj, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
+    length, taps = hidden.shape[1], mixer.conv1d.weight.shape[-1]
+    terms = in_proj.new_zeros(*in_proj.shape, taps)
+    for t in range(length):
+        for tap in range(taps):
+            at = t + tap - (taps - 1)
+            if at >= 0:
+                terms[:, t, :, tap] = mixer.conv1d.weight[:, 0, tap] * in_proj[:, at]
+    terms = edits.get("terms", lambda value: value)(terms)
+    x = F.silu(terms.sum(-1) + mixer.conv1d.bias)
+    x = edits.get("ssm_input", lambda value: value)(x)
+    rank, n = mixer.time_step_rank, mixer.ssm_state_size
+    delta, B, C = mixer.x_proj(x).split([rank, n, n], dim=-1)
+    delta = F.softplus(mixer.dt_proj(delta))
+    A = -mixer.A_log.exp()
+    h = x.new_zeros(x.shape[0], x.shape[2], n)
+    outputs = []
+    for t in range(length):
+        h = (delta[:, t, :, None] * A).exp() * h + delta[:, t, :, None] * B[:, t, None, :] * x[:, t, :, None]
+        if "h" in edits:
+            h = edits["h"](h, t)
+        outputs.append((h * C[:, t, None, :]).sum(-1) + mixer.D * x[:, t])
+    return mixer.out_proj(torch.stack(outputs, dim=1) * F.silu(gate))
+
+
+@contextmanager
+def edited(module: MambaForCausalLM, edits: dict[tuple[str, int], Edit]) -> Iterator[None]:
+    """While open, the module's values pass through ``edits``, by (site, layer)."""
+    handles = []
+    by_hand: dict[int, dict[str, Edit]] = {}
+    for (site, layer), edit in edits.items():
+        block = module.backbone.layers[layer]
+        if site == "layer_input":
+            handles.append(block.norm.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]),)))
+        elif site == "in_proj":
+
+            def half(_, args, output, edit=edit):
+                branch, gate = output.chunk(2, dim=-1)
+                return torch.cat([edit(branch), gate], dim=-1)
+
+            handles.append(block.mixer.in_proj.register_forward_hook(half))
+        elif site == "out_proj":
+            handles.append(block.mixer.out_proj.register_forward_hook(lambda _, args, output, edit=edit: edit(output)))
+        else:
+            by_hand.setdefault(layer, {})[site] = edit
+    for layer, sites in by_hand.items():
+        mixer = module.backbone.layers[layer].mixer
+        handles.append(
+            mixer.register_forward_hook(lambda mixer, args, output, sites=sites: mixer_by_hand(mixer, args[0], sites))
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def values(module: MambaForCausalLM, tokens: Tensor, site: str, layer: int) -> Tensor:
+    """The site's value, [B, L, ...]; ``h`` stacked over positions."""
+    found: list[Tensor] = []
+
+    def keep(value: Tensor, t: int | None = None) -> Tensor:
+        found.append(value.clone())
+        return value
+
+    with edited(module, {(site, layer): keep}):
+        module(tokens, use_cache=False)
+    return torch.stack(found, dim=1) if site == "h" else found[0]
+
+
+def resampled(
+    module: MambaForCausalLM, data: IOIDataset, site: str, layer: int, position: int | None, tap: int | None = None
+) -> Tensor:
+    """Logits [B, V] of the clean prompts with the site's value taken from the corrupt prompts."""
+    corrupt = values(module, data.corrupt_tokens, site, layer)
+
+    def put(value: Tensor, t: int | None = None) -> Tensor:
+        value = value.clone()
+        if site == "h":
+            return corrupt[:, t].clone() if t == position else value
+        where = (slice(None), slice(None) if position is None else position)
+        where = where if tap is None else (*where, slice(None), tap)
+        value[where] = corrupt[where]
+        return value
+
+    with edited(module, {(site, layer): put}), torch.no_grad():
+        logits = module(data.clean_tokens, use_cache=False).logits
+    return logits[torch.arange(len(data)), data.last_position]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores, row by row
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def differences(logits: Tensor, data: IOIDataset) -> list[float]:
+    """Each row's logit of the answer less that of the corrupt answer."""
+    answers = zip(data.answers.tolist(), data.corrupt_answers.tolist(), strict=True)
+    return [float(row[one] - row[other]) for row, (one, other) in zip(logits, answers, strict=True)]
+
+
+def effects(module: MambaForCausalLM, data: IOIDataset, patched: Tensor) -> Tensor:
+    """1 - NLD of each row."""
+    clean = differences(last_logits(module, data.clean_tokens, data.last_position), data)
+    corrupt = differences(last_logits(module, data.corrupt_tokens, data.last_position), data)
+    rows = zip(differences(patched, data), clean, corrupt, strict=True)
+    return torch.tensor([1 - (p - low) / (high - low) for p, high, low in rows])
+
+
+def scores(logits: Tensor, data: IOIDataset) -> tuple[float, float]:
+    """Mean accuracy, and mean probability of the answer among the names of the pair."""
+    right, probability = 0, 0.0
+    for row, answer, names in zip(logits, data.answers.tolist(), data.candidates.tolist(), strict=True):
+        names = [name for name in names if name >= 0]
+        right += max(names, key=lambda name: row[name]) == answer
+        probability += float(row[names].softmax(0)[names.index(answer)])
+    return right / len(data), probability / len(data)
+
+
+def without_layers(module: nn.Module, blocks: nn.ModuleList, removed: set[int], data: IOIDataset) -> Tensor:
+    """Logits [B, V] with blocks that give their input as their output."""
+
+    def identity(_, args, kwargs, output):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handles = [blocks[i].register_forward_hook(identity, with_kwargs=True) for i in removed]
+    try:
+        return last_logits(module, data.clean_tokens, data.last_position)
+    finally:
+        for handle in handles:
+            handle.remove()

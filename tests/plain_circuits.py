@@ -1,0 +1,182 @@
+"""Plain twins of edge patching, without nnsight: a Mamba computed by hand, and torch hooks on any causal LM.
+
+``cut`` is the set of edges that are resampled, named as in `mamba_ioi.circuits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from mamba_ioi.dataset import IOIDataset
+
+
+@dataclass
+class PlainRun:
+    """What the nodes gave: by name, ``[B, L, ...]``, and the logits at the last positions."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+
+def choose(edge: tuple[str, str], live: Tensor, corrupt: Tensor | None, cut: set, positional: bool) -> Tensor:
+    """The live value, or the corrupt one where the edge is cut."""
+    if corrupt is None:
+        return live
+    if not positional:
+        return corrupt if edge in cut else live
+    value = live.clone()
+    for position in range(live.shape[1]):
+        if (*edge, position) in cut:
+            value[:, position] = corrupt[:, position]
+    return value
+
+
+@torch.no_grad()
+def mamba_run(
+    module, tokens: Tensor, last: Tensor, corrupt: PlainRun | None = None, cut=(), positional=False
+) -> PlainRun:
+    """A Mamba's forward, position by position, with edges resampled from another run, coarse and fine."""
+    run, cut = PlainRun(), set(cut)
+    n_layers, length = len(module.backbone.layers), tokens.shape[1]
+    outside = corrupt.values if corrupt is not None else {}
+
+    def edge(src: str, dst: str, value: Tensor, key: str | None = None) -> Tensor:
+        return choose((src, dst), value, outside.get(key or src), cut, positional)
+
+    run.values["embed"] = module.backbone.embeddings(tokens)
+    sources = ["embed"]
+    for j in range(n_layers + 1):
+        name = str(j) if j < n_layers else "output"
+        stream = sum(edge(source, name, run.values[source]) for source in sources)
+        if j == n_layers:
+            break
+        block, rows = module.backbone.layers[j], torch.arange(len(tokens))
+        mixer = block.mixer
+        x, gate = mixer.in_proj(block.norm(stream)).chunk(2, dim=-1)
+        conv = mixer.conv1d.bias.expand_as(x).clone()
+        for tap, slice_ in enumerate((-3, -2, -1, 0)):
+            term = torch.zeros_like(x)
+            for p in range(length):
+                if p + slice_ >= 0:
+                    term[:, p] = mixer.conv1d.weight[:, 0, tap] * x[:, p + slice_]
+            run.values[f"{name}.conv[{slice_}]"] = term
+            conv = conv + edge(name, f"{name}.conv[{slice_}]", term, f"{name}.conv[{slice_}]")
+        run.values[f"{name}.conv"] = conv
+        inner = F.silu(edge(f"{name}.conv", f"{name}.ssm", conv))
+        rank, n = mixer.time_step_rank, mixer.ssm_state_size
+        delta, B, C = mixer.x_proj(inner).split([rank, n, n], dim=-1)
+        delta, A = F.softplus(mixer.dt_proj(delta)), -mixer.A_log.exp()
+        h, outputs = x.new_zeros(*x[:, 0].shape, n), []
+        for p in range(length):
+            h = (delta[:, p, :, None] * A).exp() * h + delta[:, p, :, None] * B[:, p, None] * inner[:, p, :, None]
+            outputs.append((h * C[:, p, None]).sum(-1) + mixer.D * inner[:, p])
+        run.values[f"{name}.ssm"], run.values[f"{name}.skip"] = torch.stack(outputs, dim=1), gate
+        y = edge(f"{name}.ssm", name, run.values[f"{name}.ssm"])
+        gate = edge(name, f"{name}.skip", gate, f"{name}.skip")
+        gate = edge(f"{name}.skip", name, gate)
+        run.values[name] = mixer.out_proj(y * F.silu(gate))
+        sources.append(name)
+    run.logits = module.lm_head(module.backbone.norm_f(stream))[rows, last]
+    return run
+
+
+@torch.no_grad()
+def hooked_run(
+    module: nn.Module, blocks, norm: nn.Module, tokens: Tensor, last: Tensor, corrupt: PlainRun | None = None, cut=()
+) -> PlainRun:
+    """Any causal language model under torch hooks, with coarse edges resampled from another run."""
+    run, cut, names = PlainRun(), set(cut), [str(i) for i in range(len(blocks))]
+    outside = corrupt.values if corrupt is not None else {}
+
+    def stream(name: str) -> Tensor:
+        return sum(choose((src, name), value, outside.get(src), cut, False) for src, value in run.values.items())
+
+    def before(name: str):
+        def hook(_, args):
+            if not run.values:
+                run.values["embed"] = args[0]
+            return (stream(name), *args[1:])
+
+        return hook
+
+    def after(name: str):
+        def hook(_, args, output):
+            run.values[name] = (output[0] if isinstance(output, tuple) else output) - args[0]
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(before(name)) for block, name in zip(blocks, names, strict=True)]
+    handles += [block.register_forward_hook(after(name)) for block, name in zip(blocks, names, strict=True)]
+    handles.append(norm.register_forward_pre_hook(lambda _, args: (stream("output"),)))
+    try:
+        run.logits = module(tokens, use_cache=False).logits[torch.arange(len(tokens)), last]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return run
+
+
+def nld(run: PlainRun, clean: PlainRun, corrupt: PlainRun, data: IOIDataset, absolute: bool = True) -> Tensor:
+    """The normalized logit difference of each row, written out."""
+
+    def difference(logits: Tensor) -> Tensor:
+        rows = torch.arange(len(logits))
+        return logits[rows, data.answers] - logits[rows, data.corrupt_answers]
+
+    low, high = difference(corrupt.logits), difference(clean.logits)
+    span = (high - low).abs() if absolute else high - low
+    return (difference(run.logits) - low) / span
+
+
+class Passing(nn.Module):
+    """A norm that does nothing."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = 0.0
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value
+
+
+def linear_mamba(vocab_size: int, n_layers: int = 3, size: int = 12, seed: int = 0) -> MambaForCausalLM:
+    """A Mamba that is an affine function of its embeddings, and still mixes positions by conv and scan.
+
+    Norms do nothing, gates are constant (bias alone), the conv's bias is so large that silu passes everything on, the
+    time step is constant, and B and C read one channel that no input reaches. In float64.
+    """
+    config = MambaConfig(
+        vocab_size=vocab_size,
+        hidden_size=size,
+        num_hidden_layers=n_layers,
+        state_size=4,
+        use_bias=True,
+        tie_word_embeddings=False,
+    )
+    module = MambaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        module.backbone.norm_f = Passing(size)
+        for block in module.backbone.layers:
+            mixer, inner = block.mixer, block.mixer.intermediate_size
+            block.norm = Passing(size)
+            mixer.in_proj.weight[inner:] = 0
+            mixer.in_proj.bias[inner:] += 1
+            mixer.in_proj.weight[0] = 0
+            mixer.conv1d.bias.fill_(40)
+            mixer.in_proj.bias[:inner] = 0
+            mixer.x_proj.weight[:, 1:] = 0
+            mixer.x_proj.weight /= 10
+            mixer.out_proj.weight *= 0.1
+            mixer.dt_proj.weight.zero_()
+            mixer.dt_proj.bias.fill_(-1.0)
+            mixer.A_log.fill_(-2.0)
+    return module.double()

@@ -1,0 +1,138 @@
+"""Edge patching against plain twins: one edge, many edges, positions, rows of their own, other models."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mamba_ioi.circuits import Graph
+from mamba_ioi.circuits.forward import record
+from mamba_ioi.circuits.resample import resampled_logits
+from mamba_ioi.model import MambaModel, wrap
+
+from . import plain_circuits as plain
+from .conftest import random_mamba
+
+N, LENGTH, ROWS, VOCAB = 3, 7, 4, 61
+TOKENS = torch.randint(0, VOCAB, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(5))
+LAST = torch.full((ROWS,), LENGTH - 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> MambaModel:
+    return wrap(random_mamba(seed=2), None, model_id="random")
+
+
+def cuts(graph: Graph, most: int) -> list[set]:
+    """Single edges, and sets of them."""
+    rng, edges = random.Random(0), graph.edges()
+    single = [{edge} for edge in (edges if len(edges) <= most else rng.sample(edges, most))]
+    return [*single, *(set(rng.sample(edges, round(len(edges) * share))) for share in (0.1, 0.3, 0.5, 0.8, 0.95))]
+
+
+def keep(graph: Graph, cut: list[set]) -> torch.Tensor:
+    return torch.stack([~graph.mask(edges) for edges in cut])[:, None]
+
+
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH)], ids=str)
+def test_any_set_of_edges_equals_the_twin(model: MambaModel, graph: Graph) -> None:
+    module, positional = model._module, graph.length is not None
+    corrupt = plain.mamba_run(module, TOKENS[1], LAST)
+    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    sets = cuts(graph, 40)
+    found = resampled_logits(model, graph, TOKENS[0], LAST, run, keep(graph, sets))
+    expected = [plain.mamba_run(module, TOKENS[0], LAST, corrupt, cut, positional).logits for cut in sets]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    assert ((found - found[-1]).abs().amax((1, 2)) > 1e-2).sum() > 5  # the edges do something
+
+
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH)], ids=str)
+def test_whole_and_empty_graph(model: MambaModel, graph: Graph) -> None:
+    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    masks = torch.stack([torch.ones(len(graph.pairs), graph.width), torch.zeros(len(graph.pairs), graph.width)])
+    found = resampled_logits(model, graph, TOKENS[0], LAST, run, masks[:, None])
+    for got, tokens in zip(found, TOKENS, strict=True):
+        expected = model._module(tokens, use_cache=False).logits[:, -1]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH)], ids=str)
+def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
+    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    generator = torch.Generator().manual_seed(1)
+    masks = (
+        torch.rand(6, len(graph.pairs), graph.width, generator=generator) < torch.linspace(0.3, 0.8, 6)[:, None, None]
+    )
+    pruned = torch.stack([graph.prune(mask) for mask in masks])
+    assert (pruned != masks).any()
+    whole, left = (resampled_logits(model, graph, TOKENS[0], LAST, run, some[:, None]) for some in (masks, pruned))
+    torch.testing.assert_close(whole, left, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True, LENGTH)], ids=str)
+def test_each_row_its_own_circuit(model: MambaModel, graph: Graph) -> None:
+    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    masks = torch.rand(2, ROWS, len(graph.pairs), graph.width, generator=torch.Generator().manual_seed(4)) < 0.6
+    found = resampled_logits(model, graph, TOKENS[0], LAST, run, masks)
+    for c in range(2):
+        for row in range(ROWS):
+            alone = resampled_logits(model, graph, TOKENS[0], LAST, run, masks[c, row][None, None])[0, row]
+            torch.testing.assert_close(found[c, row], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_each_row_is_read_at_its_own_position(model: MambaModel) -> None:
+    last = torch.tensor([3, 6, 5, 4])
+    run = record(model, TOKENS[1], last)
+    corrupt = plain.mamba_run(model._module, TOKENS[1], last)
+    graph, cut = Graph(N), {("embed", "1"), ("0", "output")}
+    found = resampled_logits(model, graph, TOKENS[0], last, run, keep(graph, [cut]))[0]
+    expected = plain.mamba_run(model._module, TOKENS[0], last, corrupt, cut).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def others() -> dict:
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=N, n_head=2, n_positions=16))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=N,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+    return {
+        "gpt2": (gpt2.eval(), gpt2.transformer.h, gpt2.transformer.ln_f),
+        "llama": (llama.eval(), llama.model.layers, llama.model.norm),
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_other_models_equal_hooks(name: str) -> None:
+    module, blocks, norm = others()[name]
+    other = wrap(module, None, model_id=name)
+    graph = Graph(N)
+    sets = [set(), *cuts(graph, 10)]
+    run = record(other, TOKENS[1], LAST)
+    found = resampled_logits(other, graph, TOKENS[0], LAST, run, keep(graph, sets))
+    corrupt = plain.hooked_run(module, blocks, norm, TOKENS[1], LAST)
+    expected = [plain.hooked_run(module, blocks, norm, TOKENS[0], LAST, corrupt, cut).logits for cut in sets]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], module(TOKENS[0]).logits[:, -1], rtol=1e-4, atol=1e-5)
+    assert ((found - found[0]).abs().amax((1, 2))[1:] > 1e-4).any()
+
+
+def test_what_does_not_fit_is_refused(model: MambaModel) -> None:
+    graph = Graph(N)
+    run = record(model, TOKENS[1], LAST)
+    with pytest.raises(ValueError, match="do not fit"):
+        resampled_logits(model, graph, TOKENS[0], LAST, run, torch.ones(1, 2, len(graph.pairs), 1))
+    with pytest.raises(ValueError, match="one shape"):
+        resampled_logits(model, graph, TOKENS[0][:, :5], LAST - 2, run, torch.ones(1, 1, len(graph.pairs), 1))
+    with pytest.raises(ValueError, match="need a Mamba"):
+        record(wrap(others()["gpt2"][0], None, model_id="gpt2"), TOKENS[0], LAST, fine=True)

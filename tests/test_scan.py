@@ -1,0 +1,123 @@
+"""The scan against Hugging Face's, real trained parameters, and finite differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+from mamba_ioi.scan import discretize_A, discretize_B, read_out, scan_states, selective_scan
+from mamba_ioi.stages import conv_terms
+
+
+def random_inputs(batch=3, length=7, inner=8, state=4, dtype=torch.float64, seed=0):
+    """x, delta, A, B, C of a scan."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    x, delta = normal(batch, length, inner), F.softplus(normal(batch, length, inner))
+    A, B, C = -torch.exp(normal(inner, state)), normal(batch, length, state), normal(batch, length, state)
+    return tuple(tensor.to(dtype) for tensor in (x, delta, A, B, C))
+
+
+def every_state(x, delta, A, B, **kwargs):
+    """`scan_states` with the plain discretization."""
+    kwargs.setdefault("initial", x.new_zeros(x.shape[0], x.shape[2], A.shape[1]))
+    return scan_states(
+        x, lambda t: discretize_A(delta[:, t], A), lambda t: discretize_B(delta[:, t], B[:, t]), **kwargs
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 2, 13])
+def test_the_scan_equals_hugging_faces(dtype, length):
+    x, delta, A, B, C = random_inputs(length=length, dtype=dtype)
+    expected = (
+        mamba_selective_scan.__wrapped__ if hasattr(mamba_selective_scan, "__wrapped__") else mamba_selective_scan
+    )
+    expected = expected(x.mT, delta.mT, A, B.mT, C.mT).mT
+    y, _ = selective_scan(x, delta, A, B, C)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)  # theirs rounds B and x to float32
+
+
+def test_the_fast_forms_equal_the_plain_steps():
+    x, delta, A, B, C = random_inputs()
+    h = every_state(x, delta, A, B)
+    for inputs in ((x, delta, A, B, C), tuple(t.clone().requires_grad_() for t in (x, delta, A, B, C))):
+        y, last = selective_scan(*inputs)
+        torch.testing.assert_close(y, read_out(h, C), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(last, h[:, -1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_recurrence_written_out():
+    x, delta, A, B, C = random_inputs(batch=1, length=3, inner=1, state=1)
+    h, outputs = 0.0, []
+    for t in range(3):
+        h = np.exp(delta[0, t, 0].item() * A.item()) * h + delta[0, t, 0].item() * B[0, t, 0].item() * x[0, t, 0].item()
+        outputs.append(C[0, t, 0].item() * h)
+    np.testing.assert_allclose(selective_scan(x, delta, A, B, C)[0].flatten().numpy(), outputs, rtol=1e-12)
+
+
+def test_a_scan_can_be_cut_in_two():
+    x, delta, A, B, C = random_inputs(length=9)
+    y, last = selective_scan(x, delta, A, B, C)
+    first, middle = selective_scan(x[:, :4], delta[:, :4], A, B[:, :4], C[:, :4])
+    second, end = selective_scan(x[:, 4:], delta[:, 4:], A, B[:, 4:], C[:, 4:], initial=middle)
+    torch.testing.assert_close(torch.cat([first, second], 1), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(end, last, rtol=1e-12, atol=1e-12)
+
+
+def test_a_patched_state_is_held_and_later_ones_follow():
+    x, delta, A, B, _ = random_inputs()
+    value = torch.ones(3, 8, 4, dtype=torch.float64)
+    plain = every_state(x, delta, A, B)
+    patched = every_state(x, delta, A, B, patch=lambda t, h: value if t == 2 else h)
+    torch.testing.assert_close(patched[:, :2], plain[:, :2], rtol=0, atol=0)
+    torch.testing.assert_close(patched[:, 2], value, rtol=0, atol=0)
+    follow = every_state(x[:, 3:], delta[:, 3:], A, B[:, 3:], initial=value)
+    torch.testing.assert_close(patched[:, 3:], follow, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_by_finite_differences():
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(batch=2, length=4, inner=3, state=2)]
+    initial = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *args: selective_scan(*args[:5], initial=args[5]), (*inputs, initial))
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    inputs = random_inputs(dtype=torch.bfloat16)
+    y, last = selective_scan(*inputs)
+    assert y.dtype == last.dtype == torch.float32
+    torch.testing.assert_close(y, selective_scan(*(tensor.float() for tensor in inputs))[0], rtol=0, atol=0)
+
+
+def test_real_parameters(shared):
+    """One layer of mamba-130m, A_log from -7 to 12.6, states to 1e3: float64 against the recorded activations."""
+    file = np.load(shared / "data" / "mamba130m_layer0.npz")
+    data = {key: torch.from_numpy(file[key].astype(np.float64)) for key in file.files}
+    branch, gate = data["2a_hidden_states_after_chunk"], data["2b_gate_after_chunk"]
+    weight, bias = data["conv1d_weight"], data["conv1d_bias"]
+    terms = conv_terms(branch[None], weight.squeeze(1))
+    x = F.silu(terms.sum(-1) + bias)  # [1, L, E]
+    np.testing.assert_allclose(x[0].mT, data["4_hidden_states_after_conv"], atol=1e-6)
+
+    rank = data["dt_proj_weight"].shape[1]
+    delta_1, B, C = (x @ data["x_proj_weight"].mT).split([rank, 16, 16], dim=-1)
+    np.testing.assert_allclose(torch.cat([delta_1, B, C], -1)[0], data["5a_ssm_parameters"], atol=1e-4)
+    delta = F.softplus(delta_1 @ data["dt_proj_weight"].mT + data["dt_proj_bias"])
+    np.testing.assert_allclose(delta[0].mT, data["5b_discrete_time_step"], atol=1e-5)
+
+    A = -torch.exp(data["A_log"])
+    np.testing.assert_allclose(A, data["6a_A_raw"], rtol=1e-6)
+    for y in (selective_scan(x, delta, A, B, C)[0], read_out(every_state(x, delta, A, B), C)):
+        np.testing.assert_allclose(y[0].mT, data["7a_scan_output_raw"], atol=2e-3)
+        output = y + x * data["D"]
+        np.testing.assert_allclose(output[0].mT, data["7b_scan_output_with_D"], atol=2e-3)
+        np.testing.assert_allclose(output[0].mT * F.silu(gate), data["7c_scan_output_gated"], atol=3e-3)
+    single = selective_scan(*(tensor.float() for tensor in (x, delta, A, B, C)))[0]
+    assert (single - y).abs().max() < 1e-5 * y.abs().max()
