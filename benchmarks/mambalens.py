@@ -1,4 +1,4 @@
-"""Every named activation and every patch of mamba_ioi, compared with MambaLens on random weights.
+r"""Every named activation and every patch of mamba_ioi, compared with MambaLens on random weights.
 
 MambaLens 0.0.4 needs older packages than mamba_ioi, so the comparison is one file with two roles. The first runs where
 MambaLens is installed and writes a reference file; the second runs where mamba_ioi is and compares:
@@ -356,7 +356,8 @@ def compare(path: Path, tolerance: float) -> bool:
         return f"{len(differences):>5} {max(differences).relative:>10.1e} {rounding:>9.1e}"
 
     print(f"{'':<30} {'activations':>26} {'patched logits':>26}")
-    print(f"{'hook':<30} {'n     mamba_ioi  rounding':>26} {'n     mamba_ioi  rounding':>26}  worst place")
+    columns = f"{'n':>5} {'mamba_ioi':>10} {'rounding':>9}"
+    print(f"{'hook':<30} {columns} {columns}  worst place")
     failed = False
     for site in dict.fromkeys([*acts, *logits]):
         worst = max(acts[site] + logits[site])

@@ -334,8 +334,8 @@ def change_site(envoy, site: SiteInfo, changes: Sequence[Change]) -> None:
         stages = open_stages(envoy, ScanStages)
         length = stages.x.shape[1]
         for change in changes:
-            positions = range(length) if change.positions is None else change.positions
-            stages.scan(state_patch(change.value, list(positions)))
+            positions = list(range(length)) if change.positions is None else change.positions
+            stages.hold(state_patch(change.value, positions), positions)
         return
     value = getattr(envoy, site.attribute)
     for change in changes:

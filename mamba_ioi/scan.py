@@ -12,7 +12,7 @@ and in float32 at least. This file is shipped to remote servers: it uses torch a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
@@ -89,6 +89,34 @@ def selective_scan(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, A, B, C, initial)):
         return _stepwise(x, delta, A, B, C, initial)
     return _in_place(x, delta, A, B, C, initial)
+
+
+def held_scan(
+    x: Float[Tensor, "B L E"],
+    delta: Float[Tensor, "B L E"],
+    A: Float[Tensor, "E N"],
+    B: Float[Tensor, "B L N"],
+    C: Float[Tensor, "B L N"],
+    *,
+    initial: Float[Tensor, "B E N"],
+    patch: PatchFn,
+    positions: Iterable[int],
+) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E N"]]:
+    """`selective_scan` with ``patch`` applied to the states after ``positions``: no other state is kept.
+
+    Equal to `scan_states` with that patch, followed by `read_out`.
+    """
+    h, outputs, start = initial, [], 0
+    for position in (*sorted(positions), x.shape[1]):
+        cut = slice(start, min(position + 1, x.shape[1]))
+        if cut.start < cut.stop:
+            y, h = selective_scan(x[:, cut], delta[:, cut], A, B[:, cut], C[:, cut], initial=h)
+            if position < x.shape[1]:
+                h = patch(position, h)
+                y = torch.cat([y[:, :-1], read_out(h[:, None], C[:, position : position + 1])], dim=1)
+            outputs.append(y)
+        start = position + 1
+    return torch.cat(outputs, dim=1), h
 
 
 def _stepwise(x, delta, A, B, C, initial):

@@ -5,7 +5,7 @@ This file is shipped to remote servers: it uses torch and nnsight alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,11 @@ class Stages:
 
 
 class ConvStages(Stages):
-    """The causal convolution: ``conv_slice`` [B, L, E, K] (terms), ``conv`` [B, L, E] (their sum and the bias)."""
+    """The causal convolution: ``conv_slice`` [B, L, E, K] (terms), ``conv`` [B, L, E] (their sum and the bias).
+
+    Attributes:
+        before: the conv's input at the K - 1 positions before the first, ``[B, E, K - 1]``; zeros where None.
+    """
 
     OPERATION = "source.causal_conv1d_fn_0"
     ORDER = ("conv_slice", "conv")
@@ -89,25 +93,34 @@ class ConvStages(Stages):
         super().__init__()
         self.x, self.weight = args[:2]
         self.bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        self.before: Tensor | None = None
         _refuse_narrowed(self.weight, self.x)
 
     def result(self) -> Tensor:
         return F.silu(self.get("conv")).to(self.x.dtype).transpose(1, 2)
 
     def _conv_slice(self) -> Tensor:
-        return conv_terms(self.x, self.weight)
+        return conv_terms(self.x, self.weight, self.before)
 
     def _conv(self) -> Tensor:
         if "conv_slice" in self.kept or (self.weight.requires_grad and "conv_slice" in self.values):
             total = self.values["conv_slice"].sum(-1)
             return total if self.bias is None else total + self.bias
-        padded = F.pad(self.x.to(self.weight.dtype), (self.weight.shape[-1] - 1, 0))
-        conv = F.conv1d(padded, self.weight.unsqueeze(1), self.bias, groups=self.x.shape[1])
+        conv = F.conv1d(
+            _with_context(self.x, self.weight, self.before), self.weight.unsqueeze(1), self.bias, groups=self.x.shape[1]
+        )
         return conv.transpose(1, 2).contiguous()
 
 
 class ScanStages(Stages):
-    """The selective scan. Where ``h`` is edited at some positions, the states after them follow."""
+    """The selective scan. Where ``h`` is edited at some positions, the states after them follow.
+
+    Attributes:
+        initial: the state before the first position, ``[B, E, N]``; zeros where None.
+        patch: what replaces states on the way, or None.
+        held: the positions that ``patch`` replaces; None if it may replace any.
+        last: the state after the last position, once the outputs were computed without keeping states.
+    """
 
     OPERATION = "source.mamba_selective_scan_0"
     ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h", "y", "ssm_output", "after_skip")
@@ -122,15 +135,20 @@ class ScanStages(Stages):
         self.return_last_state = kwargs.get("return_last_state", False)
         self.initial: Tensor | None = None
         self.patch: PatchFn | None = None
+        self.held: set[int] | None = set()
         self.last: Tensor | None = None
 
     def scan(self, patch) -> Tensor:
         """Replace states by ``patch`` (None, a mapping position -> state, or a callable) and return every state."""
         self.own = True
         if patch is not None:
-            self._settle()
-            self._replace_states(patch_function(patch, self.x.shape[1]))
+            self.hold(*patch_function(patch, self.x.shape[1]))
         return self.get("h")
+
+    def hold(self, patch: PatchFn, positions: Iterable[int] | None) -> None:
+        """Replace the states after ``positions`` (None: any) from now on, on top of those replaced before."""
+        self._settle()
+        self._replace_states(patch, positions)
 
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
         output = self.get("after_skip").transpose(1, 2)
@@ -145,12 +163,12 @@ class ScanStages(Stages):
         before = self._h() if before is None else before
         changed = (before != after).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
         states = {position: after[:, position] for position in changed}
-        self._replace_states(patch_function(states, self.x.shape[1]))
+        self._replace_states(*patch_function(states, self.x.shape[1]))
 
-    def _replace_states(self, patch: PatchFn) -> None:
-        """Replace states from now on, on top of those replaced before."""
+    def _replace_states(self, patch: PatchFn, positions: Iterable[int] | None) -> None:
         earlier = self.patch
         self.patch = patch if earlier is None else (lambda t, h: patch(t, earlier(t, h)))
+        self.held = None if positions is None or self.held is None else self.held | set(positions)
         self.own = True
         self.values.pop("h", None)
         self._forget_after("h")
@@ -202,10 +220,14 @@ class ScanStages(Stages):
         return self.x.new_zeros(self.x.shape[0], self.x.shape[2], self.A.shape[-1])
 
 
-def patch_function(patch, length: int) -> PatchFn:
-    """A mapping position -> state, or a callable ``(position, h) -> h``, as a callable."""
+def patch_function(patch, length: int) -> tuple[PatchFn, set[int] | None]:
+    """A mapping position -> state, or a callable ``(position, h) -> h``, as a callable, and the positions it changes.
+
+    Raises:
+        ValueError: for a position outside the prompt, or a patch of another type.
+    """
     if callable(patch):
-        return patch
+        return patch, None
     if not isinstance(patch, Mapping):
         raise ValueError(f"scan() takes a mapping position -> state or a callable, not {type(patch).__name__}")
     states = {}
@@ -213,14 +235,21 @@ def patch_function(patch, length: int) -> PatchFn:
         if not -length <= position < length:
             raise ValueError(f"position {position} is outside the prompt's {length} positions")
         states[position % length] = state
-    return lambda t, h: cast(states[t], h) if t in states else h
+    return lambda t, h: cast(states[t], h) if t in states else h, set(states)
 
 
-def conv_terms(x: Float[Tensor, "B E L"], weight: Float[Tensor, "E K"]) -> Float[Tensor, "B L E K"]:
+def conv_terms(
+    x: Float[Tensor, "B E L"], weight: Float[Tensor, "E K"], before: Float[Tensor, "B E K-1"] | None = None
+) -> Float[Tensor, "B L E K"]:
     """The conv's terms: ``weight[:, k] * x`` at the position ``k - (K - 1)`` relative to each output position."""
-    taps = weight.shape[-1]
-    windows = F.pad(x.to(weight.dtype), (taps - 1, 0)).unfold(-1, taps, 1)  # [B, E, L, K]
+    windows = _with_context(x, weight, before).unfold(-1, weight.shape[-1], 1)  # [B, E, L, K]
     return (windows * weight[:, None, :]).transpose(1, 2).contiguous()
+
+
+def _with_context(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
+    """The conv's input with the K - 1 positions before it, zeros where None."""
+    x = x.to(weight.dtype)
+    return F.pad(x, (weight.shape[-1] - 1, 0)) if before is None else torch.cat([before.to(x), x], dim=-1)
 
 
 def _refuse_narrowed(parameter: Tensor, x: Float[Tensor, "B E L"]) -> None:

@@ -106,8 +106,8 @@ def test_acdc_finds_the_planted_edges(planted, exact: bool) -> None:
         assert (table.effect[list(model.planted.edges)] > 0.5).all()
 
 
-def test_held_out_evaluation_of_the_planted_circuit(planted) -> None:
-    model, _ = planted
+def test_held_out_evaluation_of_the_planted_circuit() -> None:
+    model = planted_model(n_layers=3, layer=1, slice=-2, n_names=10, seed=4)
     found = evaluate(model, None, Circuit.of(model, model.planted.edges))
     assert found.n_rows == 200 and found.n_edges == 2
     assert found.accuracy == 1 and found.nld == pytest.approx(1, abs=1e-3) and found.kl < 1e-2

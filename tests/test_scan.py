@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from mamba_ioi.scan import discretize_A, discretize_B, read_out, scan_states, selective_scan
-from mamba_ioi.stages import conv_terms
+from mamba_ioi.scan import discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
+from mamba_ioi.stages import ConvStages
 
 
 def random_inputs(batch=3, length=7, inner=8, state=4, dtype=torch.float64, seed=0):
@@ -83,6 +83,20 @@ def test_a_patched_state_is_held_and_later_ones_follow():
     torch.testing.assert_close(patched[:, 3:], follow, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("positions", [[0], [6], [2, 3], [0, 4, 6]])
+def test_holding_states_without_keeping_the_others(positions):
+    x, delta, A, B, C = random_inputs()
+    initial = torch.randn(3, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def patch(t, h):
+        return h * 2 + t if t in positions else h
+
+    h = every_state(x, delta, A, B, initial=initial, patch=patch)
+    y, last = held_scan(x, delta, A, B, C, initial=initial, patch=patch, positions=positions)
+    torch.testing.assert_close(y, read_out(h, C), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, h[:, -1], rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_by_finite_differences():
     inputs = [tensor.requires_grad_() for tensor in random_inputs(batch=2, length=4, inner=3, state=2)]
     initial = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -102,8 +116,9 @@ def test_real_parameters(shared):
     data = {key: torch.from_numpy(file[key].astype(np.float64)) for key in file.files}
     branch, gate = data["2a_hidden_states_after_chunk"], data["2b_gate_after_chunk"]
     weight, bias = data["conv1d_weight"], data["conv1d_bias"]
-    terms = conv_terms(branch[None], weight.squeeze(1))
-    x = F.silu(terms.sum(-1) + bias)  # [1, L, E]
+    conv = ConvStages((branch[None], weight.squeeze(1), bias), {})
+    x = F.silu(conv.get("conv"))  # [1, L, E]
+    torch.testing.assert_close(conv.get("conv_slice").sum(-1) + bias, conv.get("conv"), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(x[0].mT, data["4_hidden_states_after_conv"], atol=1e-6)
 
     rank = data["dt_proj_weight"].shape[1]

@@ -127,7 +127,7 @@ def _steer(
                     value = before + value - means.means[old[rows], source - 1]
                 interventions.append([Patch("ssm_input", means.layer, value.unsqueeze(1), position)])
             readout = _duel(winners[rows], data.answers[rows], data.last_position[rows])
-            logits = sweep(model, tokens, interventions, readout, batch_rows=len(rows))
+            logits = sweep(model, tokens, interventions, readout)
             for case, run in enumerate(logits):
                 success[case, rows] = (logit_diff(run, readout.answers, readout.corrupt_answers) > 0).float()
     outcomes = {}

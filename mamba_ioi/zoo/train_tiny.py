@@ -234,15 +234,14 @@ library_name: transformers
 The model that mamba_ioi ships, so that every experiment runs without a network. It was made by
 `mamba-ioi train-tiny --seed {report["seed"]}`.
 
-- Model: `MambaForCausalLM`, 6 layers, d_model 96, d_inner 192, d_state 16, d_conv 4, {report["parameters"]:,}
-  parameters,
-  float32.
+- Model: `MambaForCausalLM`, 6 layers, d_model 96, d_inner 192, d_state 16, d_conv 4, float32,
+  {report["parameters"]:,} parameters.
 - Tokenizer: byte-level BPE that segments the four templates as GPT-NeoX's does; {len(TINY_NAMES)} names are one token.
 - Data: the four three-name templates of the paper (arXiv 2407.14008, appendix A) with every order of the names, and
   two-name variants of them (one prompt in four); 8 places, 8 objects. One unordered name triple in
   {HELD_OUT_SHARE} was never trained on.
-- Training: {report["steps"]} steps of {report["batch"]} prompts, next-token loss with the answer counted once more, AdamW,
-  seed {report["seed"]}; {report["minutes"]} minutes on one CPU core; last loss {report["final_loss"]}.
+- Training: {report["steps"]} steps of {report["batch"]} prompts, next-token loss with the answer counted once more,
+  AdamW, seed {report["seed"]}; {report["minutes"]} minutes on one CPU core; last loss {report["final_loss"]}.
 
 Accuracy on {n_test} prompts a template with held-out name triples:
 
