@@ -13,7 +13,7 @@ from jaxtyping import Float
 from nnsight.intervention.source import NO_SKIP
 from torch import Tensor
 
-from .scan import PatchFn, compute_dtype, discretize_A, discretize_B, read_out, scan_states, selective_scan
+from .scan import PatchFn, compute_dtype, discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
 
 
 class Stages:
@@ -119,7 +119,8 @@ class ScanStages(Stages):
         initial: the state before the first position, ``[B, E, N]``; zeros where None.
         patch: what replaces states on the way, or None.
         held: the positions that ``patch`` replaces; None if it may replace any.
-        last: the state after the last position, once the outputs were computed without keeping states.
+        last: the state after the last position, once the outputs were computed.
+        shown: the states handed out under gradients: a leaf's copy, whose gradient the live states feed.
     """
 
     OPERATION = "source.mamba_selective_scan_0"
@@ -137,6 +138,17 @@ class ScanStages(Stages):
         self.patch: PatchFn | None = None
         self.held: set[int] | None = set()
         self.last: Tensor | None = None
+        self.shown: Tensor | None = None
+
+    def get(self, name: str) -> Tensor:
+        """The stage's value; ``h.grad`` is the total derivative, with what flows through later states."""
+        value = super().get(name)
+        if name != "h" or not value.requires_grad or self.shown is not None:
+            return value
+        self.shown = shown = value.detach().requires_grad_().clone()
+        self._replace_states(lambda t, h: h + (shown[:, t] - shown[:, t].detach()), None)
+        self._store("h", shown)
+        return shown
 
     def scan(self, patch) -> Tensor:
         """Replace states by ``patch`` (None, a mapping position -> state, or a callable) and return every state."""
@@ -154,16 +166,23 @@ class ScanStages(Stages):
         output = self.get("after_skip").transpose(1, 2)
         if not self.return_last_state:
             return output
-        return output, (self.get("h")[:, -1] if self.last is None or "h" in self.values else self.last)
+        if self.last is None:  # the outputs were given from outside
+            self.last = self._h()[:, -1]
+        return output, self.last
 
     def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
         if name != "h":
             return super()._edited(name, before, after)
+        in_place = before is None
         self.values.pop("h")
-        before = self._h() if before is None else before
-        changed = (before != after).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
-        states = {position: after[:, position] for position in changed}
-        self._replace_states(*patch_function(states, self.x.shape[1]))
+        before = self._h() if in_place else before
+        held, changed = after.clone(), before != after
+        positions = changed.transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+        self._replace_states(lambda t, h: torch.where(changed[:, t], held[:, t], h), positions)
+        if in_place:  # the caller may go on editing what it holds
+            with torch.no_grad():
+                after.detach().copy_(self._h())
+            self._store("h", after)
 
     def _replace_states(self, patch: PatchFn, positions: Iterable[int] | None) -> None:
         earlier = self.patch
@@ -201,9 +220,16 @@ class ScanStages(Stages):
         )
 
     def _y(self) -> Tensor:
-        if self.patch is not None or {"h", "A_bar", "B_bar"} & set(self.values):
-            return read_out(self.get("h"), self.C)
-        y, self.last = selective_scan(self.x, self.get("delta"), self.get("A"), self.B, self.C, initial=self._initial())
+        if self.held is None or {"h", "A_bar", "B_bar"} & set(self.values):
+            known = "h" in self.values and self.shown is None
+            states = self.values["h"] if known else self._h()
+            self.last = states[:, -1]
+            return read_out(states, self.C)
+        inputs = self.x, self.get("delta"), self.get("A"), self.B, self.C
+        if self.patch is None:
+            y, self.last = selective_scan(*inputs, initial=self._initial())
+        else:
+            y, self.last = held_scan(*inputs, initial=self._initial(), patch=self.patch, positions=self.held)
         return y
 
     def _ssm_output(self) -> Tensor:

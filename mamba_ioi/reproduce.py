@@ -1,0 +1,283 @@
+"""`reproduce`: every figure of the paper for one model, in a folder, going on where an earlier run stopped.
+
+A figure is its result (``results/fig4/table.parquet`` and ``meta.json``, which is written last) and its picture
+(``fig4.png``, ``fig4.pdf``). Each result's ``meta["request"]`` says what was asked for: a result that is complete and
+was asked for alike is kept, and one that was asked for otherwise is never overwritten.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .makers import MAKERS, Settings, choose, prepare, with_layer
+
+if TYPE_CHECKING:
+    from .model import CausalLM
+    from .result import Result
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results"
+_LOCK = ".lock"
+_PICTURES = (".png", ".pdf")
+_PACKAGED = Path(__file__).parent / "zoo" / "tiny"
+_WEIGHTS = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt", "*.safetensors", "*.bin")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one figure: its id, what was done in words, and the error if it failed."""
+
+    figure: str
+    done: str
+    error: Exception | None = None
+
+
+def reproduce(
+    settings: Settings,
+    out: str | os.PathLike[str],
+    only: str | None = None,
+    report: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Compute the figures that are not there yet; each result is stored before it is drawn.
+
+    Args:
+        settings: what to ask for.
+        out: the folder.
+        only: ids of figures with commas between (``fig5`` stands for ``fig5_greedy`` too); all that the model can
+            have if None.
+        report: called with each figure's outcome as soon as it is known.
+
+    Returns:
+        The outcomes. A figure whose computation fails is among them, with its error, and does not end the run.
+
+    Raises:
+        ValueError: for an unknown figure or model, a layer that is not there, a tokenizer without names, or a folder
+            that holds a damaged result, or one that was made otherwise, or that another run is using.
+        OSError: if the folder cannot be written, or the disk is full.
+    """
+    figures = choose(only)
+    if settings.layer is not None and not any(MAKERS[figure].takes_layer for figure in figures):
+        raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
+    out = Path(out)
+    identity = model_identity(settings)
+    asked = {figure: request(figure, settings, identity) for figure in figures}
+    outcomes: list[Outcome] = []
+
+    def note(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        report(outcome)
+
+    with locked(out):
+        check_folder(out, figures, identity)
+        found = {figure: stored_result(out / RESULTS / figure, asked[figure]) for figure in figures}
+        missing = [figure for figure in figures if found[figure] is None]
+        model = None
+        if missing:
+            model, usable = prepare(settings, missing)
+            for figure in (figure for figure in missing if figure not in usable):
+                if only is not None:
+                    model.require_mamba(f"{figure} and its like")
+                note(Outcome(figure, f"left out: {settings.model} is no Mamba"))
+                figures.remove(figure)
+        for figure in figures:
+            started = time.monotonic()
+            done, result = "drawn again from its result", found[figure]
+            try:
+                if result is None:
+                    settings = with_layer(figure, model, settings)
+                    result, done = compute(figure, model, settings, asked[figure]), "computed"
+            except Exception as error:
+                note(_failed(figure, error))
+                continue
+            if found[figure] is None:
+                _store(result, out, figure)
+            elif all((out / f"{figure}{suffix}").exists() for suffix in _PICTURES):
+                note(Outcome(figure, "kept, it was complete"))
+                continue
+            try:
+                _draw(result, out / figure)
+            except OSError:
+                raise
+            except Exception as error:
+                note(_failed(figure, error))
+                continue
+            note(Outcome(figure, f"{done} in {time.monotonic() - started:.1f} s"))
+    return outcomes
+
+
+def compute(figure: str, model: CausalLM, settings: Settings, asked: Mapping[str, Any]) -> Result:
+    """The figure's result, which says what was asked for."""
+    from .result import Result
+
+    result = MAKERS[figure].make(model, settings)
+    return Result(result.table, result.meta | {"request": dict(asked)})
+
+
+def _store(result: Result, out: Path, figure: str) -> None:
+    """Save the result, and take away pictures that were drawn from another, so that none passes for this one's."""
+    for suffix in _PICTURES:
+        (out / f"{figure}{suffix}").unlink(missing_ok=True)
+    result.save(out / RESULTS / figure)
+
+
+def _draw(result: Result, stem: Path) -> None:
+    from .figures import save_figure
+
+    save_figure(result.plot(), stem)
+
+
+def _failed(figure: str, error: Exception) -> Outcome:
+    logger.debug("%s failed", figure, exc_info=error)
+    return Outcome(figure, "failed", error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was asked for, and what is there
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_identity(settings: Settings) -> dict[str, Any]:
+    """What all figures of one folder must share: the model, its weights, their precision, the version of mamba_ioi."""
+    from . import __version__
+
+    folder = _PACKAGED if settings.model == "tiny" else Path(settings.model).expanduser()
+    local = settings.model != "planted" and folder.is_dir()
+    return {
+        "model": folder.resolve().name if local else settings.model,
+        "weights": _digest(folder) if local else None,
+        "dtype": settings.dtype,
+        "mamba_ioi": __version__,
+    }
+
+
+def request(figure: str, settings: Settings, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines a figure's numbers: the model's identity, and those of the settings that the figure heeds."""
+    maker = MAKERS[figure]
+    asked: dict[str, Any] = {"figure": figure, **identity}
+    if maker.pairs is not None:
+        asked["pairs"] = maker.pairs if settings.pairs is None else settings.pairs
+    if maker.draws:
+        asked["seed"] = settings.seed
+    if maker.takes_layer:
+        asked["layer"] = settings.layer
+    return asked
+
+
+def stored_result(folder: Path, asked: Mapping[str, Any]) -> Result | None:
+    """The folder's complete result if it was asked for alike; None if there is none, or only the start of one.
+
+    Raises:
+        ValueError: if the result is damaged, or was asked for otherwise.
+    """
+    from .result import META_FILE, Result
+
+    _refuse_file(folder)
+    if not (folder / META_FILE).exists():
+        return None
+    try:
+        result = Result.load(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds a damaged result ({error}); delete that folder to compute it again") from None
+    _refuse_other(folder, result.meta.get("request"), asked)
+    return result
+
+
+def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> None:
+    """See that the figures fit into the folder, and clear away what an interrupted run left unfinished there.
+
+    Raises:
+        ValueError: if something is in the way of a figure, or a result of another model or version is there.
+    """
+    from .result import META_FILE, Result
+
+    _refuse_file(out / RESULTS)
+    for figure in MAKERS:
+        folder = out / RESULTS / figure
+        if figure in figures or not (folder / META_FILE).is_file():
+            continue
+        with suppress(ValueError):  # a damaged result of a figure that is not asked for is not this run's business
+            made = Result.load(folder).meta.get("request") or {}
+            differs = {key: made[key] for key in identity if key in made and made[key] != identity[key]}
+            if differs:
+                _refuse_other(folder, made, identity)
+    for figure in figures:
+        for suffix in _PICTURES:
+            if (out / f"{figure}{suffix}").is_dir():
+                raise ValueError(f"{out / figure}{suffix} is a folder where a picture is to be written")
+    for folder in (out, *(out / RESULTS / figure for figure in figures)):
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(file.name) and file.is_file():
+                file.unlink()
+
+
+def _refuse_other(folder: Path, made: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> None:
+    if not isinstance(made, dict):
+        raise ValueError(f"{folder} holds a result of another origin; choose another --out, or delete that folder")
+    if differing := [key for key in asked if made.get(key) != asked[key]]:
+        raise ValueError(
+            f"{folder} holds a result with {_listed(made, differing)}, and {_listed(asked, differing)} is asked for; "
+            f"choose another --out, or delete that folder"
+        )
+
+
+def _listed(values: Mapping[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key}={str(values.get(key))[:60]}" for key in keys)
+
+
+def _refuse_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file where a folder should be")
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the files of a local model that decide what it computes."""
+    digest = hashlib.sha256()
+    files = {file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.is_file()}
+    for path in sorted(files):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode(errors="surrogateescape"))
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the folder, made if absent, to this process; the system lets it go when the process ends, however it ends.
+
+    Raises:
+        ValueError: if another process has it, or it is a file.
+        OSError: if it cannot be written.
+    """
+    _refuse_file(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _LOCK
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is in use by another run; wait for it, or choose another --out") from None
+            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                continue  # the run before took the file away between our opening and locking it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                if made:
+                    with suppress(OSError):  # not empty: keep it
+                        folder.rmdir()
+            return
