@@ -402,13 +402,14 @@ def _original_weights(source: str, revision: str | None) -> dict[str, Tensor]:
 
 
 def _load_tokenizer(source: str, revision: str | None, original: bool):
+    """The tokenizer beside the weights; for the original layout, which has none, GPT-NeoX's; None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision)
     except Exception:
         if not original:
             return None
-    try:
-        return AutoTokenizer.from_pretrained(ORIGINAL_TOKENIZER)
+    try:  # a local folder is no reason to go to the network
+        return AutoTokenizer.from_pretrained(ORIGINAL_TOKENIZER, local_files_only=os.path.isdir(source))
     except Exception:
         return None
 

@@ -6,8 +6,8 @@ envoy, readable and writable inside any nnsight trace:
 * on the model: ``embed``, ``norm``, ``logits``;
 * on a layer: ``resid_pre``, ``layer_input``, ``normalized_input``, ``in_proj``, ``out_proj``, ``resid_post``;
 * on a layer's ``mixer``: ``gate`` (the site ``skip``: nnsight's own ``skip`` method keeps that name), ``conv_slice``,
-  ``conv``, ``ssm_input``, ``delta_1``, ``B``, ``C``, ``A``, ``delta_2``, ``delta``, ``A_bar``, ``B_bar``, ``h``,
-  ``y``, ``ssm_output``, ``after_skip``, and the method ``scan``.
+  ``conv``, ``ssm_input``, ``delta_1``, ``B``, ``C``, ``A``, ``delta_2``, ``delta``, ``A_bar``, ``B_bar``, ``h_start``,
+  ``h``, ``y``, ``ssm_output``, ``after_skip``, and the method ``scan``.
 
 What is read is the reader's own copy: editing it in place, or assigning to the property, changes the run from
 there on, and reading changes nothing. transformers >= 5.15 calls ``causal_conv1d_fn`` and ``mamba_selective_scan``
@@ -216,6 +216,10 @@ class MixerEnvoy(Envoy):
     @StageSite(ScanStages, description="delta B")
     def B_bar(self, value) -> Float[Tensor, "B L E N"]:
         """The discretized B."""
+
+    @StageSite(ScanStages, description="the state before the first position")
+    def h_start(self, value) -> Float[Tensor, "B E N"]:
+        """The state before the first position: zeros, unless it is written."""
 
     @StageSite(ScanStages, description="the state; where it is edited, later states follow")
     def h(self, value) -> Float[Tensor, "B L E N"]:

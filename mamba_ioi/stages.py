@@ -124,7 +124,7 @@ class ScanStages(Stages):
     """
 
     OPERATION = "source.mamba_selective_scan_0"
-    ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h", "y", "ssm_output", "after_skip")
+    ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h_start", "h", "y", "ssm_output", "after_skip")
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         super().__init__()
@@ -208,6 +208,12 @@ class ScanStages(Stages):
     def _B_bar(self) -> Tensor:
         return discretize_B(self.get("delta"), self.B)
 
+    def _h_start(self) -> Tensor:
+        if self.initial is not None:
+            return self.initial.clone()
+        zeros = self.x.new_zeros(self.x.shape[0], self.x.shape[2], self.A.shape[-1])
+        return zeros.requires_grad_(self.x.requires_grad).clone()
+
     def _h(self) -> Tensor:
         delta, A = self.get("delta"), self.get("A")
         A_bar, B_bar = self.values.get("A_bar"), self.values.get("B_bar")
@@ -215,7 +221,7 @@ class ScanStages(Stages):
             self.x,
             lambda t: discretize_A(delta[:, t], A) if A_bar is None else A_bar[:, t],
             lambda t: discretize_B(delta[:, t], self.B[:, t]) if B_bar is None else B_bar[:, t],
-            initial=self._initial(),
+            initial=self.get("h_start"),
             patch=self.patch,
         )
 
@@ -227,9 +233,9 @@ class ScanStages(Stages):
             return read_out(states, self.C)
         inputs = self.x, self.get("delta"), self.get("A"), self.B, self.C
         if self.patch is None:
-            y, self.last = selective_scan(*inputs, initial=self._initial())
+            y, self.last = selective_scan(*inputs, initial=self.get("h_start"))
         else:
-            y, self.last = held_scan(*inputs, initial=self._initial(), patch=self.patch, positions=self.held)
+            y, self.last = held_scan(*inputs, initial=self.get("h_start"), patch=self.patch, positions=self.held)
         return y
 
     def _ssm_output(self) -> Tensor:
@@ -239,11 +245,6 @@ class ScanStages(Stages):
     def _after_skip(self) -> Tensor:
         output = self.get("ssm_output")
         return output.clone() if self.z is None else output * F.silu(self.z.transpose(1, 2).to(self.dtype))
-
-    def _initial(self) -> Tensor:
-        if self.initial is not None:
-            return self.initial
-        return self.x.new_zeros(self.x.shape[0], self.x.shape[2], self.A.shape[-1])
 
 
 def patch_function(patch, length: int) -> tuple[PatchFn, set[int] | None]:

@@ -44,6 +44,7 @@ def plain_activations(module, ids):
         a["A_bar"] = torch.exp(torch.einsum("ble,en->blen", a["delta"], a["A"]))
         a["B_bar"] = torch.einsum("ble,bln->blen", a["delta"], a["B"])
         h, states = torch.zeros(ids.shape[0], E, N), []
+        a["h_start"] = h
         for t in range(ids.shape[1]):
             h = a["A_bar"][:, t] * h + a["B_bar"][:, t] * x[:, t, :, None]
             states.append(h)
