@@ -13,11 +13,12 @@ import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from .arguments import BAD_INPUT, one_line, parse
 from .makers import MAKERS, Settings, prepare, with_layer
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BAD_INPUT = 2
 _MEASURES = ("effect", "success", "similarity")
 _SHOWN_ROWS = 12
 
@@ -35,8 +35,8 @@ _SHOWN_ROWS = 12
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, that of the process if none is given; return its exit status."""
     try:
-        arguments = _parser().parse_args(argv)
-    except SystemExit as ending:  # argparse has said why: help, the version, or bad arguments
+        arguments = parse(COMMANDS, argv)
+    except SystemExit as ending:  # argparse has said why: help or bad arguments
         return int(ending.code or 0)
     with _logging(arguments.verbose):
         try:
@@ -136,11 +136,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     wrong = []
     with _quiet():
         for finding in examine(arguments.model, device=arguments.device, dtype=arguments.dtype):
-            _say(f"{finding.item:22} {_one_line(finding.found)}")
+            _say(f"{finding.item:22} {one_line(finding.found)}")
             if not finding.well:
                 wrong.append(finding)
     for finding in wrong:
-        _complain(f"{finding.item} is not as it should be: {_one_line(finding.found)}")
+        _complain(f"{finding.item} is not as it should be: {one_line(finding.found)}")
     if not wrong:
         _say("all is well")
     return 1 if wrong else 0
@@ -167,111 +167,27 @@ def _train_tiny(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+def _version(arguments: argparse.Namespace) -> int:
+    from . import __version__
+
+    _say(f"mamba-ioi {__version__}")
+    return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that refuses in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        _complain(f"error: {_one_line(message)}")
-        raise SystemExit(BAD_INPUT)
-
-
-class _Version(argparse.Action):
-    """Show the version; the package is asked for it only then."""
-
-    def __call__(self, parser, *_) -> NoReturn:
-        from . import __version__
-
-        _say(f"mamba-ioi {__version__}")
-        parser.exit()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="mamba-ioi",
-        description="Find circuits in Mamba language models: the experiments and figures of 'Investigating the "
-        "Indirect Object Identification circuit in Mamba' (arXiv 2407.14008), on any Mamba.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, command, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
-        sub.add_argument("--verbose", action="store_true", help="show the tracebacks of errors")
-        sub.set_defaults(command=command)
-        return sub
-
-    sub = add("reproduce", _reproduce, "compute and draw every figure, going on where an earlier run stopped")
-    _add_settings(sub)
-    sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL)")
-    sub.add_argument("--only", metavar="FIGURES", help="these figures only, such as fig4,fig8")
-
-    sub = add("run", _run, "compute one experiment and save its result")
-    sub.add_argument("experiment", metavar="EXPERIMENT", help="its name, from 'mamba-ioi list'")
-    _add_settings(sub)
-    sub.add_argument(
-        "--out", type=_path, metavar="DIR", help="folder of the result (default: results/MODEL/EXPERIMENT)"
-    )
-
-    sub = add("plot", _plot, "draw a saved result again, into its folder")
-    sub.add_argument("folder", type=_path, metavar="DIR", help="folder with table.parquet and meta.json")
-
-    sub = add("list", _list, "list the experiments and their figures")
-    sub.add_argument("--sites", action="store_true", help="list the named activations instead")
-
-    sub = add("doctor", _doctor, "examine versions, kernels, devices and a model's slow path")
-    _add_model(sub)
-
-    sub = add("train-tiny", _train_tiny, "train the packaged model 'tiny' anew")
-    sub.add_argument("--seed", type=_seed, default=0, help="of the weights and prompts (default: 0)")
-    sub.add_argument("--out", type=_path, metavar="DIR", required=True, help="new folder for the model")
-    sub.add_argument(
-        "--steps", type=_positive, metavar="N", help="optimizer steps (default: those of the packaged model)"
-    )
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="tiny, planted, a directory or a Hub id (default: tiny)")
-    parser.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
-    parser.add_argument("--dtype", help="such as bfloat16 (default: the checkpoint's)")
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("--pairs", type=_positive, metavar="N", help="pairs of prompts (default: the paper's number)")
-    parser.add_argument("--seed", type=_seed, default=27, help="of the prompts (default: 27)")
-    parser.add_argument("--layer", type=_seed, help="layer to look at (default: the bottleneck that is found)")
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "reproduce": _reproduce,
+    "run": _run,
+    "plot": _plot,
+    "list": _list,
+    "doctor": _doctor,
+    "train-tiny": _train_tiny,
+    "--version": _version,
+}
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     chosen = {name: getattr(arguments, name) for name in ("model", "pairs", "seed", "layer", "device", "dtype")}
     return Settings(**chosen, progress=sys.stderr.isatty())
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
-    return int(text)
-
-
-def _path(text: str) -> Path:
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no path of a folder")
-    return Path(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,19 +215,16 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def _safe(name: str) -> str:
     """A model's name as the name of a folder: the last part of a directory's path, a Hub id with - for /."""
-    text = Path(name).resolve().name if "\0" not in name and Path(name).is_dir() else name
+    folder = Path(os.path.expanduser(name))
+    text = folder.resolve().name if folder.is_dir() else name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:100] or "model"
 
 
 def _sentence(error: BaseException) -> str:
     """What an error says, on one line; for errors of the system, what happened and to which file."""
     if isinstance(error, OSError) and error.strerror:
-        return _one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
-    return _one_line(str(error)) or type(error).__name__
-
-
-def _one_line(text: str) -> str:
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+        return one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    return one_line(str(error)) or type(error).__name__
 
 
 def _say(text: str) -> None:
@@ -329,14 +242,15 @@ def _quiet() -> Iterator[None]:
     """Without transformers' notes on loading and on kernels that are not installed; `doctor` says what there is."""
     from transformers.utils import logging as notes
 
-    level = notes.get_verbosity()
+    level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
     notes.set_verbosity_error()
     notes.disable_progress_bar()
     try:
         yield
     finally:
         notes.set_verbosity(level)
-        notes.enable_progress_bar()
+        if bars:
+            notes.enable_progress_bar()
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def model_identity(settings: Settings) -> dict[str, Any]:
     """What all figures of one folder must share: the model, its weights, their precision, the version of mamba_ioi."""
     from . import __version__
 
-    folder = _PACKAGED if settings.model == "tiny" else Path(settings.model).expanduser()
+    folder = _PACKAGED if settings.model == "tiny" else Path(os.path.expanduser(settings.model))
     local = settings.model != "planted" and folder.is_dir()
     return {
         "model": folder.resolve().name if local else settings.model,
@@ -207,11 +207,11 @@ def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> 
         folder = out / RESULTS / figure
         if figure in figures or not (folder / META_FILE).is_file():
             continue
-        with suppress(ValueError):  # a damaged result of a figure that is not asked for is not this run's business
-            made = Result.load(folder).meta.get("request") or {}
-            differs = {key: made[key] for key in identity if key in made and made[key] != identity[key]}
-            if differs:
-                _refuse_other(folder, made, identity)
+        try:
+            made = Result.load(folder).meta.get("request")
+        except ValueError:  # a damaged result of a figure that is not asked for is not this run's business
+            continue
+        _refuse_other(folder, made, identity)
     for figure in figures:
         for suffix in _PICTURES:
             if (out / f"{figure}{suffix}").is_dir():
@@ -226,6 +226,8 @@ def _refuse_other(folder: Path, made: Mapping[str, Any] | None, asked: Mapping[s
     if not isinstance(made, dict):
         raise ValueError(f"{folder} holds a result of another origin; choose another --out, or delete that folder")
     if differing := [key for key in asked if made.get(key) != asked[key]]:
+        if "model" in differing:
+            differing = ["model"]  # the rest follows from it
         raise ValueError(
             f"{folder} holds a result with {_listed(made, differing)}, and {_listed(asked, differing)} is asked for; "
             f"choose another --out, or delete that folder"
@@ -233,7 +235,7 @@ def _refuse_other(folder: Path, made: Mapping[str, Any] | None, asked: Mapping[s
 
 
 def _listed(values: Mapping[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key}={str(values.get(key))[:60]}" for key in keys)
+    return ", ".join(f"{key}={str(values.get(key))[:40]}" for key in keys)
 
 
 def _refuse_file(folder: Path) -> None:

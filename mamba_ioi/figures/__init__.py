@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mamba_ioi.figures.architecture import architecture
+from mamba_ioi.figures.circuit_graph import circuit_graph
+from mamba_ioi.figures.circuit_html import circuit_html
+from mamba_ioi.figures.circuit_matrices import circuit_matrices, layer_parts
+from mamba_ioi.figures.circuit_tables import circuit_tables
+from mamba_ioi.figures.companions import save_companions
 from mamba_ioi.figures.conv_slices import conv_slices
 from mamba_ioi.figures.cross_talk import cross_talk
 from mamba_ioi.figures.diagram import ModelSizes
+from mamba_ioi.figures.last_position import last_position_only
 from mamba_ioi.figures.layer_removal import greedy_layer_removal, layer_removal
 from mamba_ioi.figures.name_steering import name_pca, name_steering
 from mamba_ioi.figures.resample_ablation import resample_ablation
@@ -27,16 +33,23 @@ __all__ = [
     "FIGURES",
     "ModelSizes",
     "architecture",
+    "circuit_graph",
+    "circuit_html",
+    "circuit_matrices",
+    "circuit_tables",
     "conv_slices",
     "cross_talk",
     "draw",
     "greedy_layer_removal",
+    "last_position_only",
+    "layer_parts",
     "layer_removal",
     "name_pca",
     "name_steering",
     "resample_ablation",
     "residual_edges",
     "residual_graph",
+    "save_companions",
     "save_figure",
     "ssm_internals",
     "state_similarity",
@@ -68,6 +81,10 @@ FIGURES: dict[str, Callable[[Result], Figure]] = {
     "name_steering": name_steering,
     "name_pca": name_pca,
     "ssm_internals": _ssm_internals,
+    "edge_matrices": circuit_matrices,
+    "layer_parts": layer_parts,
+    "positional_circuit": circuit_graph,
+    "last_position_only": last_position_only,
 }
 """From an experiment's name, `meta["experiment"]`, to the function that draws its Result."""
 

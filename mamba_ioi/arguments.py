@@ -1,0 +1,122 @@
+"""The arguments of the command line: which there are, and what is refused before anything else is looked at."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+BAD_INPUT = 2
+"""The exit status for bad input."""
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def parse(
+    commands: Mapping[str, Callable[[argparse.Namespace], int]], argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read a command line, that of the process if none is given; ``command`` in what is returned is what to call.
+
+    Args:
+        commands: what to call, by the command's name, and ``--version``.
+        argv: the words of the command line.
+
+    Raises:
+        SystemExit: after help was shown (0), or after one line on stderr for bad arguments (2).
+    """
+    parser = _Parser(
+        prog="mamba-ioi",
+        description="Find circuits in Mamba language models: the experiments and figures of 'Investigating the "
+        "Indirect Object Identification circuit in Mamba' (arXiv 2407.14008), on any Mamba.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(verbose=False)
+    version = commands["--version"]
+    parser.add_argument(
+        "--version", dest="command", action="store_const", const=version, help="show the version and exit"
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND")
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+        sub.add_argument("--verbose", action="store_true", help="show the tracebacks of errors")
+        sub.set_defaults(command=commands[name])
+        return sub
+
+    sub = add("reproduce", "compute and draw every figure, going on where an earlier run stopped")
+    _add_settings(sub)
+    sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL)")
+    sub.add_argument("--only", metavar="FIGURES", help="these figures only, such as fig4,fig8")
+
+    sub = add("run", "compute one experiment and save its result")
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="its name, from 'mamba-ioi list'")
+    _add_settings(sub)
+    sub.add_argument(
+        "--out", type=_path, metavar="DIR", help="folder of the result (default: results/MODEL/EXPERIMENT)"
+    )
+
+    sub = add("plot", "draw a saved result again, into its folder")
+    sub.add_argument("folder", type=_path, metavar="DIR", help="folder with table.parquet and meta.json")
+
+    sub = add("list", "list the experiments and their figures")
+    sub.add_argument("--sites", action="store_true", help="list the named activations instead")
+
+    _add_model(add("doctor", "examine versions, kernels, devices and a model's slow path"))
+
+    sub = add("train-tiny", "train the packaged model 'tiny' anew")
+    sub.add_argument("--seed", type=_from_zero, default=0, help="of the weights and prompts (default: 0)")
+    sub.add_argument("--out", type=_path, metavar="DIR", required=True, help="new folder for the model")
+    sub.add_argument(
+        "--steps", type=_from_one, metavar="N", help="optimizer steps (default: those of the packaged one)"
+    )
+
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.error(f"a command is needed: {', '.join(name for name in commands if not name.startswith('-'))}")
+    return arguments
+
+
+def one_line(text: str) -> str:
+    """The text's lines that are not empty, joined."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"mamba-ioi: error: {one_line(message)}\n")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tiny", help="tiny, planted, a directory or a Hub id (default: tiny)")
+    parser.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: the checkpoint's)")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--pairs", type=_from_one, metavar="N", help="pairs of prompts (default: the paper's number)")
+    parser.add_argument("--seed", type=_from_zero, default=27, help="of the prompts (default: 27)")
+    parser.add_argument("--layer", type=_from_zero, help="layer to look at (default: the bottleneck that is found)")
+
+
+def _from_zero(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _from_one(text: str) -> int:
+    return _whole_number(text, 1)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+    return int(text)
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path of a folder")
+    return Path(text)

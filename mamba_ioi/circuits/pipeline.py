@@ -1,0 +1,187 @@
+"""From a model to the results that the paper's circuit figures show: App. D.1, D.2, D.3 and Section 4.4.
+
+Each function draws pairs, scores edges on them, finds a circuit, and judges it on held-out pairs beside a random one.
+The Result's table lists edges; ``meta["circuit"]`` says how many were found and how well they do. `circuit_of` gives
+the Circuit back from a stored result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from ..dataset import IOIDataset
+from ..experiments.bottleneck import bottleneck
+from ..result import Result
+from .acdc import acdc
+from .circuit import Circuit
+from .eap import eap
+from .effects import KEY, exact_effects
+from .evaluate import evaluate, last_position_only
+from .pairs import HELD_OUT_PAIRS
+from .search import minimal_circuit
+
+PAIRS, TARGET, THRESHOLD = 80, 0.85, 1e-4
+EXACT_EDGES = 200
+"""Graphs of up to so many edges have each edge's effect measured alone; of larger ones, the circuit's by ACDC."""
+
+
+def edge_matrices(model, *, pairs: int | None = None, seed: int = 27, progress: bool = False) -> Result:
+    """App. D.1: every edge's attribution, the minimal circuit, and measured effects.
+
+    Args:
+        model: a model from `load_model`, of any kind.
+        pairs: how many pairs to score on, 80 if not given; the held-out ones, of the next seed, are 100.
+        seed: of the pairs.
+        progress: show bars.
+
+    Returns:
+        A Result, a row an edge: src, dst, position (-1), score (of `eap`), kept, effect (drop of the mean NLD, NaN
+        where it was not measured: ``meta["effects"]`` says how it was).
+    """
+    data = _data(model, pairs, seed)
+    scores = eap(model, data, progress=progress)
+    circuit = minimal_circuit(model, data, scores, TARGET)
+    table = scores.table.assign(kept=_kept(scores.table, circuit))
+    if len(table) <= EXACT_EDGES:
+        effects, how = -exact_effects(model, data, progress=progress).table.score, "each edge resampled alone"
+    else:
+        tested = acdc(model, data, circuit, THRESHOLD, fine=False, progress=progress).table
+        effects, how = tested.effect, "the circuit's edges, by ACDC"
+    return _result("edge_matrices", model, table.assign(effect=effects), circuit, data, seed, pairs, effects=how)
+
+
+def layer_parts(model, *, pairs: int | None = None, seed: int = 27, progress: bool = False) -> Result:
+    """App. D.2: ACDC with conv slices, SSM and skip from the minimal circuit on, threshold 1e-4.
+
+    Args:
+        model: a Mamba.
+        pairs: as in `edge_matrices`.
+        seed: of the pairs.
+        progress: show bars.
+
+    Returns:
+        A Result, a row an edge of the fine graph: src, dst, position (-1), kept, effect.
+    """
+    data = _data(model, pairs, seed)
+    start = minimal_circuit(model, data, eap(model, data, progress=progress), TARGET)
+    circuit = acdc(model, data, start, THRESHOLD, progress=progress)
+    return _result("layer_parts", model, circuit.table, circuit, data, seed, pairs)
+
+
+def positional_circuit(model, *, pairs: int | None = None, seed: int = 27, progress: bool = False) -> Result:
+    """App. D.3: the minimal circuit by attributions that are kept apart by position.
+
+    Args:
+        model: a model from `load_model`, of any kind.
+        pairs: as in `edge_matrices`.
+        seed: of the pairs.
+        progress: show bars.
+
+    Returns:
+        A Result, a row an edge of the circuit: src, dst, position, score. ``meta["position_labels"]`` names positions.
+    """
+    data = _data(model, pairs, seed)
+    circuit = _positional(model, data, progress)
+    return _result("positional_circuit", model, circuit.table, circuit, data, seed, pairs)
+
+
+def last_position(
+    model, *, pairs: int | None = None, seed: int = 27, layer: int | None = None, progress: bool = False
+) -> Result:
+    """Section 4.4: the positional circuit, held out, without the edges of one layer before the last position.
+
+    Args:
+        model: a model from `load_model`; a Mamba if ``layer`` is not given.
+        pairs: as in `edge_matrices`.
+        seed: of the pairs.
+        layer: whose edges are cut; the bottleneck if not given (39 in mamba-370m).
+        progress: show bars.
+
+    Returns:
+        The Result of `last_position_only`.
+    """
+    data = _data(model, pairs, seed)
+    layer = bottleneck(model, data, progress=progress) if layer is None else layer
+    return last_position_only(model, _data(model, HELD_OUT_PAIRS, seed + 1), _positional(model, data, progress), layer)
+
+
+def circuit_of(result: Result) -> Circuit:
+    """The circuit that a result of this module's shows, such as one that was stored by ``mamba-ioi reproduce``.
+
+    Raises:
+        ValueError: if the result holds no circuit.
+    """
+    known = result.meta.get("circuit")
+    if known is None or "graph" not in result.meta:
+        raise ValueError(f"the result of {result.meta['experiment']!r} holds no circuit")
+    table, graph = result.table, result.meta["graph"]
+    kept = table[table.kept] if "kept" in table else table
+    positions = [()] * len(kept) if graph["length"] is None else [(p,) for p in kept.position.tolist()]
+    edges = tuple((src, dst, *p) for src, dst, p in zip(kept.src, kept.dst, positions, strict=True))
+    return Circuit(
+        edges,
+        graph["n_layers"],
+        graph["fine"],
+        graph["length"],
+        known["accuracy"],
+        known["nld"],
+        table,
+        {"found_by": known["found_by"]},
+    )
+
+
+def _data(model, pairs: int | None, seed: int) -> IOIDataset:
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer to make pairs of prompts with")
+    return IOIDataset.generate(model.tokenizer, PAIRS if pairs is None else pairs, seed=seed)
+
+
+def _positional(model, data: IOIDataset, progress: bool) -> Circuit:
+    return minimal_circuit(model, data, eap(model, data, positional=True, progress=progress), TARGET)
+
+
+def _kept(table: pd.DataFrame, circuit: Circuit) -> list[bool]:
+    inside = set(circuit.table[KEY].itertuples(index=False, name=None))
+    return [edge in inside for edge in table[KEY].itertuples(index=False, name=None)]
+
+
+def _result(
+    experiment: str,
+    model,
+    table: pd.DataFrame,
+    circuit: Circuit,
+    data: IOIDataset,
+    seed: int,
+    pairs: int | None,
+    **extra: Any,
+) -> Result:
+    """The Result, with what is known of its circuit, on the pairs it was found on and on held-out ones."""
+    graph = circuit.graph
+    known = {
+        "n_edges": len(circuit),
+        "of": len(graph),
+        "accuracy": circuit.accuracy,
+        "nld": circuit.nld,
+        "found_by": circuit.meta["found_by"],
+        **{
+            name: circuit.meta[name]
+            for name in ("target", "reached", "prefix", "pruned", "threshold", "tested")
+            if name in circuit.meta
+        },
+        "held_out": asdict(evaluate(model, _data(model, HELD_OUT_PAIRS, seed + 1), circuit)),
+    }
+    return Result.create(
+        experiment,
+        table,
+        model=model,
+        arguments={"pairs": PAIRS if pairs is None else pairs},
+        seed=seed,
+        circuit=known,
+        graph={"n_layers": graph.n_layers, "fine": graph.fine, "length": graph.length},
+        position_labels=data.position_labels,
+        n_rows=len(data.clean_tokens),
+        **extra,
+    )
