@@ -102,12 +102,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from .figures import save_figure
+    from .figures import save_companions, save_figure
     from .result import Result
 
     result = Result.load(arguments.folder)
     figure = (result.meta.get("request") or {}).get("figure")
     stem = figure if figure in MAKERS else _safe(result.meta["experiment"])
+    save_companions(result, arguments.folder / stem)
     for path in save_figure(result.plot(), arguments.folder / stem):
         _say(str(path))
     return 0

@@ -97,6 +97,19 @@ def _residual_graph(model: CausalLM, settings: Settings) -> Result:
     return Result.create("residual_graph", residual_edges(shown), model=model, arguments={"layers_shown": shown})
 
 
+def _circuit(name: str, experiment: str, shows: str, columns: str, **options: Any) -> Maker:
+    """A result of `mamba_ioi.circuits.pipeline`, from its function of that name."""
+
+    def make(model: CausalLM, settings: Settings) -> Result:
+        from .circuits import pipeline
+
+        layer = {"layer": settings.layer} if options.get("takes_layer") else {}
+        arguments = {"pairs": settings.pairs, "seed": settings.seed, "progress": settings.progress, **layer}
+        return getattr(pipeline, name)(model, **arguments)
+
+    return Maker(experiment, shows, tuple(columns.split()), make, pairs=80, **options)
+
+
 _EFFECTS = "corruption layer position label effect low high n"
 _SCORES = "accuracy accuracy_low accuracy_high probability low high n"
 
@@ -160,6 +173,33 @@ MAKERS: dict[str, Maker] = {
     "fig10": _experiment("resample_ablation_h", "which SSM states matter, by position", _EFFECTS, pairs=80),
     "fig11": _experiment("resample_ablation_out_proj", "which layer outputs matter, by position", _EFFECTS, pairs=80),
     "fig12": _sizes("ssm_internals", "inside the selective SSM, with its hook points"),
+    "appd1": _circuit(
+        "edge_matrices",
+        "edge_matrices",
+        "the minimal circuit, every edge's attribution, measured effects",
+        "src dst position score kept effect",
+        needs_mamba=False,
+    ),
+    "appd2": _circuit(
+        "layer_parts",
+        "layer_parts",
+        "which conv slices, SSMs and skips ACDC keeps",
+        "src dst position kept effect",
+    ),
+    "appd3": _circuit(
+        "positional_circuit",
+        "positional_circuit",
+        "the minimal circuit by positions: graph, page, tables, layers",
+        "src dst position score kept",
+        needs_mamba=False,
+    ),
+    "sec44": _circuit(
+        "last_position",
+        "last_position_only",
+        "that circuit without what a layer sends before the last position",
+        "circuit n_edges nld accuracy kl",
+        takes_layer=True,
+    ),
 }
 """Every figure by its id, in the paper's order."""
 

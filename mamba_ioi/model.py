@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +13,22 @@ from jaxtyping import Int
 from nnsight import TransformersModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from .sites import ModelSites, envoys, missing_operations
+from .sites import ModelSites, envoys, missing_operations, open_stages
+from .stages import ScanStages
 
 OLDEST_TRANSFORMERS = (5, 15)
 PACKAGED = Path(__file__).parent / "zoo" / "tiny"
 ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _BLOCKS = ("backbone.layers", "model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ORIGINAL_KEYS = (
+    "backbone.embedding.weight",
+    *(f"backbone.layers.0.mixer.{name}" for name in ("A_log", "conv1d.weight", "dt_proj.weight")),
+)
 
 _version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 if _version < OLDEST_TRANSFORMERS:
@@ -101,18 +109,19 @@ class CausalLM(TransformersModel):
         if isinstance(tokens, Tensor):
             ids = tokens
         else:
-            texts = [tokens] if isinstance(tokens, str) else list(tokens)
+            texts = [tokens] if isinstance(tokens, str) else tokens
             if self.tokenizer is None:
                 raise ValueError(f"{self.model_id} has no tokenizer: pass token ids [B, L] instead of text")
-            if not texts or not all(isinstance(text, str) and text for text in texts):
+            valid = isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)
+            rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if valid else []
+            if not rows or not all(rows):
                 raise ValueError("tokens are a LongTensor [B, L], a text, or a list of texts that are not empty")
-            rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             pad = self.tokenizer.pad_token_id or 0
             ids = torch.full((len(rows), max(map(len, rows))), pad)
             for i, row in enumerate(rows):
                 ids[i, : len(row)] = torch.tensor(row)
             last = torch.tensor([len(row) - 1 for row in rows])
-        if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
             raise ValueError(f"tokens are integers of shape [B, L], not {ids.dtype} of shape {tuple(ids.shape)}")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token ids run from 0 to {self.vocab_size - 1}, not {int(ids.min())} to {int(ids.max())}")
@@ -146,6 +155,11 @@ class MambaModel(CausalLM, ModelSites):
     def d_conv(self) -> int:
         """The number of the conv's taps."""
         return self._module.config.conv_kernel
+
+    def dispatch(self) -> None:
+        """Load the weights of a model that was built without them, and look into the new mixers' operations."""
+        super().dispatch()
+        refuse_other_operations(self)
 
     def sizes(self) -> dict[str, int]:
         """The sizes by the letters that shapes are written in."""
@@ -188,6 +202,8 @@ def load_model(
         model = planted()
         model._module.to(device=device, dtype=dtype)
         return model
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"a model is named by a text or a path, not {name!r}")
     source = str(PACKAGED if name == "tiny" else os.path.expanduser(name))
     _refuse_missing(source)
     if remote:
@@ -230,99 +246,114 @@ def wrap(module: nn.Module, tokenizer, *, model_id: str, revision: str | None = 
         ValueError: if the mixers lack an operation that the sites stand on, or the slow path gives other logits.
     """
     is_mamba = isinstance(module, MambaForCausalLM)
-    cls = MambaModel if is_mamba else CausalLM
-    placeholder = tokenizer is None
-    model = cls(
-        module,
-        task="text-generation",
-        tokenizer=_empty_tokenizer() if placeholder else tokenizer,
-        device=module.device,
-        **({"envoys": envoys()} if is_mamba else {}),
-    )
-    if placeholder:
-        model.tokenizer = None
+    model = _trace(module, tokenizer, is_mamba, device=module.device)
     model.repo_id, model.revision = model_id, revision
     if is_mamba:
-        refuse_other_operations(model)
         check_slow_path(model)
+    return model
+
+
+def _trace(source: nn.Module | str, tokenizer, is_mamba: bool, **kwargs) -> MambaModel | CausalLM:
+    """The nnsight model of a module or of a checkpoint that is not loaded yet."""
+    if is_mamba:
+        kwargs["envoys"] = envoys()
+    stand_in = _empty_tokenizer() if tokenizer is None else tokenizer
+    model = (MambaModel if is_mamba else CausalLM)(source, task="text-generation", tokenizer=stand_in, **kwargs)
+    model.tokenizer = tokenizer
+    if is_mamba:
+        refuse_other_operations(model)
     return model
 
 
 def refuse_other_operations(model: MambaModel) -> None:
     """Refuse a transformers whose mixer does not have the operations that the sites stand on.
 
+    This looks into every mixer, after which nnsight serves the operations inside. It has to happen before a trace: a
+    mixer that is first looked into while it runs would not serve them any more.
+
     Raises:
         ValueError: naming the version and the missing operation.
     """
-    missing = missing_operations(model.layers[0].mixer)
+    missing = [operation for layer in model.layers for operation in missing_operations(layer.mixer)]
     if missing:
         raise ValueError(
-            f"transformers {transformers.__version__} has a MambaMixer without {' and '.join(missing)}; "
+            f"transformers {transformers.__version__} has a MambaMixer without {' and '.join(dict.fromkeys(missing))}; "
             f"the sites need it: install a release of transformers from 5.15 on that mamba_ioi was tested with"
         )
 
 
 def check_slow_path(model: MambaModel) -> float:
-    """Compare our own scan's logits with the untouched model's on a short prompt.
+    """Compare our own conv and scan with the untouched model, at every layer and at the logits, on a short prompt.
+
+    Each layer is given the untouched model's residual stream, since the roundings of many layers add up.
 
     Returns:
-        The largest difference, relative to the largest logit.
+        The largest difference, relative to the largest value at its site.
 
     Raises:
         ValueError: naming the first site that differs, or saying that the logits are not finite.
     """
-    from .patching import run
-
     length = 6
     ids = torch.arange(1, length + 1, device=model.device).mul(7919).remainder(model.vocab_size)[None]
     with torch.no_grad():
-        expected = model._module(ids, use_cache=False).logits.float()
+        expected = model._module(ids, use_cache=False).logits
     if not expected.isfinite().all():
         raise ValueError(f"{model.model_id} gives logits that are not finite: its weights hold NaN or infinite values")
-    difference = relative_difference(run(model, ids, positions="all").float(), expected)
-    if difference > slow_path_tolerance(model.dtype):
-        site, here = _first_difference(model, ids)
-        raise ValueError(
-            f"the slow path does not reproduce {model.model_id}: the logits differ by {difference:.1e} of the largest; "
-            f"the first site that differs is {site}, by {here:.1e}"
-        )
-    return difference
+    plain = _main_sites(model, ids) | {"hook_logits": expected}
+    ours = _main_sites(model, ids, slow=True, stream=plain)
+    differences = {key: relative_difference(ours[key], plain[key]) for key in plain}
+    for site, difference in differences.items():
+        if not difference <= slow_path_tolerance(model.dtype):
+            raise ValueError(
+                f"the slow path does not reproduce {model.model_id}: the first site that differs is {site}, by "
+                f"{difference:.1e} of the largest value there; the logits differ by {differences['hook_logits']:.1e}"
+            )
+    return max(differences.values())
 
 
 def slow_path_tolerance(dtype: torch.dtype) -> float:
-    """How far the slow path's logits may be from the untouched model's, relative to the largest logit."""
+    """How far the slow path may be from the untouched model, relative to the largest value at a site."""
     return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-4
 
 
 def relative_difference(value: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
-    scale = expected.abs().max().clamp(min=1e-30)
-    return float((value - expected).abs().max() / scale)
+    value, expected = value.double(), expected.double()
+    return float((value - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def _first_difference(model: MambaModel, ids: Int[Tensor, "B L"]) -> tuple[str, float]:
-    """The first site where our run leaves the untouched one, with the relative difference there."""
-    from .patching import cache
+def _main_sites(
+    model: MambaModel, ids: Int[Tensor, "B L"], *, slow: bool = False, stream: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The sites of each layer's path and the logits.
 
-    plain: dict[str, Tensor] = {}
+    Args:
+        model: a Mamba.
+        ids: the prompt.
+        slow: whether our own conv and scan take the place of the model's.
+        stream: where the residual stream before each layer is taken from, if it is not the run's own.
+    """
     with torch.no_grad(), model.trace(ids):
         found = {}
         for i in range(model.n_layers):
-            layer = model.backbone.layers[i]
-            found[f"blocks.{i}.hook_normalized_input"] = layer.norm.output
-            found[f"blocks.{i}.hook_in_proj"] = layer.mixer.in_proj.output.chunk(2, dim=-1)[0]
-            found[f"blocks.{i}.hook_ssm_input"] = layer.mixer.source.causal_conv1d_fn_0.output.transpose(1, 2)
-            found[f"blocks.{i}.hook_after_skip"] = layer.mixer.source.mamba_selective_scan_0.output.transpose(1, 2)
-            found[f"blocks.{i}.hook_out_proj"] = layer.mixer.out_proj.output
-            found[f"blocks.{i}.hook_resid_post"] = layer.output
+            layer, hook = model.backbone.layers[i], f"blocks.{i}.hook_"
+            if stream is not None:
+                layer.resid_pre = stream[hook + "resid_pre"]
+            found[hook + "resid_pre"] = layer.resid_pre
+            found[hook + "normalized_input"] = layer.norm.output
+            found[hook + "in_proj"] = layer.mixer.in_proj.output.chunk(2, dim=-1)[0]
+            if slow:
+                layer.mixer.conv_slice = layer.mixer.conv_slice
+            found[hook + "ssm_input"] = layer.mixer.source.causal_conv1d_fn_0.output
+            if slow:
+                open_stages(layer.mixer, ScanStages).own = True
+            found[hook + "after_skip"] = layer.mixer.source.mamba_selective_scan_0.output
+            found[hook + "out_proj"] = layer.mixer.out_proj.output
+            found[hook + "resid_post"] = layer.output
         found["hook_norm"] = model.backbone.norm_f.output
-        plain = found.save()
-    ours = cache(model, ids, list(plain))
-    for key, expected in plain.items():
-        difference = relative_difference(ours[key].float(), expected.float())
-        if difference > slow_path_tolerance(model.dtype):
-            return key, difference
-    return "hook_logits", float("nan")
+        found["hook_logits"] = model.lm_head.output
+        found = found.save()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,19 +366,40 @@ def _load(source: str, revision: str | None) -> tuple[nn.Module, object]:
     config = _read_config(source, revision)
     original = "d_model" in config and "n_layer" in config and "model_type" not in config
     try:
-        if original:
-            module = _load_original(source, revision, config)
-        else:
-            AutoConfig.from_pretrained(source, revision=revision)
-            module = AutoModelForCausalLM.from_pretrained(source, revision=revision)
+        module = _load_original(source, revision, config) if original else _load_transformers(source, revision)
     except Exception as error:
         raise ValueError(f"{source} could not be loaded as a causal language model: {_one_line(error)}") from error
     return module, _load_tokenizer(source, revision, original)
 
 
+def _load_transformers(source: str, revision: str | None) -> nn.Module:
+    """A checkpoint that transformers reads, refused where a weight is missing, left over or of another shape."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if config.architectures and cls not in config.architectures:
+        raise ValueError(f"it is a {', '.join(config.architectures)}, of the type {config.model_type}")
+    module, info = AutoModelForCausalLM.from_pretrained(
+        source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for key, found, wanted in info["mismatched_keys"]:
+        raise ValueError(f"{key} has the shape {tuple(found)}, and its config asks for {tuple(wanted)}")
+    if info["missing_keys"]:
+        raise ValueError(f"its weights lack {_some(info['missing_keys'])}")
+    if info["unexpected_keys"] and isinstance(module, MambaForCausalLM):
+        raise ValueError(f"its weights hold {_some(info['unexpected_keys'])}, which its config has no place for")
+    return module
+
+
+def _some(keys: Iterable[str]) -> str:
+    keys = sorted(keys)
+    return f"{keys[0]}" if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
+
+
 def _read_config(source: str, revision: str | None) -> dict:
     try:
         path = cached_file(source, "config.json", revision=revision)
+        if path is None:
+            raise OSError("it has no config.json")
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -365,6 +417,9 @@ def _load_original(source: str, revision: str | None, config: dict) -> MambaForC
     if ssm.get("layer", "Mamba1") != "Mamba1" or config.get("attn_layer_idx"):
         raise ValueError(f"its config asks for {ssm.get('layer', 'attention')} layers; only Mamba1 is converted")
     weights = _original_weights(source, revision)
+    lacking = [key for key in _ORIGINAL_KEYS if key not in weights]
+    if lacking:
+        raise ValueError(f"its weights lack {_some(lacking)}")
     vocab_size = weights["backbone.embedding.weight"].shape[0]
     a_log = weights["backbone.layers.0.mixer.A_log"]
     hf = MambaConfig(
@@ -383,7 +438,8 @@ def _load_original(source: str, revision: str | None, config: dict) -> MambaForC
     )
     module = MambaForCausalLM(hf)
     state = {key.replace("backbone.embedding.", "backbone.embeddings."): value for key, value in weights.items()}
-    state.setdefault("lm_head.weight", state["backbone.embeddings.weight"])
+    if hf.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["backbone.embeddings.weight"])
     module.to(a_log.dtype).load_state_dict(state)
     return module
 
@@ -403,15 +459,19 @@ def _original_weights(source: str, revision: str | None) -> dict[str, Tensor]:
 
 def _load_tokenizer(source: str, revision: str | None, original: bool):
     """The tokenizer beside the weights; for the original layout, which has none, GPT-NeoX's; None if there is none."""
+    tokenizer = _tokenizer(source, revision=revision)
+    if tokenizer is None and original:  # a local folder is no reason to go to the network
+        tokenizer = _tokenizer(ORIGINAL_TOKENIZER, local_files_only=os.path.isdir(source))
+    return tokenizer
+
+
+def _tokenizer(source: str, **where):
+    """The tokenizer at a place, or None: where its files are missing, transformers may make one of no words."""
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except Exception:
-        if not original:
-            return None
-    try:  # a local folder is no reason to go to the network
-        return AutoTokenizer.from_pretrained(ORIGINAL_TOKENIZER, local_files_only=os.path.isdir(source))
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except Exception:
         return None
+    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
 
 
 def _empty_tokenizer():
@@ -433,36 +493,30 @@ def _refuse_missing(source: str) -> None:
 
 def _wrap_remote(source: str, revision: str | None) -> MambaModel | CausalLM:
     """The model without weights, for remote runs."""
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    is_mamba = config.model_type == "mamba"
-    cls = MambaModel if is_mamba else CausalLM
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    model = cls(
-        source,
-        task="text-generation",
-        tokenizer=tokenizer,
-        revision=revision,
-        **({"envoys": envoys()} if is_mamba else {}),
-    )
-    if is_mamba:
-        refuse_other_operations(model)
-    return model
+    _read_config(source, revision)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except Exception as error:
+        raise ValueError(f"{source} could not be loaded as a causal language model: {_one_line(error)}") from error
+    tokenizer = _load_tokenizer(source, revision, original=False)
+    return _trace(source, tokenizer, config.model_type == "mamba", revision=revision)
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-        raise ValueError(f"dtype {dtype!r} is not a floating-point type; use float32, bfloat16 or float64, for example")
+    given, dtype = dtype, getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if given is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype {given!r} is not one of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}")
     return dtype
 
 
 def _as_device(device: str | torch.device | None) -> torch.device:
     try:
-        device = torch.device(device or "cpu")
+        device = torch.device("cpu" if device is None else device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used here: {_one_line(error)}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no weights; use remote=True for a model without weights")
     return device
 
 

@@ -5,6 +5,7 @@ This file is shipped to remote servers: what runs inside a trace uses torch alon
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,8 +77,12 @@ def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = 
         ValueError: for an unknown site, a layer the model does not have, or a layer where none belongs.
     """
     model.require_mamba("named sites")
-    if isinstance(site, tuple):
+    if isinstance(site, tuple) and len(site) == 2:
         site, layer = site
+    if not isinstance(site, str):
+        raise ValueError(f"a site is a name, or a pair (name, layer), not {site!r}")
+    if not (layer is None or (isinstance(layer, int) and not isinstance(layer, bool))):
+        raise ValueError(f"a layer is an integer, not {layer!r}")
     position = None
     if match := _ALIAS.fullmatch(site):
         number, name, at = match.groups()
@@ -93,7 +98,7 @@ def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = 
     if info.owner == "model":
         if layer is not None:
             raise ValueError(f"the site {name!r} is outside the layers; give no layer, not {layer}")
-    elif layer is None or isinstance(layer, bool) or not 0 <= layer < model.n_layers:
+    elif layer is None or not 0 <= layer < model.n_layers:
         raise ValueError(f"the site {name!r} needs a layer from 0 to {model.n_layers - 1}, not {layer}")
     if position is not None and not info.by_position:
         raise ValueError(f"the site {name!r} has no positions, but {site!r} names position {position}")
@@ -169,6 +174,7 @@ def run(
     Raises:
         ValueError: for a patch at an unknown site, layer or position, or with a value that does not fit.
     """
+    model.require_mamba("patched runs")
     ids, last = model.to_tokens(tokens)
     read = read_positions(ids, last if positions is None else positions)
     plan = Plan.make(model, ids, patches, ())
@@ -186,7 +192,7 @@ def read_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B"] | Non
     if positions is None:
         return ids.new_full((ids.shape[0],), ids.shape[1] - 1)
     positions = torch.as_tensor(positions)
-    if positions.shape != ids.shape[:1] or positions.is_floating_point():
+    if positions.shape != ids.shape[:1] or positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions hold one integer a row, [{ids.shape[0]}], not {tuple(positions.shape)}")
     if ((positions < -ids.shape[1]) | (positions >= ids.shape[1])).any():
         raise ValueError(f"positions {positions.tolist()} reach outside the prompt's {ids.shape[1]} positions")
@@ -226,6 +232,8 @@ class Plan:
     def make(cls, model: MambaModel, ids: Tensor, patches: Sequence[Patch], refs: Sequence[SiteRef]) -> Plan:
         """Check the patches against the model and the prompt, and sort everything by layer."""
         changes: dict = {}
+        if isinstance(patches, Patch) or not all(isinstance(patch, Patch) for patch in patches):
+            raise ValueError(f"patches are a list whose entries are Patch, not this {type(patches).__name__}")
         for patch in patches:
             ref, change = check_patch(model, ids, patch)
             changes.setdefault(ref.layer, {}).setdefault(ref.site.name, []).append(change)
@@ -249,15 +257,16 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
     if positions is not None:
         if not site.by_position:
             raise ValueError(f"the site {site.name!r} has no positions; patch it with positions=None")
-        positions = [positions] if isinstance(positions, int) else [int(p) for p in positions]
-        outside = [p for p in positions if not -length <= p < length]
-        if outside or not positions:
+        positions = integers(positions)
+        if not positions or not all(-length <= p < length for p in positions):
             raise ValueError(f"positions {positions} of a prompt with {length} positions: use 0 to {length - 1}")
         positions = [p % length for p in positions]
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"positions {positions} name one position twice")
     tap = None
     if patch.slice is not None:
         taps = range(1 - model.d_conv, 1)
-        if site.name != "conv_slice" or patch.slice not in taps:
+        if site.name != "conv_slice" or isinstance(patch.slice, bool | float) or patch.slice not in taps:
             raise ValueError(
                 f"slice={patch.slice} at the site {site.name!r}: slices are {list(taps)}, at the site 'conv_slice'"
             )
@@ -265,7 +274,7 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
     letters = {"B": batch, "L": length if positions is None else len(positions), **model.sizes()}
     shape = [letters[letter] for letter in site.shape[: -1 if tap is not None else None]]
     value = patch.value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not value.is_complex():
         if ref.position is not None and value.dim() == len(shape) - 1:
             value = value.unsqueeze(1)
         try:
@@ -277,8 +286,22 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
                 f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
             )
     elif not isinstance(value, int | float):
-        raise ValueError(f"a patch's value is a tensor or a float, not {type(value).__name__}")
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"a patch's value is a real tensor or a float, not {kind}")
     return ref, Change(site, value, positions, tap)
+
+
+def integers(positions: int | Iterable[int]) -> list[int]:
+    """Positions as a list of integers.
+
+    Raises:
+        ValueError: if one of them is no integer.
+    """
+    listed = positions.tolist() if hasattr(positions, "tolist") else positions  # of tensors and arrays
+    listed = list(listed) if isinstance(listed, Iterable) else [listed]
+    if all(hasattr(p, "__index__") and not isinstance(p, bool) for p in listed):
+        return [operator.index(p) for p in listed]
+    raise ValueError(f"positions are integers, not {positions!r}")
 
 
 def forward(model, plan: Plan, read: Tensor | None, logits: bool = True):

@@ -133,8 +133,9 @@ def _store(result: Result, out: Path, figure: str) -> None:
 
 
 def _draw(result: Result, stem: Path) -> None:
-    from .figures import save_figure
+    from .figures import save_companions, save_figure
 
+    save_companions(result, stem)
     save_figure(result.plot(), stem)
 
 

@@ -18,6 +18,8 @@ from mamba_ioi import figures
 from mamba_ioi.figures import FIGURES, ModelSizes, residual_edges, save_figure
 from mamba_ioi.result import Result
 
+from .circuit_examples import CIRCUIT_EXAMPLES
+
 CORRUPTIONS = [
     "CAB AB C -> DAB AB D",
     "ACB AB C -> ADB AB D",
@@ -144,6 +146,7 @@ EXAMPLES = {
     "name_steering": steering,
     "name_pca": pca,
     "ssm_internals": lambda: diagram("ssm_internals"),
+    **CIRCUIT_EXAMPLES,
 }
 
 

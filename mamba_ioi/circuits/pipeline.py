@@ -81,11 +81,12 @@ def positional_circuit(model, *, pairs: int | None = None, seed: int = 27, progr
         progress: show bars.
 
     Returns:
-        A Result, a row an edge of the circuit: src, dst, position, score. ``meta["position_labels"]`` names positions.
+        A Result, a row an edge: src, dst, position, score, kept. ``meta["position_labels"]`` names positions.
     """
     data = _data(model, pairs, seed)
-    circuit = _positional(model, data, progress)
-    return _result("positional_circuit", model, circuit.table, circuit, data, seed, pairs)
+    scores, circuit = _positional(model, data, progress)
+    table = scores.table.assign(kept=_kept(scores.table, circuit))
+    return _result("positional_circuit", model, table, circuit, data, seed, pairs)
 
 
 def last_position(
@@ -105,7 +106,8 @@ def last_position(
     """
     data = _data(model, pairs, seed)
     layer = bottleneck(model, data, progress=progress) if layer is None else layer
-    return last_position_only(model, _data(model, HELD_OUT_PAIRS, seed + 1), _positional(model, data, progress), layer)
+    _, circuit = _positional(model, data, progress)
+    return last_position_only(model, _data(model, HELD_OUT_PAIRS, seed + 1), circuit, layer)
 
 
 def circuit_of(result: Result) -> Circuit:
@@ -118,7 +120,7 @@ def circuit_of(result: Result) -> Circuit:
     if known is None or "graph" not in result.meta:
         raise ValueError(f"the result of {result.meta['experiment']!r} holds no circuit")
     table, graph = result.table, result.meta["graph"]
-    kept = table[table.kept] if "kept" in table else table
+    kept = table[table.kept]
     positions = [()] * len(kept) if graph["length"] is None else [(p,) for p in kept.position.tolist()]
     edges = tuple((src, dst, *p) for src, dst, p in zip(kept.src, kept.dst, positions, strict=True))
     return Circuit(
@@ -139,8 +141,9 @@ def _data(model, pairs: int | None, seed: int) -> IOIDataset:
     return IOIDataset.generate(model.tokenizer, PAIRS if pairs is None else pairs, seed=seed)
 
 
-def _positional(model, data: IOIDataset, progress: bool) -> Circuit:
-    return minimal_circuit(model, data, eap(model, data, positional=True, progress=progress), TARGET)
+def _positional(model, data: IOIDataset, progress: bool) -> tuple[Result, Circuit]:
+    scores = eap(model, data, positional=True, progress=progress)
+    return scores, minimal_circuit(model, data, scores, TARGET)
 
 
 def _kept(table: pd.DataFrame, circuit: Circuit) -> list[bool]:

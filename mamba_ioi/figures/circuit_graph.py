@@ -22,8 +22,9 @@ from mamba_ioi.figures.diagram import FILLS, INK
 from mamba_ioi.figures.style import BLUE, GREY, VERMILION, new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -67,7 +68,7 @@ def circuit_graph(
     axes.set_axis_off()
     _draw(axes, edges, layout, labels, scale)
     title = "The circuit" if layer is None else f"Layer {layer}: what it receives and sends"
-    set_heading(figure, result, title, circuit_note(result))
+    head(figure, result, title)
     note = "line width: |score|; blue: needed (score < 0), orange: against the answer"
     if hide:
         note = f"hidden: {name_layers(hide)}   ·   {note}"
@@ -77,7 +78,7 @@ def circuit_graph(
     return figure
 
 
-def kept_edges(result: Result):
+def kept_edges(result: Result) -> pd.DataFrame:
     """The rows of the circuit's edges: all of the table, or those with `kept` where it says so.
 
     Raises:
@@ -102,6 +103,12 @@ def circuit_note(result: Result) -> str:
     return ", ".join(parts)
 
 
+def head(figure: Figure, result: Result, title: str) -> None:
+    """The heading of a page that is laid out in inches, at its upper edge whatever its height."""
+    set_heading(figure, result, title, circuit_note(result))
+    figure.suptitle(figure.get_suptitle(), y=1 - 0.12 / figure.get_figheight(), va="top", parse_math=False)
+
+
 def widths(edges: list[DrawnEdge]) -> dict[tuple[str, str], float]:
     """Each edge's line width by the sum of its scores' magnitudes, on a square-root scale."""
     sizes = {(edge.src, edge.dst): sum(abs(s) for s in edge.scores if not math.isnan(s)) for edge in edges}
@@ -115,7 +122,7 @@ def edge_colour(edge: DrawnEdge) -> str:
     return GREY if not known else BLUE if sum(known) <= 0 else VERMILION
 
 
-def _draw(axes: Axes, edges: list[DrawnEdge], layout: Layout, labels, scale: float) -> None:
+def _draw(axes: Axes, edges: list[DrawnEdge], layout: Layout, labels: Sequence[str] | None, scale: float) -> None:
     width = widths(edges)
     for edge in edges:
         curve, colour = layout.curves[edge.src, edge.dst], edge_colour(edge)

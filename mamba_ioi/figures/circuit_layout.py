@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import subprocess
@@ -251,18 +252,33 @@ def plain_layout(edges: Sequence[DrawnEdge]) -> Layout:
             x = (c - (len(row) - 1) / 2) * COLUMN
             nodes[name] = (x, (r + 0.6) * ROW, box_width(name), BOX_HEIGHT)
             row_of[name] = r
-    aside, curves = {-1: 0.0, 1: 0.0}, {}
+    arcs, reach, curves = {-1: 0, 1: 0}, widest * COLUMN / 2, {}
     for edge in sorted(edges, key=lambda edge: row_of[edge.dst] - row_of[edge.src]):
-        start, end = nodes[edge.src], nodes[edge.dst]
+        start, end, bend = nodes[edge.src], nodes[edge.dst], 0.0
         passed = rows[row_of[edge.src] + 1 : row_of[edge.dst]]
-        bend = 0.0
-        if passed:  # further out than the rows it passes and the arcs before it
-            side = min(aside, key=lambda side: aside[side])
-            aside[side] = max(aside[side] + 16, (max(map(len, passed)) + 0.4) * COLUMN / 2)
-            bend = (side * aside[side] - (start[0] + end[0]) / 2) * 4 / 3
+        if passed:
+            lean = start[0] + end[0]
+            side = int(math.copysign(1, lean)) if lean else min(arcs, key=lambda side: arcs[side])
+            arcs[side] += 1
+            bend = side * (_clearance(start[0] * side, end[0] * side, list(map(len, passed))) + 12 * arcs[side])
+            reach = max(reach, max(start[0] * side, end[0] * side) + 0.75 * abs(bend) + 20)
         curves[edge.src, edge.dst] = straight(start, end, bend)
-    half = max(widest * COLUMN / 2, *aside.values()) + 0.3 * COLUMN
+    half = reach + 0.3 * COLUMN
     return moved(Layout(2 * half, height, nodes, curves), half)
+
+
+def _clearance(x0: float, x1: float, sizes: list[int]) -> float:
+    """How far an edge from x0 to x1 must bend to the right to pass rows of so many nodes each.
+
+    A curve that is bent by b lies 3 t (1 - t) b beside the line between its ends at share t of its height.
+    """
+    span = len(sizes) + 1
+    needed = [0.0]
+    for row, size in enumerate(sizes, start=1):
+        t = row / span
+        near = min(t, 1 - t) - 0.25 / span  # the edge of the row's boxes that is nearer to an end
+        needed.append((size * COLUMN / 2 - ((1 - t) * x0 + t * x1)) / (3 * near * (1 - near)))
+    return max(needed)
 
 
 def moved(layout: Layout, by: float) -> Layout:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from mamba_ioi.figures.circuit_graph import circuit_note, kept_edges
+from mamba_ioi.figures.circuit_graph import head, kept_edges
 from mamba_ioi.figures.circuit_layout import drawn_edges, name_layers, nodes_of
-from mamba_ioi.figures.style import LIGHT_GREY, new_figure, paper_style, set_heading
+from mamba_ioi.figures.style import LIGHT_GREY, new_figure, paper_style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,5 +78,5 @@ def circuit_tables(result: Result) -> Figure:
             for i, text in enumerate(lines):
                 axes.text(x, y + 0.16 + i * LINE, text, fontsize=TEXT_SIZE, va="baseline", parse_math=False)
         y += row_height
-    set_heading(figure, result, "What each layer receives and sends", circuit_note(result))
+    head(figure, result, "What each layer receives and sends")
     return figure
