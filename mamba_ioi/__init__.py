@@ -1,10 +1,17 @@
 """Trace, patch and reverse-engineer Mamba language models: the circuits they compute, found with nnsight."""
 
-from . import metrics
-from .dataset import IOIDataset
-from .model import MambaModel, load_model, planted
-from .patching import Patch, cache, run
-from .result import Result
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import circuits, experiments, metrics, reference
+    from .dataset import IOIDataset
+    from .experiments import bottleneck
+    from .model import MambaModel, load_model, planted
+    from .patching import Patch, cache, run
+    from .result import Result
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,9 +19,41 @@ __all__ = [
     "MambaModel",
     "Patch",
     "Result",
+    "bottleneck",
     "cache",
+    "circuits",
+    "experiments",
     "load_model",
     "metrics",
     "planted",
+    "reference",
     "run",
 ]
+
+_HOMES = {
+    "IOIDataset": "dataset",
+    "MambaModel": "model",
+    "Patch": "patching",
+    "Result": "result",
+    "bottleneck": "experiments",
+    "cache": "patching",
+    "load_model": "model",
+    "planted": "model",
+    "run": "patching",
+}
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first asked for, so that the command line starts without torch (PEP 562)."""
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in __all__:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
