@@ -78,7 +78,9 @@ def _sites(model) -> Iterator[Finding]:
         yield Finding("slow path", str(error), well=False)
         return
     limit = slow_path_tolerance(model.dtype)
-    yield Finding("slow path", f"agrees: largest difference {difference:.1e} of the largest logit (limit {limit:.0e})")
+    yield Finding(
+        "slow path", f"agrees: largest difference {difference:.1e} of the largest value at its site (limit {limit:.0e})"
+    )
 
 
 def _kernel(name: str) -> str:
