@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from . import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -30,7 +32,7 @@ FORMAT_VERSION = 1
 TABLE_FILE = "table.parquet"
 META_FILE = "meta.json"
 _STORED_ONLY = ("format_version", "table_sha256")
-_PACKAGES = ("mamba_ioi", "torch", "transformers", "nnsight")
+_PACKAGES = ("torch", "transformers", "nnsight")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 
 
@@ -179,7 +181,7 @@ class Result:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide the numbers; None for one that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "mamba_ioi": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

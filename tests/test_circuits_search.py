@@ -24,7 +24,7 @@ from mamba_ioi.circuits.measure import Bench
 from mamba_ioi.circuits.search import prefix_mask, rank, scored_graph
 from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.model import MambaModel, wrap
-from mamba_ioi.zoo.planted import Planted, build_planted, planted_names
+from mamba_ioi.zoo.planted import build_planted, planted_names
 
 from . import plain_circuits
 from .conftest import random_mamba
@@ -66,13 +66,6 @@ def drawn(seed: int) -> dict[str, int]:
     }
 
 
-def fine_edges(truth: Planted) -> set[tuple[str, str]]:
-    """The planted edges in the fine graph: into the layer, through one slice and the SSM, and out."""
-    node, conv = str(truth.layer), f"{truth.layer}.conv[{truth.slice}]"
-    assert set(truth.fine_edges) == {("embed", conv), (conv, f"{node}.ssm"), (f"{node}.ssm", "output")}
-    return {*truth.edges, (node, conv), (f"{node}.conv", f"{node}.ssm"), (f"{node}.ssm", node)}
-
-
 @pytest.fixture(scope="module", params=[11, 12, 13, 14])
 def planted(request: pytest.FixtureRequest) -> tuple[MambaModel, IOIDataset]:
     model = planted_model(**drawn(request.param))
@@ -83,7 +76,7 @@ def planted(request: pytest.FixtureRequest) -> tuple[MambaModel, IOIDataset]:
 @pytest.mark.parametrize("variant", ["standard", "paper"])
 def test_scores_find_the_planted_edges(planted, fine: bool, variant: str) -> None:
     model, data = planted
-    truth = fine_edges(model.planted) if fine else set(model.planted.edges)
+    truth = set(model.planted.fine_edges) if fine else set(model.planted.edges)
     scores = eap(model, data, fine=fine, variant=variant)
     circuit = minimal_circuit(model, data, scores)
     assert set(circuit.edges) == truth and circuit.accuracy == 1 and circuit.nld == pytest.approx(1, abs=1e-3)
@@ -98,7 +91,7 @@ def test_scores_find_the_planted_edges(planted, fine: bool, variant: str) -> Non
 def test_acdc_finds_the_planted_edges(planted, exact: bool) -> None:
     model, data = planted
     whole = Circuit.of(model, Graph(model.n_layers).edges())
-    for fine, truth in ((False, set(model.planted.edges)), (True, fine_edges(model.planted))):
+    for fine, truth in ((False, set(model.planted.edges)), (True, set(model.planted.fine_edges))):
         found = acdc(model, data, whole, threshold=1e-2, fine=fine, exact=exact)
         assert set(found.edges) == truth
         table = found.table.set_index(["src", "dst"])

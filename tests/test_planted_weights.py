@@ -261,12 +261,7 @@ def test_edges_that_matter_and_no_others(case: tuple[Pairs, Planted]) -> None:
 def test_fine_edges_that_matter_and_no_others(case: tuple[Pairs, Planted]) -> None:
     pairs, planted = case
     node = planted.layer
-    for slice in (
-        0,
-        -1,
-        -2,
-        -3,
-    ):  # embed -> conv slice, and conv slice -> ssm: one conv term at all positions
+    for slice in (0, -1, -2, -3):  # layer -> conv slice: one conv term at all positions
 
         def edit(site: str, layer: int, value: Tensor, slice: int = slice) -> Tensor:
             if (site, layer) == ("term", node):
@@ -275,9 +270,9 @@ def test_fine_edges_that_matter_and_no_others(case: tuple[Pairs, Planted]) -> No
             return value
 
         name = f"{node}.conv[{slice}]"
-        expected = float(("embed", name) in planted.fine_edges and (name, f"{node}.ssm") in planted.fine_edges)
+        expected = float((str(node), name) in planted.fine_edges)
         assert (pairs.effect(edit) - expected).abs().max() < QUIET, slice
-    for site, expected in (("y", float((f"{node}.ssm", "output") in planted.fine_edges)), ("skip", 0.0)):
+    for site, expected in (("y", float((f"{node}.ssm", str(node)) in planted.fine_edges)), ("skip", 0.0)):
 
         def swap(at: str, layer: int, value: Tensor, site: str = site) -> Tensor:
             return pairs.values[at, layer] if (at, layer) == (site, node) else value

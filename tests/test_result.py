@@ -228,13 +228,11 @@ def test_an_experiment_without_a_figure_is_named():
 
 
 def test_a_result_can_be_read_without_torch_or_matplotlib():
-    code = (
-        "import sys, types, importlib.util as u; package = types.ModuleType('mamba_ioi'); "
-        "sys.modules['mamba_ioi'] = package; "
-        f"spec = u.spec_from_file_location('mamba_ioi.result', {sys.modules[Result.__module__].__file__!r}); "
-        "module = u.module_from_spec(spec); sys.modules['mamba_ioi.result'] = module; spec.loader.exec_module(module); "
-        "print([m for m in ('torch', 'matplotlib', 'seaborn') if m in sys.modules])"
-    )
+    code = """
+import sys
+from mamba_ioi.result import Result
+print([m for m in ("torch", "matplotlib", "seaborn") if m in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -73,7 +73,8 @@ class Planted:
         needed_layers: The layers whose removal (zero ablation) leaves accuracy at chance: flag and planted layer. The
             removal of any other changes no answer.
         edges: The edges that matter, alone and together: resampling all other edges changes nothing.
-        fine_edges: The same with the planted layer's nodes: one conv slice and the SSM. Its skip does not matter.
+        fine_edges: The same in the fine graph of `mamba_ioi.circuits`: into the layer, through one slice of its conv
+            and its SSM, and out. The layer's skip does not matter.
         flag_edges: The edges that carry the flag: they matter under zero ablation, but not when resampled.
         replace_succeeds: The (source slot, target slot) of name steering by replacement of `ssm_input` (means taken
             and written at the arrival positions) that succeed on every prompt; the others fail on every prompt. The
@@ -211,7 +212,7 @@ def _truth(
         local_layers=local_layers,
         needed_layers=(flag_layer, layer) if has_flag else (layer,),
         edges=(("embed", node), (node, "output")),
-        fine_edges=(("embed", conv), (conv, ssm), (ssm, "output")),
+        fine_edges=(("embed", node), (node, conv), (f"{node}.conv", ssm), (ssm, node), (node, "output")),
         flag_edges=(("embed", str(flag_layer)), (str(flag_layer), node)) if has_flag else (),
         replace_succeeds=same_side if has_flag else every_pair,
         subtract_add_succeeds=every_pair,
