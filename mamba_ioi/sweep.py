@@ -212,6 +212,10 @@ def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[E
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SourceValues = dict[tuple[int, str, int], Tensor]
+"""The source run's values by (layer, site, position), ``[prompts, ...]``."""
+
+
 @dataclass
 class Item:
     """Some rows of one intervention that start at the same position, and what changes there."""
@@ -254,8 +258,9 @@ class _Chunk:
         bar.update(results.shape[0] * results.shape[1] - sum(len(i.rows) for items in groups.values() for i in items))
         for start in sorted(groups):
             self._advance(start)
+            values = self._source_values(start, groups[start])
             for items in _batches(sorted(groups[start], key=lambda item: item.layer), limit):
-                logits = self._run_from(start, items)
+                logits = self._run_from(start, items, values)
                 offset = 0
                 for item in items:
                     results[item.intervention, item.rows.cpu()] = logits[offset : offset + len(item.rows)]
@@ -290,7 +295,7 @@ class _Chunk:
             ends = carry(model, states).save()
         self.states, self.position = ends, position
 
-    def _run_from(self, start: int, items: Sequence[Item]) -> Float[Tensor, "R K"]:
+    def _run_from(self, start: int, items: Sequence[Item], values: SourceValues) -> Float[Tensor, "R K"]:
         """The logits of a batch of items that start at one position."""
         rows = torch.cat([item.rows for item in items])
         job = Job(
@@ -299,7 +304,7 @@ class _Chunk:
             items=items,
             resid=self.resid,
             states=self.states,
-            values=self._source_values(start, items),
+            values=values,
             last=self.last[rows] - start,
         )
         dummy = self.tokens[:1, start:]
@@ -308,7 +313,7 @@ class _Chunk:
             logits = run_job(model, job).save()
         return logits.gather(1, self.read[rows]).to(self.plain).cpu()
 
-    def _source_values(self, start: int, items: Sequence[Item]) -> dict[tuple[int, str, int], Tensor]:
+    def _source_values(self, start: int, items: Sequence[Item]) -> SourceValues:
         """The source run's value at every (layer, site, position from ``start`` on) that an item resamples."""
         wanted = set()
         for item in items:
@@ -363,7 +368,7 @@ class Job:
     items: Sequence[Item]
     resid: list[Tensor]
     states: list[tuple[Tensor | None, Tensor | None]]
-    values: dict[tuple[int, str, int], Tensor]
+    values: SourceValues
     last: Tensor
 
 

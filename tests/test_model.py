@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -444,3 +446,12 @@ class TestRemote:
         with torch.no_grad(), model.trace(IDS):
             out = model.lm_head.output.save()
         assert torch.equal(out, logits(load_model(tmp_path), IDS))
+
+
+def test_an_older_transformers_is_refused_at_import():
+    code = "import transformers; transformers.__version__ = '5.14.1'; import mamba_ioi; mamba_ioi.load_model"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 1
+    assert "needs transformers 5.15 or newer, not 5.14.1" in done.stderr
+    assert "causal_conv1d_fn and mamba_selective_scan" in done.stderr
