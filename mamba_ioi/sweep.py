@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .continuation import Edit, Item, Job, SourceValues, carry, run_job
 from .dataset import IOIDataset
 from .model import MambaModel
 from .patching import Change, Patch, Plan, cache, check_patch, forward, read_positions, resolve
 from .scan import compute_dtype
-from .sites import SITES, open_stages
-from .stages import ConvStages, ScanStages, cast
+from .sites import SITES
 
 
 @dataclass(frozen=True)
@@ -160,29 +160,6 @@ class Budget:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Edit:
-    """A checked change: at ``layer``, with its value for every row, or None for the source run's."""
-
-    layer: int
-    change: Change
-    value: Tensor | None
-
-    def rows(self, part: slice, batch: int) -> Edit:
-        """The same change for some of the rows."""
-        value = self.value
-        if value is not None and value.dim() and value.shape[0] == batch:
-            value = value[part]
-        return Edit(self.layer, self.change, value)
-
-    def start(self, parted: int, length: int) -> int:
-        """The first position that changes in a row whose prompts part at ``parted``; ``length`` if none does."""
-        positions = range(length) if self.change.positions is None else self.change.positions
-        if self.value is not None:
-            return min(positions)
-        return min((position for position in positions if position >= parted), default=length)
-
-
 def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[Edit]:
     edits = []
     for change in changes:
@@ -210,24 +187,6 @@ def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[E
 # ---------------------------------------------------------------------------------------------------------------------
 # Running
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-SourceValues = dict[tuple[int, str, int], Tensor]
-"""The source run's values by (layer, site, position), ``[prompts, ...]``."""
-
-
-@dataclass
-class Item:
-    """Some rows of one intervention that start at the same position, and what changes there."""
-
-    intervention: int
-    rows: Tensor
-    edits: list[Edit]
-
-    @property
-    def layer(self) -> int:
-        """The first layer that changes."""
-        return min(edit.layer for edit in self.edits)
 
 
 class _Chunk:
@@ -342,135 +301,3 @@ def _batches(items: Sequence[Item], limit: int) -> list[list[Item]]:
             batches[-1].append(Item(item.intervention, taken, item.edits))
             room -= len(taken)
     return batches
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inside the traces
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """One patched forward from a position on.
-
-    Attributes:
-        start: the position.
-        rows: the prompt that each row of the batch is of, in the order in which they join.
-        items: what each run of rows changes.
-        resid: the clean residual stream before each layer, ``[prompts, L, D]``.
-        states: each layer's clean state and last conv inputs before ``start`` (None where they are zero).
-        values: the source run's values by (layer, site, position), ``[prompts, ...]``.
-        last: the position to read in each row, counted from ``start``.
-    """
-
-    start: int
-    rows: Tensor
-    items: Sequence[Item]
-    resid: list[Tensor]
-    states: list[tuple[Tensor | None, Tensor | None]]
-    values: SourceValues
-    last: Tensor
-
-
-def carry(model, states):
-    """Run a segment of the prompts from the states before it; each layer's state and last conv inputs after it."""
-    ends = []
-    for layer, (h, before) in zip(model.layers, states, strict=True):
-        x = layer.in_proj.transpose(1, 2)
-        tail = x if before is None else torch.cat([before, x], dim=-1)
-        scan = continue_from(layer.mixer, h, before)
-        scan.get("y")
-        taps = model.d_conv - 1
-        tail = torch.nn.functional.pad(tail, (max(0, taps - tail.shape[-1]), 0))
-        ends.append((scan.last, tail[..., tail.shape[-1] - taps :].clone()))
-    return ends
-
-
-def continue_from(mixer, h: Tensor | None, before: Tensor | None) -> ScanStages:
-    """Let a mixer's conv and scan begin with what earlier positions left; returns its scan."""
-    if before is not None:
-        conv = open_stages(mixer, ConvStages)
-        conv.own, conv.before = True, before
-    scan = open_stages(mixer, ScanStages)
-    scan.own, scan.initial = True, h
-    return scan
-
-
-def run_job(model, job: Job) -> Float[Tensor, "R V"]:
-    """The body of a patched forward's trace: rows join at their first changed layer."""
-    first = job.items[0].layer
-    for layer in range(first):
-        model.layers[layer].skip(model.backbone.embeddings.output if layer == 0 else job.resid[0][:1, job.start :])
-    count = 0
-    for index in range(first, model.n_layers):
-        layer = model.layers[index]
-        joining = sum(len(item.rows) for item in job.items if item.layer == index)
-        if joining or index == first:
-            fresh = job.resid[index][job.rows[count : count + joining], job.start :]
-            count += joining
-            layer.input = fresh if index == first else torch.cat([layer.input, fresh])
-        change_layer(layer, index, job, count)
-    positions = torch.arange(count, device=job.rows.device)
-    model.backbone.norm_f.output = model.backbone.norm_f.output[positions, job.last].unsqueeze(1)
-    return model.lm_head.output[:, 0]
-
-
-def change_layer(layer, index: int, job: Job, count: int) -> None:
-    """Apply the batch's changes at one layer, and continue its conv and scan from the clean states."""
-    changes: dict[str, list[tuple[slice, Item, Edit]]] = {}
-    offset = 0
-    for item in job.items:
-        rows = slice(offset, offset + len(item.rows))
-        offset = rows.stop
-        for edit in item.edits:
-            if edit.layer == index:
-                changes.setdefault(edit.change.site.name, []).append((rows, item, edit))
-    h, before = (None if state is None else state[job.rows[:count]] for state in job.states[index])
-    for name, site in SITES.items():
-        if name == ConvStages.ORDER[0] and before is not None:
-            conv = open_stages(layer.mixer, ConvStages)
-            conv.own, conv.before = True, before
-        if name == ScanStages.ORDER[0]:
-            scan = open_stages(layer.mixer, ScanStages)
-            scan.own, scan.initial = True, h
-        if name not in changes:
-            continue
-        envoy = layer if site.owner == "layer" else layer.mixer
-        if name == "h":
-            hold_states(scan, changes[name], job)
-            continue
-        value = getattr(envoy, site.attribute)
-        for rows, item, edit in changes[name]:
-            target = value[rows] if edit.change.tap is None else value[rows][..., edit.change.tap]
-            for position, new in new_values(item, edit, job):
-                target[:, position] = cast(new, target[:, position])
-
-
-def new_values(item: Item, edit: Edit, job: Job):
-    """(position counted from the start, value) of every position that an edit changes in an item's rows."""
-    length = job.resid[0].shape[1]
-    positions = range(length) if edit.change.positions is None else edit.change.positions
-    for column, position in enumerate(positions):
-        if edit.value is None:
-            if position >= job.start:
-                new = job.values[edit.layer, edit.change.site.name, position][item.rows]
-                yield position - job.start, new if edit.change.tap is None else new[..., edit.change.tap]
-        else:
-            value = edit.value if edit.value.shape[0] == 1 else edit.value[item.rows]
-            yield position - job.start, value[:, column if value.shape[1] > 1 else 0]
-
-
-def hold_states(scan: ScanStages, changes: Sequence[tuple[slice, Item, Edit]], job: Job) -> None:
-    """Hold states of some rows at some positions; later ones follow."""
-    held: dict[int, list[tuple[slice, Tensor]]] = {}
-    for rows, item, edit in changes:
-        for position, value in new_values(item, edit, job):
-            held.setdefault(position, []).append((rows, value))
-
-    def patch(t: int, h: Tensor) -> Tensor:
-        h = h.clone()
-        for rows, value in held[t]:
-            h[rows] = cast(value, h[rows])
-        return h
-
-    scan.hold(lambda t, h: patch(t, h) if t in held else h, held)
