@@ -5,6 +5,7 @@ Nothing here imports torch before something is to be computed, so that the table
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .model import CausalLM
     from .result import Result
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,27 @@ def _circuit(name: str, experiment: str, shows: str, columns: str, **options: An
 
         layer = {"layer": settings.layer} if options.get("takes_layer") else {}
         arguments = {"pairs": settings.pairs, "seed": settings.seed, "progress": settings.progress, **layer}
-        return getattr(pipeline, name)(model, **arguments)
+        result = getattr(pipeline, name)(model, **arguments)
+        return _beside_the_paper(result) if "mamba-370m" in model.model_id else result
 
     return Maker(experiment, shows, tuple(columns.split()), make, pairs=80, **options)
+
+
+def _beside_the_paper(result: Result) -> Result:
+    """The result with its agreement with the authors' edges in ``meta["paper"]``, and in the log."""
+    from . import reference
+    from .circuits.pipeline import circuit_of
+    from .result import Result
+
+    if "circuit" not in result.meta:
+        return result
+    tables = [reference.compare_circuit(circuit_of(result))]
+    if result.meta["experiment"] == "edge_matrices":
+        tables.append(reference.compare_scores(result))
+    for table in tables:
+        logger.warning("compared with the authors' circuit of mamba-370m:\n%s", table.to_string(index=False))
+    paper = [table.astype(object).where(table.notna(), None).to_dict("records") for table in tables]
+    return Result(result.table, result.meta | {"paper": paper})
 
 
 _EFFECTS = "corruption layer position label effect low high n"

@@ -44,7 +44,9 @@ def matrices(n_layers: int = 6) -> Result:
     if n_layers > 8:
         table.loc[~table["kept"], "effect"] = np.nan
     circuit = known(int(table["kept"].sum()), len(table))
-    return circuit_result("edge_matrices", table, n_layers, circuit=circuit, effects="each edge resampled alone")
+    graph = {"n_layers": n_layers, "fine": False, "length": None}
+    how = "each edge resampled alone"
+    return circuit_result("edge_matrices", table, n_layers, circuit=circuit, effects=how, graph=graph)
 
 
 def parts(n_layers: int = 6) -> Result:
@@ -52,7 +54,9 @@ def parts(n_layers: int = 6) -> Result:
     random, table = np.random.default_rng(1), edge_table(Graph(n_layers, fine=True).edges())
     table["kept"] = random.uniform(size=len(table)) < 0.4
     table["effect"] = np.where(table["kept"], random.exponential(0.05, len(table)), np.nan)
-    return circuit_result("layer_parts", table, n_layers, circuit=known(int(table["kept"].sum()), len(table)))
+    graph = {"n_layers": n_layers, "fine": True, "length": None}
+    circuit = known(int(table["kept"].sum()), len(table))
+    return circuit_result("layer_parts", table, n_layers, circuit=circuit, graph=graph)
 
 
 def positional(n_layers: int = 6) -> Result:
@@ -69,6 +73,7 @@ def positional(n_layers: int = 6) -> Result:
     graph = Graph(n_layers, length=20)
     table = edge_table(graph.edges(graph.mask(edges)))
     table["score"] = np.random.default_rng(2).normal(-0.01, 0.02, len(table))
+    table["kept"] = True
     circuit = known(len(table), len(graph))
     return circuit_result(
         "positional_circuit",

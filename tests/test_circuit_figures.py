@@ -6,6 +6,7 @@ import html
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 import mamba_ioi
+from mamba_ioi import makers
 from mamba_ioi.circuits import evaluate, pipeline
 from mamba_ioi.figures import circuit_graph, circuit_html, circuit_tables, companions, save_companions
 from mamba_ioi.figures.circuit_layout import (
@@ -393,3 +395,19 @@ def test_large_graphs_have_effects_of_the_circuit_only(planted, monkeypatch):
 def test_a_model_without_tokenizer_is_refused(small):
     with pytest.raises(ValueError, match="no tokenizer"):
         pipeline.edge_matrices(small)
+
+
+@pytest.mark.parametrize(("figure", "tables"), [("appd1", 2), ("appd2", 1), ("appd3", 1)])
+def test_mamba_370m_is_compared_with_the_paper(monkeypatch, figure, tables):
+    """The result itself comes from an example of 48 layers here; the comparison is the real one."""
+    example = {"appd1": matrices, "appd2": parts, "appd3": positional}[figure](48)
+    maker = makers.MAKERS[figure]
+    for name in ("edge_matrices", "layer_parts", "positional_circuit"):
+        monkeypatch.setattr(pipeline, name, lambda model, **arguments: example)
+    for model_id, count in (("state-spaces/mamba-370m-hf", tables), ("tiny", 0)):
+        model = types.SimpleNamespace(model_id=model_id)
+        result = maker.make(model, makers.Settings(model=model_id))
+        assert len(result.meta.get("paper", [])) == count
+    found = maker.make(types.SimpleNamespace(model_id="state-spaces/mamba-370m"), makers.Settings(model="m"))
+    whole = found.meta["paper"][0][0]
+    assert whole["kind"] == "all" and whole["found"] > 0 and whole["theirs"] > 0
