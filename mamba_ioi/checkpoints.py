@@ -55,6 +55,11 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def read_config(source: str, revision: str | None) -> dict:
+    """The checkpoint\'s config.json.
+
+    Raises:
+        ValueError: if there is none to be had, or it is no JSON object.
+    """
     try:
         path = cached_file(source, "config.json", revision=revision)
         if path is None:
@@ -143,6 +148,11 @@ def empty_tokenizer():
 
 
 def refuse_missing(source: str) -> None:
+    """Refuse what looks like a folder and is none, before anything goes to the network.
+
+    Raises:
+        ValueError: if it is a file, or a path to nothing.
+    """
     looks_local = source.startswith((".", os.sep)) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
     if os.path.isfile(source):
         raise ValueError(f"{source} is a file; a model is a directory with config.json and weights")
@@ -151,4 +161,5 @@ def refuse_missing(source: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
+    """The first line of an error\'s message, at most 300 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

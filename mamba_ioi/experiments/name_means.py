@@ -107,6 +107,11 @@ def name_means(
 
 
 def check_names(model: MambaModel, offset: int) -> None:
+    """Refuse a model without names to represent, and an offset that the conv does not reach.
+
+    Raises:
+        ValueError: if the model is no Mamba or has no tokenizer, or the offset is not from 0 to d_conv - 1.
+    """
     model.require_mamba("name representations")
     if model.tokenizer is None:
         raise ValueError(f"{model.model_id} has no tokenizer, which is needed to draw prompts")
