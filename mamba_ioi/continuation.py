@@ -114,7 +114,7 @@ def run_job(model, job: Job) -> Float[Tensor, "R V"]:
     """The body of a patched forward's trace: rows join at their first changed layer."""
     first = job.items[0].layer
     for layer in range(first):
-        model.layers[layer].skip(model.backbone.embeddings.output if layer == 0 else job.resid[0][:1, job.start :])
+        model.layers[layer].skip(job.resid[0][:1, job.start :])  # of no use to anyone: rows join at `first`
     count = 0
     for index in range(first, model.n_layers):
         layer = model.layers[index]

@@ -304,7 +304,7 @@ def integers(positions: int | Iterable[int]) -> list[int]:
     raise ValueError(f"positions are integers, not {positions!r}")
 
 
-def forward(model, plan: Plan, read: Tensor | None, logits: bool = True):
+def forward(model, plan: Plan, read: Tensor | None):
     """The body of a trace: apply the plan's changes and gather its reads, layer after layer.
 
     Returns:

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+import mamba_ioi
 from mamba_ioi.circuits import (
     Circuit,
     Graph,
@@ -24,7 +25,6 @@ from mamba_ioi.circuits.measure import Bench
 from mamba_ioi.circuits.search import prefix_mask, rank, scored_graph
 from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.model import MambaModel, wrap
-from mamba_ioi.zoo.planted import build_planted, planted_names
 
 from . import plain_circuits
 from .conftest import random_mamba
@@ -44,15 +44,6 @@ def model() -> MambaModel:
     return wrap(random_mamba(seed=2, vocab_size=len(TOKENIZER)), TOKENIZER, model_id="random")
 
 
-def planted_model(**arguments) -> MambaModel:
-    names = {key: arguments[key] for key in ("n_names", "seed") if key in arguments}
-    tokenizer = prompt_tokenizer(list(planted_names(**names)))
-    module, truth = build_planted(tokenizer, **arguments)
-    model = wrap(module, tokenizer, model_id="planted")
-    model.planted = truth
-    return model
-
-
 def drawn(seed: int) -> dict[str, int]:
     """A planted model's arguments, drawn at random."""
     rng = random.Random(seed)
@@ -68,7 +59,7 @@ def drawn(seed: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module", params=[11, 12, 13, 14])
 def planted(request: pytest.FixtureRequest) -> tuple[MambaModel, IOIDataset]:
-    model = planted_model(**drawn(request.param))
+    model = mamba_ioi.planted(**drawn(request.param))
     return model, IOIDataset.generate(model.tokenizer, 10, seed=27)
 
 
@@ -100,7 +91,7 @@ def test_acdc_finds_the_planted_edges(planted, exact: bool) -> None:
 
 
 def test_held_out_evaluation_of_the_planted_circuit() -> None:
-    model = planted_model(n_layers=3, layer=1, slice=-2, n_names=10, seed=4)
+    model = mamba_ioi.planted(n_layers=3, layer=1, slice=-2, n_names=10, seed=4)
     found = evaluate(model, None, Circuit.of(model, model.planted.edges))
     assert found.n_rows == 200 and found.n_edges == 2
     assert found.accuracy == 1 and found.nld == pytest.approx(1, abs=1e-3) and found.kl < 1e-2
