@@ -21,6 +21,9 @@ from torch import Tensor
 PatchFn = Callable[[int, Tensor], Tensor]
 """``(position, h [B, E, N]) -> h [B, E, N]``: what replaces the state at that position."""
 
+_BLOCK = 2**19
+"""How many elements of the states the backward pass holds at once, about: few enough for a core's cache."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision the recurrence runs in: the input's, but never below float32."""
@@ -80,14 +83,15 @@ def selective_scan(
 ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E N"]]:
     """The scan where no state is asked for: the outputs y and the last state, with no ``[B, L, E, N]`` tensor.
 
-    Equal to `scan_states` followed by `read_out`. ``initial`` is the state before the first position (zeros).
+    Equal to `scan_states` followed by `read_out`. ``initial`` is the state before the first position (zeros). Under
+    gradients only the arguments are kept: the backward pass computes the states anew, a few rows at a time.
     """
     dtype = compute_dtype(x.dtype)
     x, delta, A, B, C = (tensor.to(dtype) for tensor in (x, delta, A, B, C))
     if initial is None:
         initial = x.new_zeros(x.shape[0], x.shape[2], A.shape[-1])
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, A, B, C, initial)):
-        return _stepwise(x, delta, A, B, C, initial)
+        return Recomputed.apply(x, delta, A, B, C, initial)
     return _in_place(x, delta, A, B, C, initial)
 
 
@@ -135,3 +139,52 @@ def _in_place(x, delta, A, B, C, initial):
         h.mul_(decay).addcmul_(weighted[:, t, :, None], B[:, t, None, :])
         y[:, t] = torch.matmul(h, C[:, t, :, None]).squeeze(-1)
     return y, h
+
+
+class Recomputed(torch.autograd.Function):
+    """`_in_place` under gradients: keeps its arguments and no state, and computes the states again going back."""
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, initial):
+        ctx.save_for_backward(x, delta, A, B, C, initial)
+        return _in_place(x, delta, A, B, C, initial)
+
+    @staticmethod
+    def backward(ctx, d_y, d_last):
+        arguments = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient is asked for
+            wanted = [tensor for tensor, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
+            found = iter(torch.autograd.grad(_stepwise(*arguments), wanted, (d_y, d_last), create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        return _gradients(*arguments, d_y, d_last, for_A=ctx.needs_input_grad[2])
+
+
+def _gradients(x, delta, A, B, C, initial, d_y, d_last, *, for_A: bool):
+    """The gradients of `_in_place`'s arguments, from those of its results; that of A only if it is asked for."""
+    rows, length, width = x.shape
+    size = max(1, min(rows, _BLOCK // (length * width * A.shape[-1])))
+    weighted = delta * x
+    states = x.new_empty(length + 1, size, *A.shape)
+    decays, product = x.new_empty(length, size, *A.shape), x.new_empty(size, *A.shape)
+    ones = x.new_ones(A.shape[-1], 1)
+    d_weighted, d_delta, d_B, d_C = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
+    d_A, d_h = torch.zeros_like(A), d_last.clone()
+    for some in torch.arange(rows).split(size):
+        part = slice(int(some[0]), int(some[-1]) + 1)
+        step, inflow, b, c, g = delta[part], weighted[part], B[part], C[part], d_y[part]
+        h, decay, work, d = states[:, : len(some)], decays[:, : len(some)], product[: len(some)], d_h[part]
+        h[0].copy_(initial[part])
+        for t in range(length):
+            torch.mul(step[:, t, :, None], A, out=decay[t]).exp_()
+            torch.mul(h[t], decay[t], out=h[t + 1]).addcmul_(inflow[:, t, :, None], b[:, t, None, :])
+        for t in reversed(range(length)):
+            d_C[part, t] = torch.matmul(g[:, t, None, :], h[t + 1]).squeeze(1)
+            d.addcmul_(g[:, t, :, None], c[:, t, None, :])
+            d_B[part, t] = torch.matmul(inflow[:, t, None, :], d).squeeze(1)
+            d_weighted[part, t] = torch.matmul(d, b[:, t, :, None]).squeeze(-1)
+            d.mul_(decay[t])
+            torch.mul(d, h[t], out=work)
+            if for_A:
+                d_A += (work * step[:, t, :, None]).sum(0)
+            d_delta[part, t] = torch.matmul(work.mul_(A), ones).squeeze(-1)
+    return d_weighted * delta, d_delta.addcmul_(d_weighted, x), d_A if for_A else None, d_B, d_C, d_h

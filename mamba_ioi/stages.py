@@ -106,10 +106,7 @@ class ConvStages(Stages):
         if "conv_slice" in self.kept or (self.weight.requires_grad and "conv_slice" in self.values):
             total = self.values["conv_slice"].sum(-1)
             return total if self.bias is None else total + self.bias
-        conv = F.conv1d(
-            _with_context(self.x, self.weight, self.before), self.weight.unsqueeze(1), self.bias, groups=self.x.shape[1]
-        )
-        return conv.transpose(1, 2).contiguous()
+        return convolve(self.x, self.weight, self.bias, self.before)
 
 
 class ScanStages(Stages):
@@ -271,6 +268,27 @@ def conv_terms(
     """The conv's terms: ``weight[:, k] * x`` at the position ``k - (K - 1)`` relative to each output position."""
     windows = _with_context(x, weight, before).unfold(-1, weight.shape[-1], 1)  # [B, E, L, K]
     return (windows * weight[:, None, :]).transpose(1, 2).contiguous()
+
+
+def convolve(
+    x: Float[Tensor, "B E L"],
+    weight: Float[Tensor, "E K"],
+    bias: Float[Tensor, "E"] | None,
+    before: Float[Tensor, "B E K-1"] | None = None,
+) -> Float[Tensor, "B L E"]:
+    """The causal convolution, tap by tap: the sum of `conv_terms` and the bias, with no ``[B, L, E, K]`` tensor."""
+    dtype = compute_dtype(weight.dtype)
+    taps, length = weight.to(dtype), x.shape[-1]
+    inputs = x.to(weight.dtype).transpose(1, 2).to(dtype)
+    conv = inputs * taps[:, -1] if bias is None else torch.addcmul(bias.to(dtype), inputs, taps[:, -1])
+    if before is not None:
+        inputs = torch.cat([before.to(inputs).transpose(1, 2), inputs], dim=1)
+    for back in range(1, weight.shape[-1]):
+        reach = inputs[:, : max(0, inputs.shape[1] - back)][
+            :, -length:
+        ]  # the last ones, `back` earlier
+        conv[:, length - reach.shape[1] :].addcmul_(reach, taps[:, -1 - back])
+    return conv.to(weight.dtype)
 
 
 def _with_context(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
+from mamba_ioi import scan
 from mamba_ioi.scan import discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
-from mamba_ioi.stages import ConvStages
+from mamba_ioi.stages import ConvStages, convolve
 
 
 def random_inputs(batch=3, length=7, inner=8, state=4, dtype=torch.float64, seed=0):
@@ -136,3 +137,49 @@ def test_real_parameters(shared):
         np.testing.assert_allclose(output[0].mT * F.silu(gate), data["7c_scan_output_gated"], atol=3e-3)
     single = selective_scan(*(tensor.float() for tensor in (x, delta, A, B, C)))[0]
     assert (single - y).abs().max() < 1e-5 * y.abs().max()
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3])
+def test_gradients_that_keep_no_state_equal_autograds(monkeypatch, rows_at_once):
+    inputs = [tensor.requires_grad_() for tensor in (*random_inputs(), torch.randn(3, 8, 4, dtype=torch.float64))]
+    monkeypatch.setattr(scan, "_BLOCK", rows_at_once * 7 * 8 * 4)
+    weights = torch.randn(3, 7, 8, dtype=torch.float64), torch.randn(3, 8, 4, dtype=torch.float64)
+
+    def gradients(form):
+        return torch.autograd.grad(form(*inputs), inputs, weights)
+
+    expected = gradients(scan._stepwise)
+    found = gradients(lambda *tensors: selective_scan(*tensors[:5], initial=tensors[5]))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+
+
+def test_gradients_against_finite_differences_and_gradients_of_gradients():
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(batch=2, length=3, inner=2, state=2)]
+    assert torch.autograd.gradcheck(selective_scan, inputs)
+    assert torch.autograd.gradgradcheck(selective_scan, inputs)
+
+
+def test_under_gradients_a_scan_keeps_its_arguments_and_no_state():
+    x, delta, A, B, C = (tensor.requires_grad_() for tensor in random_inputs(length=50))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        selective_scan(x, delta, A, B, C)
+    initial = x.shape[0] * A.numel()
+    assert sum(kept) == sum(tensor.numel() for tensor in (x, delta, A, B, C)) + initial
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_conv_by_taps_equals_torchs(dtype, length, context):
+    g = torch.Generator().manual_seed(length)
+    x, weight, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in ((3, 5, length), (5, 4), (5,)))
+    before = torch.randn(3, 5, 3, generator=g).to(dtype) if context else None
+    padded = F.pad(x, (3, 0)) if before is None else torch.cat([before, x], dim=-1)
+    for b in (bias, None):
+        expected = F.conv1d(padded, weight[:, None], b, groups=5).transpose(1, 2)
+        found = convolve(x, weight, b, before)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected)
