@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .patching import Change
-from .sites import SITES, open_stages
+from .sites import SITES, take_over
 from .stages import ConvStages, ScanStages, cast
 
 
@@ -98,15 +98,13 @@ def carry(model, states):
 
 def continue_conv(mixer, before: Tensor | None) -> None:
     """Let a mixer's conv begin with the inputs that earlier positions left."""
-    if before is not None:
-        conv = open_stages(mixer, ConvStages)
-        conv.own, conv.before = True, before
+    take_over(mixer, ConvStages).before = before
 
 
 def continue_scan(mixer, h: Tensor | None) -> ScanStages:
     """Let a mixer's scan begin with the state that earlier positions left."""
-    scan = open_stages(mixer, ScanStages)
-    scan.own, scan.initial = True, h
+    scan = take_over(mixer, ScanStages)
+    scan.initial = h
     return scan
 
 

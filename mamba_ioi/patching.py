@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .sites import SITES, SiteInfo, open_stages, owner
+from .sites import SITES, SiteInfo, open_stages, owner, take_over
 from .stages import ConvStages, ScanStages, cast
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Tokens = Tensor | str | Sequence[str]
 _ALIAS = re.compile(r"(?:blocks\.(\d+)\.)?hook_([A-Za-z_]+?(?:_\d)?)(?:\.(\d+))?$")
+_FIRST = {stages.ORDER[0]: stages for stages in (ConvStages, ScanStages)}
 _STAGES = {**dict.fromkeys(ConvStages.ORDER, ConvStages), **dict.fromkeys(ScanStages.ORDER, ScanStages)}
 
 
@@ -337,8 +338,8 @@ def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dic
     changes, reads = plan.changes.get(layer, {}), plan.reads.get(layer, ())
     wanted = {ref.site.name for ref in reads}
     for name in names:
-        if name == ScanStages.ORDER[0]:
-            open_stages(model.layers[layer].mixer, ScanStages).own = True
+        if name in _FIRST:
+            take_over(model.layers[layer].mixer, _FIRST[name])
         if name not in changes and name not in wanted:
             continue
         site = SITES[name]

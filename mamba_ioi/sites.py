@@ -136,6 +136,13 @@ def open_stages(mixer: Envoy, cls: type[Stages]) -> Stages:
     return stages
 
 
+def take_over(mixer: Envoy, cls: type[Stages]) -> Stages:
+    """Open an operation, and let our own take its place whatever is edited: it is the faster one."""
+    stages = open_stages(mixer, cls)
+    stages.own = True
+    return stages
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The envoys
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 from ..dataset import IOIDataset
 from ..result import Result
-from ..sites import open_stages
+from ..sites import open_stages, take_over
 from ..stages import ConvStages, ScanStages, conv_terms
 from .circuit import edge_table
 from .forward import Pass, Run, record, require_fine, stream
@@ -218,12 +218,13 @@ class Attributed(Pass):
 
     def inside(self, layer, mixer):
         if not self.graph.fine:
+            take_over(mixer, ConvStages)
             return
         start, width, scores = self.graph.inside(layer).start, self.graph.width, self.scores
         there = self.corrupt.inner[layer]
         here = {} if self.clean is None else self.clean.inner[layer]
         gate = mixer.gate
-        conv = open_stages(mixer, ConvStages)
+        conv = take_over(mixer, ConvStages)
         convolved, weight = conv.get("conv"), conv.weight.detach()
         came = here.get("conv_input", conv.x.detach().transpose(1, 2))
         scan = open_stages(mixer, ScanStages)

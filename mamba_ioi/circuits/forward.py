@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..sites import open_stages
+from ..sites import open_stages, take_over
 from ..stages import ConvStages, ScanStages
 
 _FINAL_NORMS = (
@@ -40,7 +40,8 @@ class Pass:
         return resid
 
     def inside(self, layer: int, mixer) -> None:
-        """What to do in a Mamba layer, between its input projection and its output projection."""
+        """What to do in a Mamba layer, between its input projection and its output projection: at least its conv."""
+        take_over(mixer, ConvStages)
 
     def skipped(self, layer: int) -> bool:
         """Whether the layer need not run, because `leave` does not need what it adds."""
@@ -78,7 +79,7 @@ def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows 
             args, kwargs = block.inputs
             block.inputs = ((value.flatten(0, -3), *args[1:]), {**kwargs, "attention_mask": None})
             visitor.inside(layer, block.mixer)
-            open_stages(block.mixer, ScanStages).own = True
+            take_over(block.mixer, ScanStages)
             added = block.mixer.out_proj.output
         else:
             flat = value.flatten(0, -3).to(dtype)
@@ -136,6 +137,8 @@ class Record(Pass):
     def inside(self, layer, mixer):
         if self.fine:
             self.inner.append(inner_values(mixer))
+        else:
+            take_over(mixer, ConvStages)
 
     def leave(self, layer, resid, added):
         self.sources.append(added)
@@ -145,7 +148,7 @@ class Record(Pass):
 def inner_values(mixer) -> dict[str, Tensor]:
     """The values of a layer's inner nodes, as the run has them."""
     gate = mixer.gate
-    conv = open_stages(mixer, ConvStages)
+    conv = take_over(mixer, ConvStages)
     values = {"gate": gate, "conv_input": conv.x.transpose(1, 2), "conv": conv.get("conv")}
     values["ssm_output"] = open_stages(mixer, ScanStages).get("ssm_output")
     return values

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..sites import open_stages
+from ..sites import take_over
 from ..stages import ConvStages, conv_terms
 from .forward import Pass, Run, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
@@ -78,6 +78,7 @@ class Resampled(Pass):
     def inside(self, layer, mixer):
         weights = self.inner[layer] if self.inner else None
         if weights is None:
+            take_over(mixer, ConvStages)
             return
         corrupt = self.corrupt.inner[layer]
 
@@ -90,8 +91,8 @@ class Resampled(Pass):
         if (skip != 1).any():
             mixer.gate = blend("gate", mixer.gate, skip)
         slices = weights[:, :, SLICE]
+        conv = take_over(mixer, ConvStages)
         if (slices != 1).any() or (weights[:, :, SSM] != 1).any():
-            conv = open_stages(mixer, ConvStages)
             live = conv.get("conv")
             if (slices != 1).any():
                 change = corrupt["conv_input"].transpose(1, 2) - conv.x.unflatten(0, (-1, corrupt["gate"].shape[0]))

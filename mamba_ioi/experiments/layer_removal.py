@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from ..dataset import IOIDataset
 from ..model import CausalLM
 from ..result import Result
-from ..sites import open_stages
-from ..stages import ScanStages
+from ..sites import take_over
+from ..stages import ConvStages, ScanStages
 from ..sweep import Readout
 from .common import best_run, candidate_scores, check_data, mean_with_interval
 
@@ -187,7 +187,8 @@ def _run_without(
                 layers[i].skip((before,) if whole else before)
                 continue
             if model.is_mamba:
-                open_stages(layers[i].mixer, ScanStages).own = True
+                take_over(layers[i].mixer, ConvStages)
+                take_over(layers[i].mixer, ScanStages)
             if i in own:
                 output = layers[i].output
                 after = (output[0] if whole else output).clone()
