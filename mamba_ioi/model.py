@@ -36,6 +36,9 @@ class CausalLM(TransformersModel):
 
     is_mamba = False
 
+    memory: int | None = None
+    """How many bytes an experiment may use, about; None: half of what is free. Results do not depend on it."""
+
     @property
     def model_id(self) -> str:
         """The Hub id or folder the model came from."""

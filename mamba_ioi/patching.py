@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Tokens = Tensor | str | Sequence[str]
 _ALIAS = re.compile(r"(?:blocks\.(\d+)\.)?hook_([A-Za-z_]+?(?:_\d)?)(?:\.(\d+))?$")
-_FIRST = {stages.ORDER[0]: stages for stages in (ConvStages, ScanStages)}
+OPERATIONS = {stages.ORDER[0]: stages for stages in (ConvStages, ScanStages)}
+"""The mixer's operations by their first site: where our own take over."""
 _STAGES = {**dict.fromkeys(ConvStages.ORDER, ConvStages), **dict.fromkeys(ScanStages.ORDER, ScanStages)}
 
 
@@ -338,8 +339,8 @@ def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dic
     changes, reads = plan.changes.get(layer, {}), plan.reads.get(layer, ())
     wanted = {ref.site.name for ref in reads}
     for name in names:
-        if name in _FIRST:
-            take_over(model.layers[layer].mixer, _FIRST[name])
+        if name in OPERATIONS:
+            take_over(model.layers[layer].mixer, OPERATIONS[name])
         if name not in changes and name not in wanted:
             continue
         site = SITES[name]

@@ -103,8 +103,9 @@ class ConvStages(Stages):
         return conv_terms(self.x, self.weight, self.before)
 
     def _conv(self) -> Tensor:
-        if "conv_slice" in self.kept or (self.weight.requires_grad and "conv_slice" in self.values):
-            total = self.values["conv_slice"].sum(-1)
+        terms = self.values.get("conv_slice")
+        if terms is not None and ("conv_slice" in self.kept or terms.requires_grad):
+            total = terms.sum(-1)
             return total if self.bias is None else total + self.bias
         return convolve(self.x, self.weight, self.bias, self.before)
 
@@ -284,9 +285,7 @@ def convolve(
     if before is not None:
         inputs = torch.cat([before.to(inputs).transpose(1, 2), inputs], dim=1)
     for back in range(1, weight.shape[-1]):
-        reach = inputs[:, : max(0, inputs.shape[1] - back)][
-            :, -length:
-        ]  # the last ones, `back` earlier
+        reach = inputs[:, : max(0, inputs.shape[1] - back)][:, -length:]  # the last ones, `back` earlier
         conv[:, length - reach.shape[1] :].addcmul_(reach, taps[:, -1 - back])
     return conv.to(weight.dtype)
 

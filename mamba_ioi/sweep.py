@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,10 +21,13 @@ from tqdm.auto import tqdm
 
 from .continuation import Edit, Item, Job, SourceValues, carry, run_job
 from .dataset import IOIDataset
+from .memory import fitting_rows, forward_bytes, stream_bytes
 from .model import MambaModel
 from .patching import Change, Patch, Plan, cache, check_patch, forward, read_positions, resolve
 from .scan import compute_dtype
 from .sites import SITES
+
+MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,11 @@ def sweep(
     readout: Readout,
     *,
     source: Int[Tensor, "B L"] | None = None,
-    memory: int | None = None,
     description: str | None = None,
 ) -> Float[Tensor, "I B K"]:
     """The logits at the readout's tokens under each intervention, equal to a `run` of each one.
+
+    Batches are as large as ``model.memory`` allows.
 
     Args:
         model: a Mamba.
@@ -92,7 +95,6 @@ def sweep(
             plain run. A tensor's first dimension counts the rows of ``tokens`` (or is 1).
         readout: which logits to return.
         source: the prompts that `Resample` takes its values from, row for row with ``tokens``.
-        memory: how many bytes to use at most, about; half of what is free if None. Results do not depend on it.
         description: the progress bar's title; no bar if None.
 
     Returns:
@@ -110,7 +112,7 @@ def sweep(
                 f"source tokens have the shape of tokens, {tuple(tokens.shape)}, not {tuple(source.shape)}"
             )
     edits = [_edits(model, tokens, changes, source) for changes in interventions]
-    budget = Budget.of(model, tokens.shape[1], memory)
+    budget = Budget.of(model, tokens.shape[1])
     results = torch.empty(len(interventions), *readout.tokens.shape, dtype=compute_dtype(model.dtype))
     with tqdm(
         total=results.shape[0] * results.shape[1], desc=description, unit="run", disable=description is None
@@ -138,20 +140,13 @@ class Budget:
     rows: int
 
     @classmethod
-    def of(cls, model: MambaModel, length: int, memory: int | None) -> Budget:
+    def of(cls, model: MambaModel, length: int) -> Budget:
         """Divide the memory: half for what is held of the prompts, half for the forward."""
-        if memory is None:
-            free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-            memory = free // 2
-        if memory <= 0:
-            raise ValueError(f"memory={memory}: the sweep needs some bytes to work in")
         states = model.d_inner * (model.d_state + model.d_conv)
-        held = 4 * model.n_layers * (2 * length * model.d_model + states + 2 * length * model.d_inner)
-        running = 4 * (length * (8 * model.d_model + 16 * model.d_inner) + 4 * model.d_inner * model.d_state)
-        running += 4 * model.vocab_size
+        held = 2 * stream_bytes(model, length) + 4 * model.n_layers * (states + 2 * length * model.d_inner)
         return cls(
-            prompts=max(1, min(256, memory // 2 // held)),
-            rows=max(1, min(256, memory // 2 // running)),
+            prompts=fitting_rows(model, held, MOST_ROWS, share=0.5),
+            rows=fitting_rows(model, forward_bytes(model, length), MOST_ROWS, share=0.5),
         )
 
 

@@ -101,11 +101,12 @@ def test_given_values(small, prompts):
 
 
 @pytest.mark.parametrize("memory", [1, 100_000, 10**9])
-def test_the_memory_changes_no_result(small, prompts, memory):
+def test_the_memory_changes_no_result(small, prompts, memory, monkeypatch):
     cells = [[Resample("layer_input", layer, position)] for layer in range(3) for position in range(9)]
-    check(small, prompts, cells, memory=memory)
+    monkeypatch.setattr(small, "memory", memory)
+    check(small, prompts, cells)
     if memory == 1:
-        assert Budget.of(small, 9, memory) == Budget(1, 1)
+        assert Budget.of(small, 9) == Budget(1, 1)
 
 
 def test_nothing_runs_where_the_prompts_have_not_parted(small, prompts, monkeypatch):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..dataset import IOIDataset
 from .circuit import Circuit, edge_table
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
-from .measure import BATCH_ROWS, MANY, Bench, graph_for
+from .measure import MANY, Bench, graph_for
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def acdc(
     *,
     exact: bool = False,
     absolute: bool = True,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
     progress: bool = False,
 ) -> Circuit:
     """Drop edges whose removal lowers the mean normalized logit difference by no more than the threshold (App. D.2).
@@ -54,7 +54,7 @@ def acdc(
         fine: test the edges inside layers too.
         exact: test sequentially.
         absolute: NLD over |max - min| (App. B), or over max - min.
-        batch_rows: how many rows, candidates times prompts, run at once.
+        batch_rows: how many rows, candidates times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         progress: show a progress bar.
 
     Returns:

@@ -30,8 +30,6 @@ arrives it is contracted with the sources' differences: no [src, dst, D] tensor 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import pandas as pd
@@ -40,7 +38,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..attribution import frozen
 from ..dataset import IOIDataset
+from ..memory import backward_bytes, fitting_rows
 from ..result import Result
 from ..sites import open_stages, take_over
 from ..stages import ConvStages, ScanStages, conv_terms
@@ -50,7 +50,7 @@ from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .pairs import Pairs, answer_difference
 
 VARIANTS = ("standard", "paper")
-MOST_ROWS, BACKWARD_BYTES = 32, 4 * 10**9
+MOST_ROWS = 32
 
 
 def eap(
@@ -76,8 +76,7 @@ def eap(
             module's text.
         fine: score also the edges inside layers: conv slices, SSM and skip.
         absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
-        batch_rows: how many rows run at once; by default as many, up to 32, as keep the states that the backward pass
-            needs within about 4 GB.
+        batch_rows: how many rows run at once; as many, up to 32, as ``model.memory`` allows if None.
         progress: show a progress bar.
 
     Returns:
@@ -97,8 +96,9 @@ def eap(
     pairs = Pairs.of(model, data, positional=positional)
     graph = Graph(model.n_layers, fine, pairs.length if positional else None)
     total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
+    rows = fitting_rows(model, backward_bytes(model, pairs.length), MOST_ROWS) if batch_rows is None else batch_rows
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
-    batches = list(pairs.batches(batch_rows or default_rows(model, pairs.length)))
+    batches = list(pairs.batches(rows))
     with frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
         for batch in batches:
             clean = record(model, batch.clean, batch.last, fine=fine)
@@ -124,27 +124,6 @@ def eap(
 def score_table(graph: Graph, scores: Float[Tensor, "n_pairs width"]) -> pd.DataFrame:
     """The scores as a tidy table: src, dst, position (-1 if edges are not kept apart by position), score."""
     return edge_table(graph.edges()).assign(score=scores.flatten().tolist())
-
-
-def default_rows(model, length: int) -> int:
-    """How many rows to run at once: the backward pass of a scan keeps about five values a state and position."""
-    if not model.is_mamba:
-        return MOST_ROWS
-    row = 5 * 4 * model.n_layers * length * model.d_inner * model.d_state
-    return max(1, min(MOST_ROWS, BACKWARD_BYTES // row))
-
-
-@contextmanager
-def frozen(model) -> Iterator[None]:
-    """Let no gradient into the parameters, so that nothing is kept for them in the forward pass."""
-    parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def attribute(

@@ -13,7 +13,7 @@ from ..result import Result
 from .circuit import Circuit
 from .eap import score_table
 from .graph import Graph
-from .measure import BATCH_ROWS, MANY, Bench
+from .measure import MANY, Bench
 from .pairs import Pairs
 
 KEY = ["src", "dst", "position"]
@@ -26,7 +26,7 @@ def exact_effects(
     positional: bool = False,
     fine: bool = False,
     absolute: bool = True,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
     progress: bool = False,
 ) -> Result:
     """How much the metric changes when one edge is resampled and nothing else is: what `eap` estimates.
@@ -37,7 +37,7 @@ def exact_effects(
         positional: resample every edge at every position alone.
         fine: the edges inside layers too.
         absolute: NLD over |max - min| (App. B), or over max - min.
-        batch_rows: how many rows, edges times prompts, run at once.
+        batch_rows: how many rows, edges times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         progress: show a progress bar.
 
     Returns:
@@ -49,7 +49,7 @@ def exact_effects(
     whole = torch.ones(len(graph.pairs), graph.width, dtype=torch.bool)
     before = bench.measure(whole[None]).nld.double().mean()
     effects = torch.zeros(len(graph), dtype=torch.float64)
-    for some in tqdm(torch.arange(len(graph)).split(batch_rows), desc="exact effects", disable=not progress):
+    for some in tqdm(torch.arange(len(graph)).split(bench.batch_rows), desc="exact effects", disable=not progress):
         masks = whole.flatten().expand(len(some), -1).clone()
         masks[torch.arange(len(some)), some] = False
         effects[some] = bench.measure(masks.view(len(some), *whole.shape)).nld.double().mean(1) - before

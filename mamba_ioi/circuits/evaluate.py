@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dataset import IOIDataset
 from ..result import Result
 from .circuit import Circuit
-from .measure import BATCH_ROWS, MANY, Bench, graph_for
+from .measure import MANY, Bench, graph_for
 from .pairs import held_out
 from .search import prefix_mask, rank, scored_graph
 
@@ -49,7 +49,7 @@ def evaluate(
     *,
     absolute: bool = True,
     random_seed: int = 0,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
 ) -> Evaluation:
     """Run a circuit alone: every edge outside it is resampled from the corrupt run (paper, App. D.1 and D.2).
 
@@ -62,7 +62,7 @@ def evaluate(
         circuit: which edges are kept; of a coarse circuit, everything inside its layers is.
         absolute: NLD over |max - min| (App. B), or over max - min, with which the whole model scores 1 in every row.
         random_seed: of the random circuit beside it.
-        batch_rows: how many rows run at once.
+        batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
     Returns:
         Accuracy, NLD, KL and logit difference, and those of a random circuit of as many edges of the same graph.
@@ -87,7 +87,7 @@ def last_position_only(
     layer: int,
     *,
     absolute: bool = True,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
 ) -> Result:
     """What a positional circuit loses with every edge that leaves ``layer`` but at the last position (paper, § 4.4).
 
@@ -97,7 +97,7 @@ def last_position_only(
         circuit: a circuit found with positions.
         layer: the layer whose edges are cut, 39 in the paper.
         absolute: as in `evaluate`.
-        batch_rows: how many rows run at once.
+        batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
     Returns:
         A Result with two rows, circuit ``whole`` and ``cut``: circuit, n_edges, accuracy, nld, kl.
@@ -124,7 +124,7 @@ def faithfulness(
     *,
     absolute: bool = True,
     seed: int = 0,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
 ) -> Result:
     """How much of the model's behaviour circuits of growing size keep, as in MIB (arXiv 2504.13151).
 
@@ -140,7 +140,7 @@ def faithfulness(
         fractions: shares of all edges, increasing, each above 0 and at most 1.
         absolute: of the NLD in the table, as in `evaluate`.
         seed: of the random ranking.
-        batch_rows: how many rows run at once.
+        batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
     Returns:
         A Result with a row for each ranking (``signed``, ``absolute``, ``random``) and fraction: ranking, fraction,

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .. import metrics
 from ..dataset import IOIDataset
+from ..memory import fitting_rows, forward_bytes, inner_width, stream_bytes
 from .circuit import Circuit
 from .forward import Run, record, require_fine
 from .graph import Graph
 from .pairs import Pairs
 from .resample import resampled_logits
 
-BATCH_ROWS = 128
+MOST_ROWS = 128
 MANY = 8
 """How many candidates share a forward where there are many of them."""
 
@@ -50,7 +51,7 @@ class Bench:
         data: pairs of prompts.
         graph: the graph; its length, if it has one, must be the prompts'.
         absolute: whether the normalized logit difference is over |max - min| (App. B) or over max - min.
-        batch_rows: how many rows, candidates times prompts, run at once.
+        batch_rows: how many rows, candidates times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         together: how many candidates are measured together as a rule; in one forward they share what they agree on.
     """
 
@@ -61,22 +62,23 @@ class Bench:
         graph: Graph,
         *,
         absolute: bool = True,
-        batch_rows: int = BATCH_ROWS,
+        batch_rows: int | None = None,
         together: int = 1,
     ) -> None:
         if graph.n_layers != model.n_layers:
             raise ValueError(f"the circuit is of a model with {graph.n_layers} layers, this one has {model.n_layers}")
         if graph.fine:
             require_fine(model)
-        if batch_rows < 1:
+        if batch_rows is not None and batch_rows < 1:
             raise ValueError(f"batch_rows is at least 1, not {batch_rows}")
         pairs = Pairs.of(model, data, positional=graph.length is not None)
         if graph.length is not None and graph.length != pairs.length:
             raise ValueError(f"the circuit has {graph.length} positions, the prompts have {pairs.length}")
-        self.model, self.graph, self.absolute, self.batch_rows = model, graph, absolute, batch_rows
+        self.model, self.graph, self.absolute = model, graph, absolute
+        self.batch_rows = batch_rows or fitting_rows(model, row_bytes(model, graph, pairs.length, together), MOST_ROWS)
         self.n_rows = len(pairs)
         self.batches: list[tuple[Pairs, Run, Tensor]] = []
-        for batch in pairs.batches(max(1, batch_rows // together)):
+        for batch in pairs.batches(max(1, self.batch_rows // together)):
             corrupt = record(model, batch.corrupt, batch.last, fine=graph.fine)
             clean = record(model, batch.clean, batch.last).logits
             self.batches.append((batch, corrupt, clean))
@@ -106,6 +108,13 @@ class Bench:
             found["accuracy"].append(metrics.accuracy(one, batch.answers, batch.candidates))
             found["kl"].append(metrics.kl_divergence(one, clean))
         return {name: torch.stack(values).cpu() for name, values in found.items()}
+
+
+def row_bytes(model, graph: Graph, length: int, together: int) -> int:
+    """What a row, a candidate on a prompt, needs: its forward and sources, and a share of the corrupt run."""
+    sources = stream_bytes(model, length)
+    inner = 16 * model.n_layers * length * inner_width(model) if graph.fine else 0
+    return forward_bytes(model, length) + sources + (sources + inner) // together
 
 
 def graph_for(circuit: Circuit, data: IOIDataset, model) -> Graph:

@@ -15,7 +15,7 @@ from ..dataset import IOIDataset
 from ..result import Result
 from .circuit import Circuit, edge_table
 from .graph import Graph
-from .measure import BATCH_ROWS, Bench
+from .measure import Bench
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def minimal_circuit(
     seed: int = 0,
     prune: bool = True,
     absolute: bool = True,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
 ) -> Circuit:
     """The fewest edges of the ranking whose accuracy is above the target, by the paper's binary search (App. D.1).
 
@@ -118,7 +118,7 @@ def minimal_circuit(
         seed: of the random ranking.
         prune: whether to remove dead ends.
         absolute: of the normalized logit difference that is reported, as in `eap`.
-        batch_rows: how many rows run at once.
+        batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
     Returns:
         The circuit, with its accuracy and NLD on ``data``; ``meta["tried"]`` holds (edges, accuracy, nld) of every step

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..dataset import IOIDataset
+from ..memory import fitting_rows, forward_bytes, stream_bytes
 from ..model import CausalLM
 from ..result import Result
 from ..sites import take_over
@@ -130,12 +131,15 @@ def logits_without(
     results = torch.empty(len(candidates) + 1, *readout.tokens.shape)
     order = sorted(candidates)
     where = {layer: 1 + index for index, layer in enumerate(candidates)}
-    for rows in torch.arange(len(tokens)).split(PROMPTS_AT_ONCE):
+    length = tokens.shape[1]
+    prompts = fitting_rows(model, stream_bytes(model, length), PROMPTS_AT_ONCE, share=0.5)
+    most = fitting_rows(model, forward_bytes(model, length), ROWS_AT_ONCE, share=0.5)
+    for rows in torch.arange(len(tokens)).split(min(prompts, most)):
         ids = model.to_tokens(tokens[rows])[0]
         last, wanted = readout.last[rows].to(ids.device), readout.tokens[rows]
         logits, inputs = _run_without(model, ids, last, removed, (), None, save=order)
         results[0, rows] = logits[0].gather(1, wanted)
-        at_once = max(1, ROWS_AT_ONCE // len(rows))
+        at_once = max(1, most // len(rows))
         for start in range(0, len(order), at_once):
             chunk = order[start : start + at_once]
             logits, _ = _run_without(model, ids, last, removed, chunk, inputs[chunk[0]])

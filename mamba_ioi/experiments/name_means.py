@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..dataset import IOIDataset
+from ..memory import fitting_rows, forward_bytes
 from ..model import MambaModel
 from ..names import name_tokens
 from ..patching import cache
@@ -17,7 +18,7 @@ from .bottleneck import default_layer
 from .common import check_layer
 
 SLOTS = (1, 2, 3, 4, 5)
-ROWS_AT_ONCE = 128
+MOST_ROWS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ def name_means(
     sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
     counts = torch.zeros(cells, dtype=torch.long)
     with tqdm(total=len(data), desc=f"mean ssm_input of layer {layer}", disable=not progress) as bar:
-        for rows in torch.arange(len(data)).split(ROWS_AT_ONCE):
+        for rows in torch.arange(len(data)).split(rows_at_once(model, data)):
             values = cache(model, data.clean_tokens[rows], [("ssm_input", layer)])["ssm_input", layer].cpu()
             at = data.name_positions[rows] + offset
             values = values.gather(1, at[..., None].expand(-1, -1, values.shape[-1])).double()
@@ -104,6 +105,11 @@ def name_means(
         means=means.unflatten(0, (len(known), len(SLOTS))),
         counts=counts.unflatten(0, (len(known), len(SLOTS))),
     )
+
+
+def rows_at_once(model: MambaModel, data: IOIDataset) -> int:
+    """How many prompts to run at once."""
+    return fitting_rows(model, forward_bytes(model, data.clean_tokens.shape[1]), MOST_ROWS)
 
 
 def check_names(model: MambaModel, offset: int) -> None:

@@ -15,7 +15,7 @@ from ..patching import Patch, cache
 from ..result import Result
 from ..sweep import Readout, sweep
 from .common import mean_with_interval
-from .name_means import ROWS_AT_ONCE, SLOTS, NameMeans, check_names, name_means
+from .name_means import SLOTS, NameMeans, check_names, name_means, rows_at_once
 
 METHODS = ("replace", "subtract_add")
 
@@ -116,7 +116,7 @@ def _steer(
     success = torch.zeros(len(cases), len(data))
     positions = data.name_positions[:, target - 1] + means.offset
     for position in positions.unique().tolist():
-        for rows in (positions == position).nonzero()[:, 0].split(ROWS_AT_ONCE):
+        for rows in (positions == position).nonzero()[:, 0].split(rows_at_once(model, data)):
             tokens = data.clean_tokens[rows]
             found = cache(model, tokens, [("ssm_input", means.layer)])
             before = found["ssm_input", means.layer][:, position].cpu().float()

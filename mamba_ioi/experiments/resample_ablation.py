@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from ..attribution import attributed_effects
 from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..result import Result
 from ..sites import SITES
-from ..sweep import Resample
+from ..sweep import Readout, Resample
 from .common import (
     check_data,
     check_layers,
@@ -24,6 +29,9 @@ from .common import (
 )
 from .labels import token_labels
 
+MEASURED_CELLS, MEASURED_ROWS = 128, 8
+"""How much of an estimated map is measured as well, at most."""
+
 
 def resample_ablation(
     model: MambaModel,
@@ -32,6 +40,7 @@ def resample_ablation(
     layers: Sequence[int] | int | None = None,
     positions: Sequence[int] | int | None = None,
     *,
+    estimate: Literal["attribution"] | None = None,
     progress: bool = True,
 ) -> Result:
     """Put the corrupt prompt's activation in place of the clean one at each layer and position in turn.
@@ -46,15 +55,19 @@ def resample_ablation(
         site: any site of a layer that has positions.
         layers: which layers; all if None.
         positions: which positions, counted from 0; all if None.
+        estimate: None measures each cell; ``"attribution"`` estimates all of them from one forward and backward pass
+            (attribution patching, arXiv 2310.10348) and measures some, to say how far the estimate can be trusted.
         progress: show a bar.
 
     Returns:
         A row for each corruption, layer and position: ``label`` (see `token_labels`), ``effect`` (mean over the
         corruption's rows), ``low`` and ``high`` (its bootstrap 95 % interval), ``n`` (rows).
+        Of an estimate, ``meta["rank_correlation"]`` is Spearman's with the measured effects (means over rows) on
+        ``meta["measured_cells"]`` cells and ``meta["measured_rows"]`` rows, spread evenly over the map and the data.
 
     Raises:
-        ValueError: if the model is no Mamba, the data are empty or not aligned, or a site, layer or position is not
-            there.
+        ValueError: if the model is no Mamba, the data are empty or not aligned, a site, layer or position is not
+            there, or the kind of estimate is unknown.
     """
     model.require_mamba("resample ablations of sites")
     check_data(data, aligned="resample_ablation")
@@ -63,14 +76,17 @@ def resample_ablation(
         usable = [name for name, other in SITES.items() if other.owner != "model" and other.by_position]
         raise ValueError(f"site {site!r} has no layers and positions to go through; use one of {', '.join(usable)}")
     layers, positions = check_layers(model, layers), check_positions(data, positions)
+    if estimate not in (None, "attribution"):
+        raise ValueError(f"estimate is None or 'attribution', not {estimate!r}")
     cells = list(product(layers, positions))
-    effects = resample_effects(
-        model,
-        data,
-        [[Resample(site, layer, position)] for layer, position in cells],
-        description=f"resample {site}" if progress else None,
-    )
-    arguments = {"site": site, "layers": layers, "positions": positions, "rows": len(data)}
+    arguments = {"site": site, "layers": layers, "positions": positions, "rows": len(data), "estimate": estimate}
+    description = f"resample {site}" if progress else None
+    if estimate is None:
+        effects, agreement = _measured(model, data, site, cells, description), {}
+    else:
+        maps = attributed_effects(model, data.clean_tokens, Readout.of(data), site, layers, source=data.corrupt_tokens)
+        effects = maps[:, positions].flatten(0, 1)
+        agreement = _agreement(model, data, site, cells, effects, description)
     grid = np.array(cells)
     columns = {"layer": grid[:, 0], "position": grid[:, 1]}
     return Result.create(
@@ -78,7 +94,37 @@ def resample_ablation(
         effect_table(model, data, columns, effects),
         model=model,
         arguments=arguments,
+        **agreement,
     )
+
+
+def _measured(
+    model: MambaModel, data: IOIDataset, site: str, cells: Sequence[tuple[int, int]], description: str | None
+) -> Float[Tensor, "I B"]:
+    """The effect of resampling each (layer, position) on each row."""
+    interventions = [[Resample(site, layer, position)] for layer, position in cells]
+    return resample_effects(model, data, interventions, description=description)
+
+
+def _agreement(
+    model: MambaModel,
+    data: IOIDataset,
+    site: str,
+    cells: Sequence[tuple[int, int]],
+    effects: Float[Tensor, "I B"],
+    description: str | None,
+) -> dict[str, float | int]:
+    """How the estimates rank some cells, beside how they rank when they are measured."""
+    some = torch.linspace(0, len(cells) - 1, min(len(cells), MEASURED_CELLS)).round().long()
+    rows = torch.linspace(0, len(data) - 1, min(len(data), MEASURED_ROWS)).round().long()
+    measured = _measured(model, data[rows], site, [cells[cell] for cell in some.tolist()], description).mean(1)
+    estimated = effects[some][:, rows].mean(1)
+    one, other = (pd.Series(values.double().numpy()).rank() for values in (estimated, measured))
+    return {
+        "rank_correlation": float(one.corr(other)),
+        "measured_cells": len(some),
+        "measured_rows": len(rows),
+    }
 
 
 def effect_table(model: MambaModel, data: IOIDataset, columns: dict[str, np.ndarray], effects) -> pd.DataFrame:

@@ -27,7 +27,7 @@ def resample_ablation(result: Result) -> Figure:
 
     Args:
         result: columns corruption, layer, position, label, effect (mean 1 − NLD), and n if known;
-            `meta["arguments"]["site"]` is named in the title.
+            `meta["arguments"]["site"]` is named in the title, and so is an estimate with its rank correlation.
     """
     require(result, "corruption", "layer", "position", "label", "effect")
     table = result.table
@@ -53,8 +53,12 @@ def resample_ablation(result: Result) -> Figure:
         axis.set_title(_panel_title(corruption, panel), parse_math=False)
     axes[0].set_ylabel("layer")
     scale.bar(figure, list(axes), pad=0.01, fraction=0.02, aspect=30)
-    site = result.meta.get("arguments", {}).get("site", "layer_input")
-    set_heading(figure, result, f"Resample ablation of {site}, by layer and token")
+    arguments = result.meta.get("arguments", {})
+    title = f"Resample ablation of {arguments.get('site', 'layer_input')}, by layer and token"
+    if arguments.get("estimate") is not None:
+        title += f", estimated by {arguments['estimate']}"
+        title += f" (rank correlation with measured effects {result.meta['rank_correlation']:.2f})"
+    set_heading(figure, result, title)
     return figure
 
 

@@ -1,0 +1,133 @@
+"""Attribution patching: the effect of resampling a site at every layer and position, from one forward and backward.
+
+To first order, putting the source run's value in place of the clean one changes a row's logit difference by
+
+    sum over the site's dimensions of (source - clean) * d(logit difference)/d(value)
+
+(arXiv 2310.10348). The gradient at all layers and positions comes from one backward pass, so the whole map costs a run
+of the source prompts and a forward and backward of the clean ones. What runs in the trace uses torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .memory import backward_bytes, fitting_rows
+from .metrics import normalized_logit_diff
+from .model import MambaModel
+from .patching import OPERATIONS, Plan, SiteRef, forward, read_positions, resolve
+from .sites import SITES, owner, take_over
+from .sweep import Readout
+
+MOST_ROWS = 64
+
+
+def attributed_effects(
+    model: MambaModel,
+    tokens: Int[Tensor, "B L"],
+    readout: Readout,
+    site: str,
+    layers: Sequence[int],
+    *,
+    source: Int[Tensor, "B L"],
+) -> Float[Tensor, "layers L B"]:
+    """Estimates of 1 - NLD (not absolute) where ``site`` is resampled at one layer and position.
+
+    Args:
+        model: a Mamba.
+        tokens: the clean prompts, ``[B, L]``.
+        readout: where each prompt's answers are read.
+        site: a site of a layer that has positions.
+        layers: which layers.
+        source: the corrupt prompts, row for row.
+
+    Raises:
+        ValueError: for an unknown site or layer.
+    """
+    refs = [resolve(model, site, layer) for layer in layers]
+    tokens, source = model.to_tokens(tokens)[0], model.to_tokens(source)[0]
+    parts = []
+    for rows in torch.arange(len(tokens)).split(_rows_at_once(model, refs, tokens.shape[1])):
+        clean, corrupt = tokens[rows], source[rows]
+        read = read_positions(clean, readout.last[rows])
+        pair = torch.stack([readout.answers, readout.corrupt_answers], dim=1)[rows]
+        pair = readout.tokens[rows].gather(1, pair).to(tokens.device)
+        plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
+        with torch.no_grad(), model.trace(corrupt):
+            there = forward(model, plan, read).save()
+        values, corrupt_logits = there
+        with frozen(model), torch.enable_grad(), model.trace(clean):
+            estimate = estimated(model, refs, values, read, pair).save()
+        changes, logits = estimate
+        cells = changes.shape[0] * changes.shape[1]
+        logits, corrupt_logits = (part.repeat(cells, 1) for part in (logits, corrupt_logits.gather(1, pair).to(logits)))
+        patched = logits.clone()
+        patched[:, 0] += changes.flatten()
+        first = torch.zeros_like(patched[:, 0], dtype=torch.long)
+        scores = normalized_logit_diff(patched, logits, corrupt_logits, first, first + 1, absolute=False)
+        parts.append(1 - scores.view_as(changes).cpu())
+    return torch.cat(parts, dim=2)
+
+
+def estimated(
+    model, refs: Sequence[SiteRef], there: Mapping[str, Tensor], read: Tensor, pair: Int[Tensor, "B 2"]
+) -> tuple[Float[Tensor, "refs L B"], Float[Tensor, "B 2"]]:
+    """The body of a trace: the estimated change of the first logit less the second, and the two logits themselves.
+
+    Args:
+        model: a Mamba, in a trace.
+        refs: one site at several layers.
+        there: the source run's values, by key.
+        read: the position to read in each row.
+        pair: the two tokens to read.
+    """
+    site, wanted = refs[0].site, {ref.layer: ref.key for ref in refs}
+    embedding = model.backbone.embeddings
+    start = embedding.output.detach().requires_grad_()
+    embedding.output = start
+    changes: dict[int, Tensor] = {}
+
+    def contract(layer: int, difference: Tensor, gradient: Tensor) -> None:
+        changes[layer] = (gradient * difference).flatten(2).sum(-1).transpose(0, 1)
+
+    for layer in range(model.n_layers):
+        for name in SITES:
+            if name in OPERATIONS:
+                take_over(model.layers[layer].mixer, OPERATIONS[name])
+            if name == site.name and layer in wanted:
+                value = getattr(owner(model, site, layer), site.attribute)
+                value.register_hook(partial(contract, layer, there[wanted[layer]] - value.detach()))
+    rows = torch.arange(read.shape[0], device=read.device)
+    model.backbone.norm_f.output = model.backbone.norm_f.output[rows, read].unsqueeze(1)
+    logits = model.lm_head.output[:, 0].gather(1, pair)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    (logits[:, 0] - logits[:, 1]).sum().backward()  # to every leaf: the states of `h` are leaves of their own
+    return torch.stack([changes[ref.layer] for ref in refs]), logits.detach()
+
+
+@contextmanager
+def frozen(model) -> Iterator[None]:
+    """Let no gradient into the parameters, so that nothing is kept for them in the forward pass."""
+    parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _rows_at_once(model: MambaModel, refs: Sequence[SiteRef], length: int) -> int:
+    """How many rows to run at once. Where states are looked at, the backward pass keeps several of them."""
+    sizes = {"B": 1, "L": length, **model.sizes()}
+    one = math.prod(sizes[letter] for letter in refs[0].site.shape)
+    held = 4 * len(refs) * one * (8 if "N" in refs[0].site.shape else 3)
+    return fitting_rows(model, backward_bytes(model, length) + held, MOST_ROWS)

@@ -1,0 +1,55 @@
+"""How many rows run at once: batches are sized from a budget of bytes, and no result depends on it.
+
+A model's `memory` is that budget; where it is None, half of what is free on the model's device.
+"""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+_FLOAT = 4
+"""Bytes of a value: the scan computes in float32 at least, and estimates are made for it."""
+
+
+def budget(model) -> int:
+    """The bytes that an experiment on the model may use, about.
+
+    Raises:
+        ValueError: if the model's ``memory`` is not a positive whole number.
+    """
+    if model.memory is not None:
+        if isinstance(model.memory, bool) or not isinstance(model.memory, int) or model.memory < 1:
+            raise ValueError(f"memory is a positive whole number of bytes, or None, not {model.memory!r}")
+        return model.memory
+    device = model.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free // 2
+
+
+def fitting_rows(model, row: int, most: int, *, share: float = 1.0) -> int:
+    """How many rows of ``row`` bytes fit into that share of the budget: from 1 to ``most``."""
+    return max(1, min(most, int(budget(model) * share) // max(1, row)))
+
+
+def forward_bytes(model, length: int) -> int:
+    """What one row of a forward pass needs while it runs, its logits at one position included."""
+    d_model, width = model.d_model, inner_width(model)
+    states = 4 * model.d_inner * model.d_state if model.is_mamba else 0
+    return _FLOAT * (length * (8 * d_model + 16 * width) + states + model.vocab_size)
+
+
+def backward_bytes(model, length: int) -> int:
+    """What one row of a forward pass keeps for the backward pass, which computes the states anew."""
+    kept = model.n_layers * length * (4 * model.d_model + 16 * inner_width(model))
+    return forward_bytes(model, length) + _FLOAT * kept
+
+
+def stream_bytes(model, length: int) -> int:
+    """One value of the residual stream's width at every layer and position of a row."""
+    return _FLOAT * (model.n_layers + 1) * length * model.d_model
+
+
+def inner_width(model) -> int:
+    """The width inside a block: d_inner, or four times d_model where the model is no Mamba."""
+    return model.d_inner if model.is_mamba else 4 * model.d_model

@@ -1,0 +1,114 @@
+"""The one-pass estimates against finite differences at every site, and against measured effects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mamba_ioi import IOIDataset, experiments, load_model, planted
+from mamba_ioi.attribution import attributed_effects
+from mamba_ioi.model import wrap
+from mamba_ioi.patching import Patch, cache, run
+from mamba_ioi.sites import SITES
+from mamba_ioi.sweep import Readout
+
+from .conftest import random_mamba
+
+SITES_WITH_POSITIONS = [name for name, site in SITES.items() if site.owner != "model" and site.by_position]
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def double():
+    """A random two-layer Mamba in float64; HF's own operations round to float32, ours do not."""
+    return wrap(random_mamba(num_hidden_layers=2, dtype=torch.float64), None, model_id="random")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Clean and source tokens [3, LENGTH], and which two logits are read where."""
+    g = torch.Generator().manual_seed(3)
+    clean, source = torch.randint(0, 61, (2, 3, LENGTH), generator=g)
+    tokens = torch.tensor([[5, 9], [11, 2], [3, 60]])
+    zeros = torch.zeros(3, dtype=torch.long)
+    return clean, source, Readout(tokens, torch.tensor([5, 4, 5]), zeros, zeros + 1, tokens.new_tensor([[0, 1]] * 3))
+
+
+def difference(model, tokens, read, patches=()):
+    """The first logit less the second."""
+    logits = run(model, tokens, patches, positions=read.last).gather(1, read.tokens)
+    return logits[:, 0] - logits[:, 1]
+
+
+@pytest.mark.parametrize("site", SITES_WITH_POSITIONS)
+def test_the_estimate_is_the_slope_of_the_effect(double, prompts, site):
+    clean, source, read = prompts
+    estimates = attributed_effects(double, clean, read, site, [0, 1], source=source)
+    assert estimates.shape == (2, LENGTH, 3)
+    spread = difference(double, clean, read) - difference(double, source, read)
+    step = 1e-2  # the model's logits and norms are float32 whatever its weights are
+    for layer, position in ((0, 2), (1, 4)):
+        here, there = (cache(double, tokens, [(site, layer)])[site, layer][:, [position]] for tokens in (clean, source))
+        ends = [
+            difference(double, clean, read, [Patch(site, layer, torch.lerp(here, there, at), position)])
+            for at in (step, -step)
+        ]
+        slope = -(ends[0] - ends[1]) / (2 * step) / spread
+        largest = slope.abs().max()
+        assert largest > 1e-3
+        torch.testing.assert_close(estimates[layer, position].to(slope), slope, rtol=0, atol=float(largest) * 5e-3)
+
+
+def test_the_memory_changes_no_estimate(double, prompts, monkeypatch):
+    clean, source, read = prompts
+    whole = attributed_effects(double, clean, read, "h", [1], source=source)
+    monkeypatch.setattr(double, "memory", 1)
+    torch.testing.assert_close(attributed_effects(double, clean, read, "h", [1], source=source), whole)
+
+
+def test_gradients_leave_the_parameters_as_they_were(double, prompts):
+    clean, source, read = prompts
+    attributed_effects(double, clean, read, "y", [0], source=source)
+    parameters = list(double._module.parameters())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in parameters)
+
+
+def test_resample_ablation_estimated():
+    model = load_model("tiny")
+    data = IOIDataset.generate(model.tokenizer, 6)
+    measured = experiments.resample_ablation(model, data, progress=False)
+    result = experiments.resample_ablation(model, data, estimate="attribution", progress=False)
+    assert result.meta["arguments"]["estimate"] == "attribution"
+    key = ["corruption", "layer", "position"]
+    assert result.table[key].equals(measured.table[key]) and not result.table.effect.equals(measured.table.effect)
+    assert result.meta["measured_cells"] == 6 * 20 and result.meta["measured_rows"] == 8
+    assert result.meta["rank_correlation"] > 0.5
+    whole = result.table.effect.rank().corr(measured.table.effect.rank())
+    assert abs(result.meta["rank_correlation"] - whole) < 0.2
+    titles = " ".join(text.get_text() for text in result.plot().findobj() if hasattr(text, "get_text"))
+    assert f"rank correlation with measured effects {result.meta['rank_correlation']:.2f}" in titles
+
+
+def test_chosen_layers_and_positions_are_those_of_the_whole_map():
+    model = load_model("tiny")
+    data = IOIDataset.generate(model.tokenizer, 3)
+    arguments = {"site": "h", "estimate": "attribution", "progress": False}
+    whole = experiments.resample_ablation(model, data, **arguments).table
+    part = experiments.resample_ablation(model, data, layers=[4, 1], positions=[7, 3], **arguments).table
+    merged = part.merge(whole, on=["corruption", "layer", "position"])
+    assert len(merged) == len(part) and (merged.effect_x - merged.effect_y).abs().max() < 1e-5
+
+
+def test_the_estimate_finds_what_was_planted():
+    model = planted(n_layers=4, layer=2, slice=-1, n_names=12, seed=5)
+    data = IOIDataset.generate(model.tokenizer, 8)
+    result = experiments.resample_ablation(model, data, "out_proj", estimate="attribution", progress=False)
+    largest = result.table.loc[result.table.groupby("corruption").effect.idxmax()]
+    assert set(largest.layer) == {2} and set(largest.position) == {int(data.last_position[0])}
+
+
+def test_an_unknown_estimate_is_refused():
+    model = load_model("tiny")
+    data = IOIDataset.generate(model.tokenizer, 1)
+    with pytest.raises(ValueError, match="'attribution', not 'guess'"):
+        experiments.resample_ablation(model, data, estimate="guess")
