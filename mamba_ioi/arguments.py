@@ -72,6 +72,8 @@ def parse(
     )
 
     arguments = parser.parse_args(argv)
+    if getattr(arguments, "remote", False) and (arguments.device or arguments.dtype):
+        parser.error("--device and --dtype have no meaning with --remote: the server decides on both")
     if arguments.command is None:
         parser.error(f"a command is needed: {', '.join(name for name in commands if not name.startswith('-'))}")
     return arguments
@@ -93,6 +95,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="tiny, planted, a directory or a Hub id (default: tiny)")
     parser.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--remote",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="HOST",
+        help="run on an NDIF server: this URL, or that of NDIF_HOST, or the public one; the API key is NDIF_API_KEY",
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

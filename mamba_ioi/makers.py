@@ -28,6 +28,7 @@ class Settings:
         layer: the layer to look at where one is needed, instead of the bottleneck.
         device: where to compute; the CPU unless given.
         dtype: the precision of the weights, instead of the checkpoint's.
+        remote: the NDIF server to run on, as for `load_model`.
         progress: show bars.
     """
 
@@ -37,6 +38,7 @@ class Settings:
     layer: int | None = None
     device: str | None = None
     dtype: str | None = None
+    remote: bool | str = False
     progress: bool = False
 
 
@@ -252,7 +254,7 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
     from .experiments.common import check_layer
     from .model import load_model
 
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    model = load_model(settings.model, device=settings.device, dtype=settings.dtype, remote=settings.remote)
     if settings.layer is not None:
         check_layer(model, settings.layer)
     if any(MAKERS[figure].draws for figure in figures):

@@ -115,11 +115,11 @@ class CausalLM(TransformersModel):
     def remote_backend(self, *, quiet: bool = False, host: str | None = None):
         """The backend of one request to the model's server, or to another."""
         from .ndif import Backend
-        from .remote import Remote
+        from .remote import Remote, key_on_servers
 
         remote = self.remote or Remote(True)
         env = self._remoteable_get_env()
-        return Backend(self.to_model_key(), host or remote.host, remote.traffic, quiet=quiet, env=env)
+        return Backend(key_on_servers(self), host or remote.host, remote.traffic, quiet=quiet, env=env)
 
     def _remote_backend(self, remote, blocking, job_id, verbose):
         if remote == "local" or not blocking:

@@ -8,7 +8,6 @@ import re
 import socket
 import time
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import httpx
 import websocket
@@ -16,6 +15,8 @@ from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.ndif import EnvComparison, get_local_env
 from nnsight.schema.response import Status
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from .remote import public_url
 
 if TYPE_CHECKING:
     from .remote import Traffic
@@ -191,12 +192,6 @@ def get(host: str, path: str, *, api_key: str | None = None):
         raise backend.fault(socket.gaierror() if name else ConnectionRefusedError()) from None
     except (httpx.HTTPError, ValueError) as error:
         raise backend.fault(error) from None
-
-
-def public_url(url: str) -> str:
-    """A URL without user name and password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
 
 
 def _first(text: str) -> str:

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import httpx
 import nnsight
 import torch
 from torch import Tensor
@@ -102,14 +104,6 @@ class Answers:
         while sum(value.nbytes for one in self.held.values() for value in one.values()) > KEPT_BYTES:
             self.held.popitem(last=False)
 
-    def discard(self) -> None:
-        """Forget everything: the work is complete."""
-        self.held.clear()
-        if self.folder is not None and self.folder.is_dir():
-            for file in self.folder.iterdir():
-                file.unlink()
-            self.folder.rmdir()
-
 
 @dataclass
 class Remote:
@@ -133,6 +127,15 @@ class Remote:
         from nnsight.schema.config import CONFIG
 
         return self.target if isinstance(self.target, str) else CONFIG.API.HOST
+
+    def __str__(self) -> str:
+        return public_url(self.host)
+
+
+def public_url(url: str) -> str:
+    """A URL without user name and password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
 
 
 def ask(model: CausalLM, work: Callable[..., Answer], *arguments: Any) -> Answer:
@@ -168,11 +171,35 @@ def ask(model: CausalLM, work: Callable[..., Answer], *arguments: Any) -> Answer
 
 
 def _send(model: CausalLM, work: Callable[..., Answer], arguments: Sequence[Any]) -> Answer:
+    from nnsight.intervention.backends.remote import RemoteError
+
     backend = model.remote_backend(quiet=True)
-    with model.session(backend=backend):
-        answer = {name: value.detach().cpu() for name, value in work(model, *arguments).items()}
-        answer.save()
+    try:
+        with model.session(backend=backend):
+            answer = {name: value.detach().cpu() for name, value in work(model, *arguments).items()}
+            answer.save()
+    except RemoteError as error:
+        logger.debug("a request failed on the server", exc_info=error)
+        raise ValueError(_reason(model, str(error))) from None
     return answer
+
+
+def _reason(model: CausalLM, description: str) -> str:
+    """Why a request failed on the server, in a sentence; with the versions there, if they are not those here."""
+    last = ([line for line in description.splitlines() if line.strip()] or ["for no given reason"])[-1].strip()
+    if last.startswith("ValueError: "):
+        return last.removeprefix("ValueError: ")
+    return f"the request failed on {model.remote}: {last}{_other_versions(model.remote)}"
+
+
+def _other_versions(remote: Remote) -> str:
+    from .ndif import compare
+
+    try:
+        found = compare(remote.host).critical_mismatches
+    except (OSError, ValueError):
+        return ""
+    return "".join(f"; it has {name} {one['remote']}, here is {one['local']}" for name, one in sorted(found.items()))
 
 
 def serve(model: CausalLM) -> Served:
@@ -193,6 +220,25 @@ def serve(model: CausalLM) -> Served:
     return model.remote.served
 
 
+def key_on_servers(model: CausalLM) -> str:
+    """What servers call the model: its class, Hub id and revision.
+
+    Raises:
+        ValueError: if the Hub does not know the model.
+        ConnectionError: if the Hub does not answer.
+    """
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        return model.to_model_key()
+    except (HFValidationError, RepositoryNotFoundError):
+        raise ValueError(
+            f"{model.model_id!r} is no id of a model on the Hub, by which a server knows what to run"
+        ) from None
+    except (OSError, httpx.HTTPError) as error:
+        raise ConnectionError(f"the Hub does not answer for {model.model_id}: {type(error).__name__}") from None
+
+
 def require_gradients(model: CausalLM, what: str) -> None:
     """Refuse ``what`` on a server that runs requests in a sandbox.
 
@@ -201,22 +247,20 @@ def require_gradients(model: CausalLM, what: str) -> None:
     """
     if model.remote is not None and not serve(model).trusted:
         raise ValueError(
-            f"{what} needs gradients, which the sandbox of {model.remote.host} does not have: use acdc, which needs "
+            f"{what} needs gradients, which the sandbox of {model.remote} does not have: use acdc, which needs "
             f"none, or run it where the weights are (load_model without remote)"
         )
 
 
 @contextmanager
 def answers_in(model: CausalLM, folder: Path) -> Iterator[None]:
-    """Store the answers to the requests made inside in a folder, so that another process can go on; if nothing fails,
-    the folder is gone at the end."""
+    """Store the answers to the requests made inside in a folder, where another process finds them."""
     if model.remote is None:
         yield
         return
     before, model.remote.answers = model.remote.answers, Answers(folder)
     try:
         yield
-        model.remote.answers.discard()
     finally:
         model.remote.answers = before
 
@@ -225,7 +269,7 @@ def digest(model: CausalLM, work: Callable, arguments: Sequence[Any]) -> str:
     """What is asked, as a SHA-256: the model, how it is served, the function, and the values of its arguments."""
     hashed = hashlib.sha256()
     served = model.remote.served
-    hashed.update(f"{model.to_model_key()} {served} {work.__module__}.{work.__qualname__} ".encode())
+    hashed.update(f"{key_on_servers(model)} {served} {work.__module__}.{work.__qualname__} ".encode())
     for part in _parts(arguments):
         hashed.update(part)
     return hashed.hexdigest()

@@ -83,7 +83,8 @@ class Result:
         Args:
             experiment: the experiment's name, a key of `mamba_ioi.figures.FIGURES` if it has a figure.
             table: tidy data, one observation a row.
-            model: read for `model_id` (or `name_or_path`), `revision`, `dtype`, `device`, `n_layers`, each optional.
+            model: read for `model_id` (or `name_or_path`), `revision`, `dtype`, `device`, `n_layers`, each optional; of
+                a remote model, ``dtype`` is what the server computed in, and ``device`` the server's URL.
             arguments: the arguments the experiment was called with.
             seed: the seed of the data, where there is one.
             **extra: more entries of meta, such as units or notes.
@@ -91,13 +92,14 @@ class Result:
         Raises:
             ValueError: as `Result`; or an entry of `extra` would overwrite one that is filled in here.
         """
+        remote = getattr(model, "remote", None)
         model_id = getattr(model, "model_id", None) or getattr(model, "name_or_path", None)
         meta: dict[str, Any] = {
             "experiment": experiment,
             "model": _text(model_id),
             "revision": _text(getattr(model, "revision", None)),
             "dtype": _text(getattr(model, "dtype", None)),
-            "device": _text(getattr(model, "device", None)),
+            "device": _text(getattr(model, "device", None)) if remote is None else str(remote),
             "n_layers": getattr(model, "n_layers", None),
             "arguments": dict(arguments),
             "seed": seed,

@@ -285,9 +285,7 @@ def convolve(
     if before is not None:
         inputs = torch.cat([before.to(inputs).transpose(1, 2), inputs], dim=1)
     for back in range(1, weight.shape[-1]):
-        reach = inputs[:, : max(0, inputs.shape[1] - back)][
-            :, -length:
-        ]  # the last ones, `back` earlier
+        reach = inputs[:, : max(0, inputs.shape[1] - back)][:, -length:]  # the last ones, `back` earlier
         conv[:, length - reach.shape[1] :].addcmul_(reach, taps[:, -1 - back])
     return conv.to(weight.dtype)
 

@@ -30,7 +30,7 @@ arrives it is contracted with the sources' differences: no [src, dst, D] tensor 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -41,6 +41,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..dataset import IOIDataset
+from ..remote import ask, require_gradients
 from ..result import Result
 from ..sites import open_stages, take_over
 from ..stages import ConvStages, ScanStages, conv_terms
@@ -86,7 +87,7 @@ def eap(
 
     Raises:
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
-            are kept; for an unknown variant or less than one step.
+            are kept; for an unknown variant or less than one step; on a server whose sandbox has no gradients.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -94,20 +95,18 @@ def eap(
         raise ValueError(f"steps is a whole number, at least 1, not {steps!r}")
     if fine:
         require_fine(model)
+    require_gradients(model, "edge attribution patching")
     pairs = Pairs.of(model, data, positional=positional)
     graph = Graph(model.n_layers, fine, pairs.length if positional else None)
     total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
     batches = list(pairs.batches(batch_rows or default_rows(model, pairs.length)))
     with frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
+        note = bar.update if model.remote is None else None
         for batch in batches:
-            clean = record(model, batch.clean, batch.last, fine=fine)
-            corrupt = record(model, batch.corrupt, batch.last, fine=fine)
-            _, spread = batch.scale(clean.logits, corrupt.logits, absolute=absolute)
-            weights = 1 / (spread * len(pairs) * steps)
-            for alpha in alphas:
-                total += attribute(model, graph, batch, clean, corrupt, weights, alpha, variant)
-                bar.update()
+            total += ask(model, attributed_batch, graph, batch, alphas, len(pairs), variant, absolute, note)["scores"]
+            if note is None:
+                bar.update(steps)
     if not total.isfinite().all():
         raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
     arguments = {"steps": steps, "positional": positional, "variant": variant, "fine": fine, "absolute": absolute}
@@ -145,6 +144,30 @@ def frozen(model) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+def attributed_batch(
+    model,
+    graph: Graph,
+    batch: Pairs,
+    alphas: list[float],
+    n_rows: int,
+    variant: str,
+    absolute: bool,
+    note: Callable[[], object] | None,
+) -> dict[str, Float[Tensor, "n_pairs width"]]:
+    """A batch's share of the ``scores``, which are over ``n_rows`` rows; here or on a server that has gradients."""
+    batch = batch.to(model.device)
+    clean = record(model, batch.clean, batch.last, fine=graph.fine)
+    corrupt = record(model, batch.corrupt, batch.last, fine=graph.fine)
+    _, spread = batch.scale(clean.logits, corrupt.logits, absolute=absolute)
+    weights = 1 / (spread * n_rows * len(alphas))
+    total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
+    for alpha in alphas:
+        total += attribute(model, graph, batch, clean, corrupt, weights, alpha, variant)
+        if note is not None:
+            note()
+    return {"scores": total}
 
 
 def attribute(

@@ -13,11 +13,13 @@ from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..names import name_tokens
 from ..patching import cache
+from ..remote import ask
 from .bottleneck import default_layer
 from .common import check_layer
 
 SLOTS = (1, 2, 3, 4, 5)
 ROWS_AT_ONCE = 128
+ROWS_IN_A_REQUEST = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +86,11 @@ def name_means(
     sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
     counts = torch.zeros(cells, dtype=torch.long)
     with tqdm(total=len(data), desc=f"mean ssm_input of layer {layer}", disable=not progress) as bar:
-        for rows in torch.arange(len(data)).split(ROWS_AT_ONCE):
-            values = cache(model, data.clean_tokens[rows], [("ssm_input", layer)])["ssm_input", layer].cpu()
-            at = data.name_positions[rows] + offset
-            values = values.gather(1, at[..., None].expand(-1, -1, values.shape[-1])).double()
-            names = data.clean_tokens[rows].gather(1, data.name_positions[rows])
-            cell = torch.searchsorted(tokens, names) * len(SLOTS) + torch.arange(len(SLOTS))
-            sums.index_add_(0, cell.flatten(), values.flatten(0, 1))
+        for rows in torch.arange(len(data)).split(ROWS_AT_ONCE if model.remote is None else ROWS_IN_A_REQUEST):
+            prompts, at = data.clean_tokens[rows], data.name_positions[rows]
+            names = torch.searchsorted(tokens, prompts.gather(1, at))
+            cell = names * len(SLOTS) + torch.arange(len(SLOTS))
+            sums += ask(model, name_sums, layer, prompts, at + offset, cell, cells, ROWS_AT_ONCE)["sums"]
             counts += torch.bincount(cell.flatten(), minlength=cells)
             bar.update(len(rows))
     means = (sums / counts.clamp(min=1)[:, None]).float()
@@ -104,6 +104,24 @@ def name_means(
         means=means.unflatten(0, (len(known), len(SLOTS))),
         counts=counts.unflatten(0, (len(known), len(SLOTS))),
     )
+
+
+def name_sums(
+    model: MambaModel,
+    layer: int,
+    tokens: Int[Tensor, "B L"],
+    at: Int[Tensor, "B 5"],
+    cell: Int[Tensor, "B 5"],
+    cells: int,
+    rows_at_once: int,
+) -> dict[str, Float[Tensor, "cells E"]]:
+    """``sums``: of ``ssm_input`` at five positions of each prompt, each added to its cell; here or on a server."""
+    sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
+    for rows in torch.arange(len(tokens)).split(rows_at_once):
+        values = cache(model, tokens[rows], [("ssm_input", layer)])["ssm_input", layer].cpu()
+        values = values.gather(1, at[rows, :, None].expand(-1, -1, values.shape[-1])).double()
+        sums.index_add_(0, cell[rows].flatten(), values.flatten(0, 1))
+    return {"sums": sums}
 
 
 def check_names(model: MambaModel, offset: int) -> None:

@@ -23,6 +23,8 @@ environment() {
   export NDIF_MODEL_IMPORT_PATH=cpu_actor.CPUSandboxModelActor NDIF_SANDBOX_POOL_SIZE=1
   export PYTHONPATH=$here GRPC_ENABLE_FORK_SUPPORT=0 RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1
   export OMP_NUM_THREADS=1
+  # a busy machine is slow to start Ray
+  export RAY_DASHBOARD_STARTUP_TIMEOUT_S=600 RAY_raylet_start_wait_time_s=600 RAY_worker_register_timeout_seconds=600
 }
 
 install() {
@@ -62,7 +64,7 @@ up() {
   start redis redis-server --bind 127.0.0.1 --port 6399 --save '' --dir "$run"
   start moto moto_server -H 127.0.0.1 -p 9900
   start hub python "$here/hub.py" 9700 "$@"
-  ray start --head --node-ip-address=127.0.0.1 --port=6385 --ray-client-server-port=10001 --num-cpus=8 --num-gpus=1 \
+  ray start --head --node-ip-address=127.0.0.1 --port=6385 --ray-client-server-port=10001 --num-cpus=4 --num-gpus=1 \
     --resources='{"head":10,"cuda_memory_bytes":8000000000,"cpu_memory_bytes":8000000000}' \
     --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port=8265 --temp-dir="$run/ray" \
     --object-store-memory=200000000 --disable-usage-stats >"$run/logs/ray.log" 2>&1
