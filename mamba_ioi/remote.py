@@ -163,7 +163,9 @@ def ask(model: CausalLM, work: Callable[..., Answer], *arguments: Any) -> Answer
     if answer is None:
         try:
             answer = _send(model, work, arguments)
-        except Exception:
+        except TimeoutError:  # will be asked for in parts
+            raise
+        except BaseException:
             answers.failed = key
             raise
         answers.keep(key, answer)
@@ -266,10 +268,9 @@ def answers_in(model: CausalLM, folder: Path) -> Iterator[None]:
 
 
 def digest(model: CausalLM, work: Callable, arguments: Sequence[Any]) -> str:
-    """What is asked, as a SHA-256: the model, how it is served, the function, and the values of its arguments."""
+    """What is asked, as a SHA-256: the model and its precision on the server, the function, its arguments' values."""
     hashed = hashlib.sha256()
-    served = model.remote.served
-    hashed.update(f"{key_on_servers(model)} {served} {work.__module__}.{work.__qualname__} ".encode())
+    hashed.update(f"{key_on_servers(model)} {model.dtype} {work.__module__}.{work.__qualname__} ".encode())
     for part in _parts(arguments):
         hashed.update(part)
     return hashed.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import platform
 import uuid
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TABLE_FILE = "table.parquet"
@@ -179,6 +182,17 @@ class Result:
         from mamba_ioi.figures import draw
 
         return draw(self)
+
+
+def note_precisions(*made: object) -> None:
+    """Warn where numbers computed in different precisions are set beside each other.
+
+    Args:
+        *made: results, and models that compute now; anything else has no known precision.
+    """
+    dtypes = {one.meta.get("dtype") if isinstance(one, Result) else _text(getattr(one, "dtype", None)) for one in made}
+    if len(known := sorted(dtypes - {None})) > 1:
+        logger.warning("computed in %s: they differ by the rounding of the coarser one", " and in ".join(known))
 
 
 def package_versions() -> dict[str, str | None]:

@@ -25,6 +25,7 @@ environment() {
   export OMP_NUM_THREADS=1
   # a busy machine is slow to start Ray
   export RAY_DASHBOARD_STARTUP_TIMEOUT_S=600 RAY_raylet_start_wait_time_s=600 RAY_worker_register_timeout_seconds=600
+  export RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=600
 }
 
 install() {
@@ -67,14 +68,18 @@ up() {
   ray start --head --node-ip-address=127.0.0.1 --port=6385 --ray-client-server-port=10001 --num-cpus=4 --num-gpus=1 \
     --resources='{"head":10,"cuda_memory_bytes":8000000000,"cpu_memory_bytes":8000000000}' \
     --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port=8265 --temp-dir="$run/ray" \
-    --object-store-memory=200000000 --disable-usage-stats >"$run/logs/ray.log" 2>&1
+    --dashboard-agent-grpc-port=8366 --dashboard-agent-listen-port=8367 --metrics-export-port=8368 \
+    --runtime-env-agent-port=8369 --object-store-memory=200000000 --disable-usage-stats >"$run/logs/ray.log" 2>&1
   RAY_ADDRESS=127.0.0.1:6385 NDIF_SERVICE=ray python -m ndif.services.ray.deployments.controller.controller \
     >"$run/logs/controller.log" 2>&1
   api
 }
 
 down() {
-  # Every process that carries this run's NDIF_HOME in its environment, and no other.
+  # What was started here by its process id, and every process that carries this run's NDIF_HOME in its environment.
+  for file in "$run"/*.pid; do
+    if [ -f "$file" ]; then kill -9 "$(cat "$file")" 2>/dev/null || true; fi
+  done
   for process in /proc/[0-9]*; do
     pid=${process#/proc/}
     [ "$pid" = $$ ] && continue
