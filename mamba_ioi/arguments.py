@@ -72,6 +72,8 @@ def parse(
     )
 
     arguments = parser.parse_args(argv)
+    if getattr(arguments, "remote", False) and (arguments.device or arguments.dtype):
+        parser.error("--device and --dtype have no meaning with --remote: the server decides on both")
     if arguments.command is None:
         parser.error(f"a command is needed: {', '.join(name for name in commands if not name.startswith('-'))}")
     return arguments
@@ -93,6 +95,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="tiny, planted, a directory or a Hub id (default: tiny)")
     parser.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--remote",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="HOST",
+        help="run on an NDIF server: this URL, or that of NDIF_HOST, or the public one; the API key is NDIF_API_KEY",
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +110,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=_from_one, metavar="N", help="pairs of prompts (default: the paper's number)")
     parser.add_argument("--seed", type=_from_zero, default=27, help="of the prompts (default: 27)")
     parser.add_argument("--layer", type=_from_zero, help="layer to look at (default: the bottleneck that is found)")
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="how much to use, about, such as 4GB or 500MB (default: half of what is free); no number depends on it",
+    )
 
 
 def _from_zero(text: str) -> int:
@@ -114,6 +130,14 @@ def _whole_number(text: str, least: int) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    parts = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([KMGT]?)i?B?", text, re.IGNORECASE)
+    size = int(float(parts[1]) * 1024 ** " KMGT".index(parts[2].upper() or " ")) if parts else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 500MB, not {text!r}")
+    return size
 
 
 def _path(text: str) -> Path:

@@ -23,6 +23,7 @@ from .memory import backward_bytes, fitting_rows
 from .metrics import normalized_logit_diff
 from .model import MambaModel
 from .patching import OPERATIONS, Plan, SiteRef, forward, read_positions, resolve
+from .remote import ask, require_gradients
 from .sites import SITES, owner, take_over
 from .sweep import Readout
 
@@ -49,31 +50,46 @@ def attributed_effects(
         source: the corrupt prompts, row for row.
 
     Raises:
-        ValueError: for an unknown site or layer.
+        ValueError: for an unknown site or layer, or on a server whose sandbox has no gradients.
     """
     refs = [resolve(model, site, layer) for layer in layers]
+    require_gradients(model, "attribution patching")
     tokens, source = model.to_tokens(tokens)[0], model.to_tokens(source)[0]
+    pair = torch.stack([readout.answers, readout.corrupt_answers], dim=1)
+    pair = readout.tokens.gather(1, pair)
     parts = []
-    for rows in torch.arange(len(tokens)).split(_rows_at_once(model, refs, tokens.shape[1])):
-        clean, corrupt = tokens[rows], source[rows]
-        read = read_positions(clean, readout.last[rows])
-        pair = torch.stack([readout.answers, readout.corrupt_answers], dim=1)[rows]
-        pair = readout.tokens[rows].gather(1, pair).to(tokens.device)
-        plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
-        with torch.no_grad(), model.trace(corrupt):
-            there = forward(model, plan, read).save()
-        values, corrupt_logits = there
-        with frozen(model), torch.enable_grad(), model.trace(clean):
-            estimate = estimated(model, refs, values, read, pair).save()
-        changes, logits = estimate
-        cells = changes.shape[0] * changes.shape[1]
-        logits, corrupt_logits = (part.repeat(cells, 1) for part in (logits, corrupt_logits.gather(1, pair).to(logits)))
-        patched = logits.clone()
-        patched[:, 0] += changes.flatten()
-        first = torch.zeros_like(patched[:, 0], dtype=torch.long)
-        scores = normalized_logit_diff(patched, logits, corrupt_logits, first, first + 1, absolute=False)
-        parts.append(1 - scores.view_as(changes).cpu())
+    with frozen(model):
+        for rows in torch.arange(len(tokens)).split(_rows_at_once(model, refs, tokens.shape[1])):
+            prompts = tokens[rows], source[rows], readout.last[rows], pair[rows]
+            parts.append(ask(model, attributed_batch, refs, *prompts)["effects"])
     return torch.cat(parts, dim=2)
+
+
+def attributed_batch(
+    model,
+    refs: Sequence[SiteRef],
+    clean: Int[Tensor, "B L"],
+    corrupt: Int[Tensor, "B L"],
+    last: Int[Tensor, "B"],
+    pair: Int[Tensor, "B 2"],
+) -> dict[str, Float[Tensor, "refs L B"]]:
+    """``effects`` on some prompts, here or on a server that has gradients."""
+    clean, corrupt, pair = (ids.to(model.device) for ids in (clean, corrupt, pair))
+    read = read_positions(clean, last)
+    plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
+    with torch.no_grad(), model.trace(corrupt):
+        there = forward(model, plan, read).save()
+    values, corrupt_logits = there
+    with torch.enable_grad(), model.trace(clean):
+        estimate = estimated(model, refs, values, read, pair).save()
+    changes, logits = estimate
+    cells = changes.shape[0] * changes.shape[1]
+    logits, corrupt_logits = (part.repeat(cells, 1) for part in (logits, corrupt_logits.gather(1, pair).to(logits)))
+    patched = logits.clone()
+    patched[:, 0] += changes.flatten()
+    first = torch.zeros_like(patched[:, 0], dtype=torch.long)
+    scores = normalized_logit_diff(patched, logits, corrupt_logits, first, first + 1, absolute=False)
+    return {"effects": 1 - scores.view_as(changes).cpu()}
 
 
 def estimated(

@@ -75,7 +75,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .reproduce import compute, locked, model_identity, request, stored_result
+    from .reproduce import ANSWERS, compute, discard_answers, locked, model_identity, request, stored_result
 
     figures = {maker.experiment: figure for figure, maker in MAKERS.items()}
     figure = figures.get(arguments.experiment)
@@ -89,11 +89,15 @@ def _run(arguments: argparse.Namespace) -> int:
     with locked(out), _quiet():
         result = stored_result(out, asked)
         if result is None:
+            from .remote import answers_in
+
             model, usable = prepare(settings, [figure])
             if not usable:
                 model.require_mamba(f"experiments such as {arguments.experiment}")
-            result = compute(figure, model, with_layer(figure, model, settings), asked)
+            with answers_in(model, out / ANSWERS):
+                result = compute(figure, model, with_layer(figure, model, settings), asked)
             result.save(out)
+            discard_answers(out)
             _say(f"saved in {out}; draw it with: mamba-ioi plot {out}")
         else:
             _say(f"already in {out}")
@@ -136,7 +140,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     wrong = []
     with _quiet():
-        for finding in examine(arguments.model, device=arguments.device, dtype=arguments.dtype):
+        for finding in examine(
+            arguments.model, device=arguments.device, dtype=arguments.dtype, remote=arguments.remote
+        ):
             _say(f"{finding.item:22} {one_line(finding.found)}")
             if not finding.well:
                 wrong.append(finding)
@@ -187,7 +193,10 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    chosen = {name: getattr(arguments, name) for name in ("model", "pairs", "seed", "layer", "device", "dtype")}
+    chosen = {
+        name: getattr(arguments, name)
+        for name in ("model", "pairs", "seed", "layer", "device", "dtype", "memory", "remote")
+    }
     return Settings(**chosen, progress=sys.stderr.isatty())
 
 

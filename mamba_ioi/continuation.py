@@ -32,6 +32,10 @@ class Edit:
             value = value[part]
         return Edit(self.layer, self.change, value)
 
+    def to(self, device: torch.device) -> Edit:
+        """The same on a device."""
+        return Edit(self.layer, self.change, None if self.value is None else self.value.to(device))
+
     def start(self, parted: int, length: int) -> int:
         """The first position that changes in a row whose prompts part at ``parted``; ``length`` if none does."""
         positions = range(length) if self.change.positions is None else self.change.positions
@@ -49,8 +53,13 @@ class Item:
     """Some rows of one intervention that start at the same position, and what changes there."""
 
     intervention: int
+    start: int
     rows: Tensor
     edits: list[Edit]
+
+    def to(self, device: torch.device) -> Item:
+        """The same on a device."""
+        return Item(self.intervention, self.start, self.rows.to(device), [edit.to(device) for edit in self.edits])
 
     @property
     def layer(self) -> int:

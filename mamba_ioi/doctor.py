@@ -21,14 +21,17 @@ class Finding:
     well: bool = True
 
 
-def examine(model: str, *, device: str | None = None, dtype: str | None = None) -> Iterator[Finding]:
-    """Versions, transformers' operations, fast kernels, devices, and one model's slow path.
+def examine(
+    model: str, *, device: str | None = None, dtype: str | None = None, remote: bool | str = False
+) -> Iterator[Finding]:
+    """Versions, transformers' operations, fast kernels, devices, and one model's slow path, here or on a server.
 
     Yields:
         A finding at a time; the examination ends at the first one that lets nothing further be examined.
 
     Raises:
         ValueError: for a model of the user's own that cannot be loaded; for a packaged one that is a finding.
+        ConnectionError: if the server cannot be reached.
     """
     from . import __version__
 
@@ -44,6 +47,9 @@ def examine(model: str, *, device: str | None = None, dtype: str | None = None) 
     for kernel in KERNELS:
         yield Finding(f"kernel {kernel}", _kernel(kernel))
     yield Finding("devices", _devices())
+    if remote:
+        yield from _server(model, load_model(model, remote=remote))
+        return
     try:
         loaded = load_model(model, device=device, dtype=dtype)
     except ValueError as error:
@@ -60,6 +66,47 @@ def examine(model: str, *, device: str | None = None, dtype: str | None = None) 
         yield from _sites(loaded)
     else:
         yield Finding("slow path", f"none: a {kind} is no Mamba; layer removal and residual edges work on it")
+
+
+def _server(name: str, model) -> Iterator[Finding]:
+    """Whether the server is there, has the versions that are here, and runs the model, and how."""
+    from nnsight.schema.config import CONFIG
+
+    from .model import slow_path_tolerance
+    from .ndif import compare, get
+    from .remote import serve
+
+    host = model.remote.host
+    get(host, "/ping")
+    yield Finding("server", f"{model.remote} answers")
+    packages = compare(host).packages
+    for package in ("torch", "transformers", "nnsight"):
+        there = packages.get(package, {"remote": "not installed", "local": "?", "match": False})
+        found = there["remote"] if there["match"] else f"{there['remote']}, here {there['local']}"
+        yield Finding(f"server's {package}", found, well=there["remote"] != "not installed")
+    email = get(host, "/whoami", api_key=CONFIG.API.APIKEY).get("email")
+    yield Finding("API key", f"of {email}" if email else "none that the server knows (NDIF_API_KEY)")
+    running = [
+        one["application_state"]
+        for one in get(host, "/status").get("deployments", {}).values()
+        if one.get("repo_id", "").lower() == model.model_id.lower() and one.get("application_state")
+    ]
+    yield Finding(
+        f"model {name}", f"{running[0].lower()} there" if running else "not running there; it is asked for now"
+    )
+    served = serve(model)
+    yield Finding("served in", str(served.dtype).removeprefix("torch."))
+    yield Finding(
+        "requests run",
+        "trusted: in the model's process, with weights and gradients"
+        if served.trusted
+        else "in a sandbox: no weights and no gradients, so everything but eap",
+    )
+    if served.difference is not None:
+        limit = slow_path_tolerance(served.dtype)
+        yield Finding(
+            "slow path", f"agrees on the server: {served.difference:.1e} of the largest value (limit {limit:.0e})"
+        )
 
 
 def _sites(model) -> Iterator[Finding]:

@@ -28,6 +28,8 @@ class Settings:
         layer: the layer to look at where one is needed, instead of the bottleneck.
         device: where to compute; the CPU unless given.
         dtype: the precision of the weights, instead of the checkpoint's.
+        remote: the NDIF server to run on, as for `load_model`.
+        memory: how many bytes to use, about, instead of half of what is free.
         progress: show bars.
     """
 
@@ -37,6 +39,8 @@ class Settings:
     layer: int | None = None
     device: str | None = None
     dtype: str | None = None
+    remote: bool | str = False
+    memory: int | None = None
     progress: bool = False
 
 
@@ -252,7 +256,8 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
     from .experiments.common import check_layer
     from .model import load_model
 
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    model = load_model(settings.model, device=settings.device, dtype=settings.dtype, remote=settings.remote)
+    model.memory = settings.memory
     if settings.layer is not None:
         check_layer(model, settings.layer)
     if any(MAKERS[figure].draws for figure in figures):

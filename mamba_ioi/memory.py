@@ -10,6 +10,8 @@ import torch
 
 _FLOAT = 4
 """Bytes of a value: the scan computes in float32 at least, and estimates are made for it."""
+_SERVER = 2 * 2**30
+"""The bytes that a server is supposed to have for one request."""
 
 
 def budget(model) -> int:
@@ -22,6 +24,8 @@ def budget(model) -> int:
         if isinstance(model.memory, bool) or not isinstance(model.memory, int) or model.memory < 1:
             raise ValueError(f"memory is a positive whole number of bytes, or None, not {model.memory!r}")
         return model.memory
+    if model.remote is not None:
+        return _SERVER
     device = model.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return free // 2

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from jaxtyping import Int
 from nnsight import TransformersModel
 from torch import Tensor, nn
 from transformers import AutoConfig, MambaForCausalLM
+from transformers import __version__ as TRANSFORMERS
 
 from .checkpoints import empty_tokenizer, one_line, read_checkpoint, read_config, read_tokenizer, refuse_missing
 from .sites import ModelSites, envoys, missing_operations, open_stages
 from .stages import ScanStages
+
+if TYPE_CHECKING:
+    from .remote import Remote
 
 OLDEST_TRANSFORMERS = (5, 15)
 PACKAGED = Path(__file__).parent / "zoo" / "tiny"
@@ -23,10 +28,10 @@ _BLOCKS = ("backbone.layers", "model.layers", "transformer.h", "gpt_neox.layers"
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_version = tuple(int(part) for part in TRANSFORMERS.split(".")[:2])
 if _version < OLDEST_TRANSFORMERS:
     raise ImportError(
-        f"mamba_ioi needs transformers 5.15 or newer, not {transformers.__version__}: older ones do not have the "
+        f"mamba_ioi needs transformers 5.15 or newer, not {TRANSFORMERS}: older ones do not have the "
         f"operations causal_conv1d_fn and mamba_selective_scan that its sites stand on"
     )
 
@@ -35,6 +40,12 @@ class CausalLM(TransformersModel):
     """Any causal language model: what the experiments that need no Mamba work on (layer removal, residual edges)."""
 
     is_mamba = False
+    remote: Remote | None = None
+    """The NDIF server that traces run on; None: they run here."""
+
+    def __getstate__(self) -> dict:
+        """What travels to a server: there, traces run where the model is."""
+        return TransformersModel.__getstate__(self) | {"remote": None}
 
     memory: int | None = None
     """How many bytes an experiment may use, about; None: half of what is free. Results do not depend on it."""
@@ -71,13 +82,18 @@ class CausalLM(TransformersModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
+        """The precision of the weights; of a remote model, that which the server computes in (it is asked once)."""
+        if self.remote is not None:
+            from .remote import serve
+
+            return serve(self).dtype
         return next(self._module.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self._module.parameters()).device
+        """Where the weights are; the CPU where there are none, as here for a remote model or in a server's sandbox."""
+        device = next(self._module.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def require_mamba(self, what: str) -> None:
         """Refuse ``what`` on a model that is no Mamba.
@@ -91,7 +107,27 @@ class CausalLM(TransformersModel):
     def trace(self, *inputs, **kwargs):
         """nnsight's ``trace``, without the generation cache unless ``use_cache=True`` is given."""
         kwargs.setdefault("use_cache", False)
-        return super().trace(*inputs, **kwargs)
+        kwargs.setdefault("remote", self.remote is not None and self.remote.target)
+        return TransformersModel.trace(self, *inputs, **kwargs)
+
+    def session(self, *args, **kwargs):
+        """nnsight's ``session``: for a remote model, one request for all the traces in it."""
+        kwargs.setdefault("remote", self.remote is not None and self.remote.target)
+        return TransformersModel.session(self, *args, **kwargs)
+
+    def remote_backend(self, *, quiet: bool = False, host: str | None = None):
+        """The backend of one request to the model's server, or to another."""
+        from .ndif import Backend
+        from .remote import Remote, key_on_servers
+
+        remote = self.remote or Remote(True)
+        env = self._remoteable_get_env()
+        return Backend(key_on_servers(self), host or remote.host, remote.traffic, quiet=quiet, env=env)
+
+    def _remote_backend(self, remote, blocking, job_id, verbose):
+        if remote == "local" or not blocking:
+            return TransformersModel._remote_backend(self, remote, blocking, job_id, verbose)
+        return self.remote_backend(host=remote if isinstance(remote, str) else None)
 
     def to_tokens(self, tokens: Tensor | str | Sequence[str]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B"] | None]:
         """Token ids on the model's device, and each row's last token if texts were given (else None).
@@ -154,7 +190,7 @@ class MambaModel(CausalLM, ModelSites):
 
     def dispatch(self) -> None:
         """Load the weights of a model that was built without them, and look into the new mixers' operations."""
-        super().dispatch()
+        TransformersModel.dispatch(self)
         refuse_other_operations(self)
 
     def sizes(self) -> dict[str, int]:
@@ -186,7 +222,8 @@ def load_model(
         device: where to put it; the CPU unless given.
         dtype: precision of the weights, e.g. ``torch.bfloat16`` or ``"float32"``; the checkpoint's unless given.
         revision: the Hub revision.
-        remote: build the model without weights, for running on a remote server.
+        remote: build the model without weights; its traces, and every experiment, run on the NDIF server that nnsight
+            is configured for (True), or on the one with this URL. Precision and place are the server's own.
 
     Raises:
         ValueError: for a model that is not there, cannot be read, or has another architecture, and for a Mamba whose
@@ -203,7 +240,7 @@ def load_model(
     source = str(PACKAGED if name == "tiny" else os.path.expanduser(name))
     refuse_missing(source)
     if remote:
-        return _wrap_remote(source, revision)
+        return _wrap_remote(source, revision, remote)
     module, tokenizer = read_checkpoint(source, revision)
     module = module.to(device=device, dtype=dtype).eval()
     return wrap(module, tokenizer, model_id=str(name), revision=revision)
@@ -273,7 +310,7 @@ def refuse_other_operations(model: MambaModel) -> None:
     missing = [operation for layer in model.layers for operation in missing_operations(layer.mixer)]
     if missing:
         raise ValueError(
-            f"transformers {transformers.__version__} has a MambaMixer without {' and '.join(dict.fromkeys(missing))}; "
+            f"transformers {TRANSFORMERS} has a MambaMixer without {' and '.join(dict.fromkeys(missing))}; "
             f"the sites need it: install a release of transformers from 5.15 on that mamba_ioi was tested with"
         )
 
@@ -289,22 +326,51 @@ def check_slow_path(model: MambaModel) -> float:
     Raises:
         ValueError: naming the first site that differs, or saying that the logits are not finite.
     """
+    differences = {site: float(difference) for site, difference in slow_path_differences(model).items()}
+    return judge_slow_path(model.model_id, differences, model.dtype)
+
+
+def slow_path_differences(model: MambaModel) -> dict[str, Tensor]:
+    """How far the slow path is from the untouched model at each site, relative to the largest value there.
+
+    NaN for the logits if they are not finite.
+    """
     length = 6
     ids = torch.arange(1, length + 1, device=model.device).mul(7919).remainder(model.vocab_size)[None]
-    with torch.no_grad():
-        expected = model._module(ids, use_cache=False).logits
-    if not expected.isfinite().all():
-        raise ValueError(f"{model.model_id} gives logits that are not finite: its weights hold NaN or infinite values")
-    plain = _main_sites(model, ids) | {"hook_logits": expected}
+    with torch.no_grad(), model.trace(ids):
+        logits = model.lm_head.output.save()
+    if not logits.isfinite().all():
+        return {"hook_logits": torch.tensor(float("nan"))}
+    plain = _main_sites(model, ids) | {"hook_logits": logits}
     ours = _main_sites(model, ids, slow=True, stream=plain)
-    differences = {key: relative_difference(ours[key], plain[key]) for key in plain}
+    return {key: relative_difference(ours[key], plain[key]) for key in plain}
+
+
+def judge_slow_path(model_id: str, differences: Mapping[str, float], dtype: torch.dtype) -> float:
+    """The largest of `slow_path_differences`, if none is too large.
+
+    Raises:
+        ValueError: as `check_slow_path`.
+    """
+    if list(differences) == ["hook_logits"]:
+        raise ValueError(f"{model_id} gives logits that are not finite: its weights hold NaN or infinite values")
     for site, difference in differences.items():
-        if not difference <= slow_path_tolerance(model.dtype):
+        if not difference <= slow_path_tolerance(dtype):
             raise ValueError(
-                f"the slow path does not reproduce {model.model_id}: the first site that differs is {site}, by "
+                f"the slow path does not reproduce {model_id}: the first site that differs is {site}, by "
                 f"{difference:.1e} of the largest value there; the logits differ by {differences['hook_logits']:.1e}"
             )
     return max(differences.values())
+
+
+def served_model(model: CausalLM) -> dict[str, Tensor]:
+    """What a server runs: a value of the activations' ``dtype``, whether weights are there (``trusted``), and, of a
+    Mamba, `slow_path_differences`."""
+    with torch.no_grad(), model.trace(torch.zeros(1, 1, dtype=torch.long)):
+        resid = model.layers[0].input[0, 0, 0].save()
+    trusted = next(model._module.parameters()).device.type != "meta"
+    found = {"dtype": resid, "trusted": torch.tensor(trusted)}
+    return found | (slow_path_differences(model) if model.is_mamba else {})
 
 
 def slow_path_tolerance(dtype: torch.dtype) -> float:
@@ -312,10 +378,10 @@ def slow_path_tolerance(dtype: torch.dtype) -> float:
     return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-4
 
 
-def relative_difference(value: Tensor, expected: Tensor) -> float:
+def relative_difference(value: Tensor, expected: Tensor) -> Tensor:
     """The largest difference, relative to the largest expected value."""
     value, expected = value.double(), expected.double()
-    return float((value - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    return (value - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
 
 
 def _main_sites(
@@ -352,15 +418,21 @@ def _main_sites(
     return found
 
 
-def _wrap_remote(source: str, revision: str | None) -> MambaModel | CausalLM:
-    """The model without weights, for remote runs."""
+def _wrap_remote(source: str, revision: str | None, target: bool | str) -> MambaModel | CausalLM:
+    """The model without weights, whose traces run on an NDIF server."""
+    from .remote import Remote
+
+    if isinstance(target, str) and not re.fullmatch(r"https?://[^/\s@]+/?", target):
+        raise ValueError(f"remote is True, or the URL of an NDIF server such as http://127.0.0.1:8001, not {target!r}")
     read_config(source, revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except Exception as error:
         raise ValueError(f"{source} could not be loaded as a causal language model: {one_line(error)}") from error
     tokenizer = read_tokenizer(source, revision, original=False)
-    return _trace(source, tokenizer, config.model_type == "mamba", revision=revision)
+    model = _trace(source, tokenizer, config.model_type == "mamba", revision=revision)
+    model.remote = Remote(target.rstrip("/") if isinstance(target, str) else True)
+    return model
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULTS = "results"
+ANSWERS = "answers"
+"""The folder beside a result for what a server has answered, as long as the result is not complete."""
 _LOCK = ".lock"
 _PICTURES = (".png", ".pdf")
 _PACKAGED = Path(__file__).parent / "zoo" / "tiny"
@@ -85,7 +88,11 @@ def reproduce(
         missing = [figure for figure in figures if found[figure] is None]
         model = None
         if missing:
+            from .remote import answers_in
+
             model, usable = prepare(settings, missing)
+            if model.remote is not None:
+                _refuse_other_precision(out, found, model)
             for figure in (figure for figure in missing if figure not in usable):
                 if only is not None:
                     model.require_mamba(f"{figure} and its like")
@@ -96,8 +103,11 @@ def reproduce(
             done, result = "drawn again from its result", found[figure]
             try:
                 if result is None:
-                    settings = with_layer(figure, model, settings)
-                    result, done = compute(figure, model, settings, asked[figure]), "computed"
+                    with answers_in(model, out / RESULTS / figure / ANSWERS):
+                        settings = with_layer(figure, model, settings)
+                        result, done = compute(figure, model, settings, asked[figure]), "computed"
+            except ConnectionError as error:
+                raise ConnectionError(f"{error}; what was computed is kept, and the same command goes on") from error
             except Exception as error:
                 note(_failed(figure, error))
                 continue
@@ -130,6 +140,12 @@ def _store(result: Result, out: Path, figure: str) -> None:
     for suffix in _PICTURES:
         (out / f"{figure}{suffix}").unlink(missing_ok=True)
     result.save(out / RESULTS / figure)
+    discard_answers(out / RESULTS / figure)
+
+
+def discard_answers(folder: Path) -> None:
+    """Take away what a server answered for a result, now that the result is stored."""
+    shutil.rmtree(folder / ANSWERS, ignore_errors=True)
 
 
 def _draw(result: Result, stem: Path) -> None:
@@ -153,12 +169,16 @@ def model_identity(settings: Settings) -> dict[str, Any]:
     """What all figures of one folder must share: the model, its weights, their precision, the version of mamba_ioi."""
     from . import __version__
 
+    if settings.remote:
+        from .remote import Remote
+
     folder = _PACKAGED if settings.model == "tiny" else Path(os.path.expanduser(settings.model))
     local = settings.model != "planted" and folder.is_dir()
     return {
         "model": folder.resolve().name if local else settings.model,
         "weights": _digest(folder) if local else None,
         "dtype": settings.dtype,
+        "remote": str(Remote(settings.remote)) if settings.remote else None,
         "mamba_ioi": __version__,
     }
 
@@ -233,6 +253,20 @@ def _refuse_other(folder: Path, made: Mapping[str, Any] | None, asked: Mapping[s
             f"{folder} holds a result with {_listed(made, differing)}, and {_listed(asked, differing)} is asked for; "
             f"choose another --out, or delete that folder"
         )
+
+
+def _refuse_other_precision(out: Path, found: Mapping[str, Result | None], model: CausalLM) -> None:
+    """Refuse results beside which others, computed in another precision, would stand.
+
+    Raises:
+        ValueError: naming both.
+    """
+    for figure, result in found.items():
+        if result is not None and result.meta.get("dtype") != str(model.dtype):
+            raise ValueError(
+                f"{out / RESULTS / figure} holds a result computed in {result.meta.get('dtype')}, and {model.remote} "
+                f"computes in {model.dtype}; choose another --out"
+            )
 
 
 def _listed(values: Mapping[str, Any], keys: list[str]) -> str:

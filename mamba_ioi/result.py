@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import platform
 import uuid
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TABLE_FILE = "table.parquet"
@@ -83,7 +86,8 @@ class Result:
         Args:
             experiment: the experiment's name, a key of `mamba_ioi.figures.FIGURES` if it has a figure.
             table: tidy data, one observation a row.
-            model: read for `model_id` (or `name_or_path`), `revision`, `dtype`, `device`, `n_layers`, each optional.
+            model: read for `model_id` (or `name_or_path`), `revision`, `dtype`, `device`, `n_layers`, each optional; of
+                a remote model, ``dtype`` is what the server computed in, and ``device`` the server's URL.
             arguments: the arguments the experiment was called with.
             seed: the seed of the data, where there is one.
             **extra: more entries of meta, such as units or notes.
@@ -91,13 +95,14 @@ class Result:
         Raises:
             ValueError: as `Result`; or an entry of `extra` would overwrite one that is filled in here.
         """
+        remote = getattr(model, "remote", None)
         model_id = getattr(model, "model_id", None) or getattr(model, "name_or_path", None)
         meta: dict[str, Any] = {
             "experiment": experiment,
             "model": _text(model_id),
             "revision": _text(getattr(model, "revision", None)),
             "dtype": _text(getattr(model, "dtype", None)),
-            "device": _text(getattr(model, "device", None)),
+            "device": _text(getattr(model, "device", None)) if remote is None else str(remote),
             "n_layers": getattr(model, "n_layers", None),
             "arguments": dict(arguments),
             "seed": seed,
@@ -177,6 +182,17 @@ class Result:
         from mamba_ioi.figures import draw
 
         return draw(self)
+
+
+def note_precisions(*made: object) -> None:
+    """Warn where numbers computed in different precisions are set beside each other.
+
+    Args:
+        *made: results, and models that compute now; anything else has no known precision.
+    """
+    dtypes = {one.meta.get("dtype") if isinstance(one, Result) else _text(getattr(one, "dtype", None)) for one in made}
+    if len(known := sorted(dtypes - {None})) > 1:
+        logger.warning("computed in %s: they differ by the rounding of the coarser one", " and in ".join(known))
 
 
 def package_versions() -> dict[str, str | None]:

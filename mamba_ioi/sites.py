@@ -53,7 +53,7 @@ class Site(eproperty):
     """
 
     def __init__(self, key: str, description: str) -> None:
-        super().__init__(key=key, description=description)
+        eproperty.__init__(self, key=key, description=description)
 
     def __reduce__(self):
         return _rebuild_site, (self.key, self.description, self._preprocess, self._transform)
@@ -93,7 +93,7 @@ class StageSite(eproperty):
     """A value inside one of the mixer's operations: a stage of its `ConvStages` or `ScanStages`."""
 
     def __init__(self, stages: type[Stages], description: str) -> None:
-        super().__init__(key=f"{stages.OPERATION}.input", description=description)
+        eproperty.__init__(self, key=f"{stages.OPERATION}.input", description=description)
         self.stages = stages
 
     def __reduce__(self):

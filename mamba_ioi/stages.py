@@ -1,6 +1,7 @@
 """The two operations inside a mixer, the convolution and the scan, as chains of values that can be read and edited.
 
-This file is shipped to remote servers: it uses torch and nnsight alone.
+This file is shipped to remote servers: it uses torch and nnsight alone, and calls a base class by its name, since the
+methods travel as source and a bare ``super()`` does not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from nnsight.intervention.source import NO_SKIP
+from nnsight.intervention import source
 from torch import Tensor
 
 from .scan import PatchFn, compute_dtype, discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
@@ -53,7 +54,7 @@ class Stages:
         self._settle()
         if self.own or self.kept or any(value.requires_grad for value in self.values.values()):
             return self.result()
-        return NO_SKIP
+        return source.NO_SKIP  # by way of its module: a server compares it by identity with its own
 
     def result(self):
         """The operation's result, as the model's own function returns it."""
@@ -90,7 +91,7 @@ class ConvStages(Stages):
     ORDER = ("conv_slice", "conv")
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
-        super().__init__()
+        Stages.__init__(self)
         self.x, self.weight = args[:2]
         self.bias = args[2] if len(args) > 2 else kwargs.get("bias")
         self.before: Tensor | None = None
@@ -125,7 +126,7 @@ class ScanStages(Stages):
     ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h_start", "h", "y", "ssm_output", "after_skip")
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
-        super().__init__()
+        Stages.__init__(self)
         x, self.dt, self.A, B, C = args[:5]
         _refuse_narrowed(self.A, x)
         self.dtype = compute_dtype(x.dtype)
@@ -140,7 +141,7 @@ class ScanStages(Stages):
 
     def get(self, name: str) -> Tensor:
         """The stage's value; ``h.grad`` is the total derivative, with what flows through later states."""
-        value = super().get(name)
+        value = Stages.get(self, name)
         if name != "h" or not value.requires_grad or self.shown is not None:
             return value
         self.shown = shown = value.detach().requires_grad_().clone()
@@ -170,7 +171,7 @@ class ScanStages(Stages):
 
     def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
         if name != "h":
-            return super()._edited(name, before, after)
+            return Stages._edited(self, name, before, after)
         in_place = before is None
         self.values.pop("h")
         before = self._h() if in_place else before

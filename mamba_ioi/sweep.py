@@ -6,13 +6,18 @@ prompt runs once, unpatched; an intervention starts from that run's residual str
 p - 1, and runs only the layers from l on and the positions from p on. A resampled value is the clean one where the
 two prompts have not yet parted, so there is nothing to run. Interventions that start at the same position run
 together: each joins the batch at its own layer. Every forward is one nnsight trace.
+
+For a remote model the same code runs on the server: a request brings token ids and what to change, the clean run's and
+the source run's activations stay there, and the few logits of the readout come back.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
@@ -24,10 +29,15 @@ from .dataset import IOIDataset
 from .memory import fitting_rows, forward_bytes, stream_bytes
 from .model import MambaModel
 from .patching import Change, Patch, Plan, cache, check_patch, forward, read_positions, resolve
+from .remote import ask
 from .scan import compute_dtype
 from .sites import SITES
 
+logger = logging.getLogger(__name__)
+
 MOST_ROWS = 256
+REQUEST_ROWS = 4096
+"""How many patched rows one request to a server asks for: its time is bounded, and its clean run shared by many."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +123,17 @@ def sweep(
             )
     edits = [_edits(model, tokens, changes, source) for changes in interventions]
     budget = Budget.of(model, tokens.shape[1])
-    results = torch.empty(len(interventions), *readout.tokens.shape, dtype=compute_dtype(model.dtype))
-    with tqdm(
-        total=results.shape[0] * results.shape[1], desc=description, unit="run", disable=description is None
-    ) as bar:
-        for start in range(0, tokens.shape[0], budget.prompts):
+    shape = len(interventions), *readout.tokens.shape
+    parts = []
+    with tqdm(total=shape[0] * shape[1], desc=description, unit="run", disable=description is None) as bar:
+        for start in range(0, shape[1], budget.prompts):
             part = slice(start, start + budget.prompts)
-            chunk = _Chunk(
-                model, tokens[part], None if source is None else source[part], readout.last[part], readout.tokens[part]
+            prompts = Prompts(
+                tokens[part], None if source is None else source[part], readout.last[part], readout.tokens[part]
             )
-            own = [[edit.rows(part, tokens.shape[0]) for edit in changes] for changes in edits]
-            results[:, part] = chunk.run(own, budget.rows, bar)
-    return results
+            own = [[edit.rows(part, shape[1]) for edit in changes] for changes in edits]
+            parts.append(_logits(model, prompts, own, budget, bar))
+    return torch.cat(parts, dim=1) if parts else torch.empty(shape)
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,12 @@ class Budget:
     Attributes:
         prompts: rows of the clean run (residual streams and states of every layer).
         rows: rows of one patched forward.
+        request: rows of all patched forwards that one request to a server asks for; None where there is no server.
     """
 
     prompts: int
     rows: int
+    request: int | None = None
 
     @classmethod
     def of(cls, model: MambaModel, length: int) -> Budget:
@@ -147,6 +158,7 @@ class Budget:
         return cls(
             prompts=fitting_rows(model, held, MOST_ROWS, share=0.5),
             rows=fitting_rows(model, forward_bytes(model, length), MOST_ROWS, share=0.5),
+            request=None if model.remote is None else REQUEST_ROWS,
         )
 
 
@@ -184,66 +196,127 @@ def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[E
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Chunk:
+@dataclass(frozen=True)
+class Prompts:
+    """Some prompts of a sweep: `Readout` says what ``last`` and ``read`` are."""
+
+    tokens: Int[Tensor, "B L"]
+    source: Int[Tensor, "B L"] | None
+    last: Int[Tensor, "B"]
+    read: Int[Tensor, "B K"]
+
+    def to(self, device: torch.device) -> Prompts:
+        """The same on a device."""
+        source = None if self.source is None else self.source.to(device)
+        return Prompts(self.tokens.to(device), source, self.last.to(device), self.read.to(device))
+
+
+def _logits(
+    model: MambaModel, prompts: Prompts, interventions: Sequence[Sequence[Edit]], budget: Budget, bar: tqdm
+) -> Float[Tensor, "I B K"]:
+    """The logits of every intervention on some prompts, here or by requests of bounded size to a server."""
+    items = _items(prompts, interventions)
+    bar.update(len(interventions) * len(prompts.tokens) - sum(len(item.rows) for item in items))
+    waiting = [items] if budget.request is None else _batches(items, budget.request)[::-1]
+    plain, found = None, []
+    while waiting:
+        share = waiting.pop()
+        try:
+            answer = ask(model, run_items, prompts, share, budget.rows, bar.update if model.remote is None else None)
+        except TimeoutError:
+            count = sum(len(item.rows) for item in share)
+            if count < 2:
+                raise
+            logger.warning("%d patched runs in one request took too long; asking for half as many", count)
+            waiting += _batches(share, (count + 1) // 2)[::-1]
+            continue
+        plain = answer["plain"] if plain is None else plain
+        found += zip(share, answer["logits"].split([len(item.rows) for item in share]), strict=True)
+        if model.remote is not None:
+            bar.update(len(answer["logits"]))
+    results = plain.expand(len(interventions), *plain.shape).clone()
+    for item, run in found:
+        results[item.intervention, item.rows.cpu()] = run
+    return results
+
+
+def _items(prompts: Prompts, interventions: Sequence[Sequence[Edit]]) -> list[Item]:
+    """The runs that differ from the clean one, by the position they start at and the first layer that changes."""
+    tokens, source, last = prompts.tokens, prompts.source, prompts.last.tolist()
+    batch, length = tokens.shape
+    differs = torch.ones_like(tokens, dtype=torch.bool) if source is None else tokens != source
+    parted = torch.where(differs, torch.arange(length, device=tokens.device), length).amin(1).tolist()
+    items = []
+    for index, edits in enumerate(interventions):
+        starts: dict[int, list[int]] = defaultdict(list)
+        for row in range(batch):
+            start = min((edit.start(parted[row], length) for edit in edits), default=length)
+            if start <= last[row]:
+                starts[start].append(row)
+        for start, rows in starts.items():
+            live = [edit for edit in edits if any(edit.start(parted[row], length) < length for row in rows)]
+            items.append(Item(index, start, torch.tensor(rows, device=tokens.device), live))
+    return sorted(items, key=lambda item: (item.start, item.layer))
+
+
+def run_items(
+    model: MambaModel, prompts: Prompts, items: Sequence[Item], limit: int, note: Callable[[int], object] | None
+) -> dict[str, Tensor]:
+    """Run the prompts once, and patched runs that go on from that run; this is what travels to a server.
+
+    Args:
+        model: a Mamba.
+        prompts: the prompts.
+        items: the patched runs, ordered by start and layer.
+        limit: how many rows run at once.
+        note: called with the number of rows that were run.
+
+    Returns:
+        ``plain``: the unpatched run's logits [B, K]; ``logits``: those of the items' rows one after another [rows, K].
+    """
+    chunk = Chunk(model, prompts)
+    found = [chunk.plain[:0].cpu()]
+    for start, together in groupby(items, key=lambda item: item.start):
+        found += chunk.run(start, [item.to(chunk.plain.device) for item in together], limit, note)
+    return {"plain": chunk.plain.cpu(), "logits": torch.cat(found)}
+
+
+class Chunk:
     """Some prompts: their clean run, kept as far as patched runs start from it."""
 
-    def __init__(self, model: MambaModel, tokens: Tensor, source: Tensor | None, last: Tensor, read: Tensor) -> None:
-        self.model, self.tokens, self.source = model, tokens, source
-        self.last, self.read = last.to(tokens.device), read.to(tokens.device)
-        self.batch, self.length = tokens.shape
+    def __init__(self, model: MambaModel, prompts: Prompts) -> None:
+        self.model = model
+        tokens = prompts.tokens.to(model.device)
         refs = [resolve(model, "resid_pre", layer) for layer in range(model.n_layers)]
         plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
-        where = read_positions(tokens, self.last)
+        where = read_positions(tokens, prompts.last)
         with torch.no_grad(), model.trace(tokens):
             outcome = forward(model, plan, where).save()
         found, logits = outcome
-        self.plain = logits.gather(1, self.read).to(compute_dtype(logits.dtype))
+        self.prompts = prompts.to(logits.device)  # in a server's sandbox this is not where the model is
+        self.plain = logits.gather(1, self.prompts.read).to(compute_dtype(logits.dtype))
         self.resid = [found[ref.key] for ref in refs]
         self.position = 0  # the states are those before this position
         self.states: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * model.n_layers
-        differs = torch.ones_like(tokens, dtype=torch.bool) if source is None else tokens != source
-        steps = torch.arange(self.length, device=tokens.device)
-        self.parted = torch.where(differs, steps, self.length).amin(1).tolist()
 
-    def run(self, interventions: Sequence[Sequence[Edit]], limit: int, bar) -> Float[Tensor, "I B K"]:
-        """The logits of every intervention; ``limit`` rows at once."""
-        results = self.plain.cpu().expand(len(interventions), *self.plain.shape).clone()
-        groups = self._items(interventions)
-        bar.update(results.shape[0] * results.shape[1] - sum(len(i.rows) for items in groups.values() for i in items))
-        for start in sorted(groups):
-            self._advance(start)
-            values = self._source_values(start, groups[start])
-            for items in _batches(sorted(groups[start], key=lambda item: item.layer), limit):
-                logits = self._run_from(start, items, values)
-                offset = 0
-                for item in items:
-                    results[item.intervention, item.rows.cpu()] = logits[offset : offset + len(item.rows)]
-                    offset += len(item.rows)
-                bar.update(offset)
-        return results
-
-    def _items(self, interventions: Sequence[Sequence[Edit]]) -> dict[int, list[Item]]:
-        """The runs that differ from the clean one, by the position they start at."""
-        last = self.last.tolist()
-        groups: dict[int, list[Item]] = defaultdict(list)
-        for index, edits in enumerate(interventions):
-            starts: dict[int, list[int]] = defaultdict(list)
-            for row in range(self.batch):
-                start = min((edit.start(self.parted[row], self.length) for edit in edits), default=self.length)
-                if start <= last[row]:
-                    starts[start].append(row)
-            for start, rows in starts.items():
-                live = [
-                    edit for edit in edits if any(edit.start(self.parted[r], self.length) < self.length for r in rows)
-                ]
-                groups[start].append(Item(index, torch.tensor(rows, device=self.tokens.device), live))
-        return groups
+    def run(
+        self, start: int, items: Sequence[Item], limit: int, note: Callable[[int], object] | None
+    ) -> list[Float[Tensor, "rows K"]]:
+        """The logits of items that start at one position, at or after that of the call before."""
+        self._advance(start)
+        values = self._source_values(start, items)
+        found = []
+        for together in _batches(items, limit):
+            found.append(self._run_from(start, together, values))
+            if note is not None:
+                note(len(found[-1]))
+        return found
 
     def _advance(self, position: int) -> None:
         """Bring the clean run's states to those before ``position``."""
         if position == self.position:
             return
-        segment, states = self.tokens[:, self.position : position], self.states
+        segment, states = self.prompts.tokens[:, self.position : position], self.states
         model = self.model
         with torch.no_grad(), model.trace(segment):
             ends = carry(model, states).save()
@@ -259,26 +332,27 @@ class _Chunk:
             resid=self.resid,
             states=self.states,
             values=values,
-            last=self.last[rows] - start,
+            last=self.prompts.last[rows] - start,
         )
-        dummy = self.tokens[:1, start:]
+        dummy = self.prompts.tokens[:1, start:]
         model = self.model
         with torch.no_grad(), model.trace(dummy):
             logits = run_job(model, job).save()
-        return logits.gather(1, self.read[rows]).to(self.plain).cpu()
+        return logits.gather(1, self.prompts.read[rows]).to(self.plain).cpu()
 
     def _source_values(self, start: int, items: Sequence[Item]) -> SourceValues:
         """The source run's value at every (layer, site, position from ``start`` on) that an item resamples."""
         wanted = set()
+        length = self.prompts.tokens.shape[1]
         for item in items:
             for edit in item.edits:
                 if edit.value is None:
-                    positions = range(self.length) if edit.change.positions is None else edit.change.positions
+                    positions = range(length) if edit.change.positions is None else edit.change.positions
                     wanted |= {(edit.layer, edit.change.site.name, p) for p in positions if p >= start}
         if not wanted:
             return {}
         keys = {key: f"blocks.{key[0]}.hook_{key[1]}.{key[2]}" for key in sorted(wanted)}
-        found = cache(self.model, self.source, list(keys.values()))
+        found = cache(self.model, self.prompts.source, list(keys.values()))
         return {key: found[alias] for key, alias in keys.items()}
 
 
@@ -293,6 +367,6 @@ def _batches(items: Sequence[Item], limit: int) -> list[list[Item]]:
                 batches.append([])
                 room = limit
             taken, rows = rows[:room], rows[room:]
-            batches[-1].append(Item(item.intervention, taken, item.edits))
+            batches[-1].append(Item(item.intervention, item.start, taken, item.edits))
             room -= len(taken)
     return batches

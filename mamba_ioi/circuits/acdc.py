@@ -157,7 +157,7 @@ class Search:
             self.nld = self._run([self.mask])[0]
 
     def _one_by_one(self, edges: list[tuple[int, int]]) -> None:
-        ahead = max(1, self.bench.batch_rows // max(1, len(self.bench.batches[0][0])))
+        ahead = max(1, self.bench.batch_rows // min(self.bench.rows, self.bench.n_rows))
         while edges:
             chain = edges[:ahead]
             values = self._run([self._without(chain[: k + 1]) for k in range(len(chain))])

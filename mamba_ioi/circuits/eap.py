@@ -30,6 +30,7 @@ arrives it is contracted with the sources' differences: no [src, dst, D] tensor 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import pandas as pd
@@ -41,6 +42,7 @@ from tqdm.auto import tqdm
 from ..attribution import frozen
 from ..dataset import IOIDataset
 from ..memory import backward_bytes, fitting_rows
+from ..remote import ask, require_gradients
 from ..result import Result
 from ..sites import open_stages, take_over
 from ..stages import ConvStages, ScanStages, conv_terms
@@ -85,7 +87,7 @@ def eap(
 
     Raises:
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
-            are kept; for an unknown variant or less than one step.
+            are kept; for an unknown variant or less than one step; on a server whose sandbox has no gradients.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -93,6 +95,7 @@ def eap(
         raise ValueError(f"steps is a whole number, at least 1, not {steps!r}")
     if fine:
         require_fine(model)
+    require_gradients(model, "edge attribution patching")
     pairs = Pairs.of(model, data, positional=positional)
     graph = Graph(model.n_layers, fine, pairs.length if positional else None)
     total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
@@ -100,14 +103,11 @@ def eap(
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
     batches = list(pairs.batches(rows))
     with frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
+        note = bar.update if model.remote is None else None
         for batch in batches:
-            clean = record(model, batch.clean, batch.last, fine=fine)
-            corrupt = record(model, batch.corrupt, batch.last, fine=fine)
-            _, spread = batch.scale(clean.logits, corrupt.logits, absolute=absolute)
-            weights = 1 / (spread * len(pairs) * steps)
-            for alpha in alphas:
-                total += attribute(model, graph, batch, clean, corrupt, weights, alpha, variant)
-                bar.update()
+            total += ask(model, attributed_batch, graph, batch, alphas, len(pairs), variant, absolute, note)["scores"]
+            if note is None:
+                bar.update(steps)
     if not total.isfinite().all():
         raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
     arguments = {"steps": steps, "positional": positional, "variant": variant, "fine": fine, "absolute": absolute}
@@ -124,6 +124,30 @@ def eap(
 def score_table(graph: Graph, scores: Float[Tensor, "n_pairs width"]) -> pd.DataFrame:
     """The scores as a tidy table: src, dst, position (-1 if edges are not kept apart by position), score."""
     return edge_table(graph.edges()).assign(score=scores.flatten().tolist())
+
+
+def attributed_batch(
+    model,
+    graph: Graph,
+    batch: Pairs,
+    alphas: list[float],
+    n_rows: int,
+    variant: str,
+    absolute: bool,
+    note: Callable[[], object] | None,
+) -> dict[str, Float[Tensor, "n_pairs width"]]:
+    """A batch's share of the ``scores``, which are over ``n_rows`` rows; here or on a server that has gradients."""
+    batch = batch.to(model.device)
+    clean = record(model, batch.clean, batch.last, fine=graph.fine)
+    corrupt = record(model, batch.corrupt, batch.last, fine=graph.fine)
+    _, spread = batch.scale(clean.logits, corrupt.logits, absolute=absolute)
+    weights = 1 / (spread * n_rows * len(alphas))
+    total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
+    for alpha in alphas:
+        total += attribute(model, graph, batch, clean, corrupt, weights, alpha, variant)
+        if note is not None:
+            note()
+    return {"scores": total}
 
 
 def attribute(

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..dataset import IOIDataset
-from ..result import Result
+from ..result import Result, note_precisions
 from .circuit import Circuit
 from .eap import score_table
 from .graph import Graph
@@ -69,6 +69,7 @@ def rank_correlation(one: Result | pd.DataFrame, other: Result | pd.DataFrame) -
     Raises:
         ValueError: if they share less than two edges.
     """
+    note_precisions(*(table for table in (one, other) if isinstance(table, Result)))
     both = pd.concat([_scores(one).score, _scores(other).score], axis=1, join="inner", keys=["one", "other"]).dropna()
     if len(both) < 2:
         raise ValueError(f"the two tables share {len(both)} edges with scores: a correlation needs two")

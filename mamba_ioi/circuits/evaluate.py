@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dataset import IOIDataset
-from ..result import Result
+from ..result import Result, note_precisions
 from .circuit import Circuit
 from .measure import MANY, Bench, graph_for
 from .pairs import held_out
@@ -152,6 +152,7 @@ def faithfulness(
     fractions = [float(fraction) for fraction in fractions]
     if not fractions or sorted(set(fractions)) != fractions or not 0 < fractions[0] <= fractions[-1] <= 1:
         raise ValueError(f"fractions increase, from above 0 to at most 1; they are {fractions}")
+    note_precisions(model, scores)
     graph, values = scored_graph(scores, model.n_layers)
     data = held_out(model, data)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=MANY)

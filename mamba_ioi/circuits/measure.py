@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import metrics
 from ..dataset import IOIDataset
 from ..memory import fitting_rows, forward_bytes, inner_width, stream_bytes
+from ..metrics import accuracy, kl_divergence
+from ..remote import ask
 from .circuit import Circuit
 from .forward import Run, record, require_fine
 from .graph import Graph
@@ -20,6 +21,8 @@ from .resample import resampled_logits
 MOST_ROWS = 128
 MANY = 8
 """How many candidates share a forward where there are many of them."""
+REQUEST_ROWS = 4096
+"""How many rows, candidates times prompts, one request to a server asks for."""
 
 
 @dataclass(frozen=True)
@@ -77,37 +80,80 @@ class Bench:
         self.model, self.graph, self.absolute = model, graph, absolute
         self.batch_rows = batch_rows or fitting_rows(model, row_bytes(model, graph, pairs.length, together), MOST_ROWS)
         self.n_rows = len(pairs)
-        self.batches: list[tuple[Pairs, Run, Tensor]] = []
-        for batch in pairs.batches(max(1, self.batch_rows // together)):
-            corrupt = record(model, batch.corrupt, batch.last, fine=graph.fine)
-            clean = record(model, batch.clean, batch.last).logits
-            self.batches.append((batch, corrupt, clean))
+        self.pairs, self.rows = pairs, max(1, self.batch_rows // together)
+        self.runs = None
+        if model.remote is None:
+            self.runs = [reference_runs(model, graph, batch) for batch in pairs.batches(self.rows)]
 
     def measure(self, masks: Bool[Tensor, "C n_pairs W"]) -> Measures:
         """Run candidate circuits, with everything outside each of them resampled."""
-        columns: dict[str, list[Tensor]] = {name: [] for name in Measures.__dataclass_fields__}
-        for batch, corrupt, clean in self.batches:
-            at_once = max(1, self.batch_rows // len(batch))
-            parts: dict[str, list[Tensor]] = {name: [] for name in columns}
-            for some in masks.split(at_once):
-                logits = resampled_logits(self.model, self.graph, batch.clean, batch.last, corrupt, some[:, None])
-                for name, values in self._metrics(batch, logits, clean, corrupt.logits).items():
-                    parts[name].append(values)
-            for name, values in parts.items():
-                columns[name].append(torch.cat(values))
-        return Measures(**{name: torch.cat(values, dim=1) for name, values in columns.items()})
+        at_once = len(masks) if self.runs is not None else max(1, REQUEST_ROWS // self.n_rows)
+        pieces = [self.pairs] if self.runs is not None else list(self.pairs.batches(REQUEST_ROWS))
+        columns = []
+        for pairs in pieces:
+            parts = [
+                ask(self.model, measured, self.graph, pairs, some, self.rows, self.batch_rows, self.absolute, self.runs)
+                for some in masks.split(at_once)
+            ]
+            columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return Measures(**{name: torch.cat([column[name] for column in columns], dim=1) for name in columns[0]})
 
-    def _metrics(self, batch: Pairs, logits: Tensor, clean: Tensor, corrupt: Tensor) -> dict[str, Tensor]:
-        """Each metric of [C, B, V] logits, ``[C, B]`` on the CPU."""
-        least, spread = batch.scale(clean, corrupt, absolute=self.absolute)
-        found: dict[str, list[Tensor]] = {name: [] for name in Measures.__dataclass_fields__}
-        for one in logits:
-            difference = batch.logit_diff(one)
-            found["logit_diff"].append(difference)
-            found["nld"].append((difference - least) / spread)
-            found["accuracy"].append(metrics.accuracy(one, batch.answers, batch.candidates))
-            found["kl"].append(metrics.kl_divergence(one, clean))
-        return {name: torch.stack(values).cpu() for name, values in found.items()}
+
+def reference_runs(model, graph: Graph, batch: Pairs) -> tuple[Run, Tensor]:
+    """The corrupt run, which resampled values come from, and the clean run's logits [B, V]."""
+    corrupt = record(model, batch.corrupt, batch.last, fine=graph.fine)
+    return corrupt, record(model, batch.clean, batch.last).logits
+
+
+def measured(
+    model,
+    graph: Graph,
+    pairs: Pairs,
+    masks: Bool[Tensor, "C n_pairs W"],
+    rows: int,
+    batch_rows: int,
+    absolute: bool,
+    runs: list[tuple[Run, Tensor]] | None,
+) -> dict[str, Float[Tensor, "C B"]]:
+    """`Measures` of candidate circuits by name, here or on a server, where only they leave it.
+
+    Args:
+        model: a model.
+        graph: the circuits' graph.
+        pairs: the prompts.
+        masks: the circuits.
+        rows: how many prompts share a forward.
+        batch_rows: how many rows, candidates times prompts, run at once.
+        absolute: as `Bench` has it.
+        runs: `reference_runs` of each batch of prompts; None to run them.
+    """
+    columns: dict[str, list[Tensor]] = {}
+    for index, batch in enumerate(pairs.to(model.device).batches(rows)):
+        corrupt, clean = reference_runs(model, graph, batch) if runs is None else runs[index]
+        batch = batch.to(clean.device)
+        parts: dict[str, list[Tensor]] = {}
+        for some in masks.split(max(1, batch_rows // len(batch))):
+            logits = resampled_logits(model, graph, batch.clean, batch.last, corrupt, some[:, None])
+            for name, values in task_metrics(batch, logits, clean, corrupt.logits, absolute).items():
+                parts.setdefault(name, []).append(values)
+        for name, values in parts.items():
+            columns.setdefault(name, []).append(torch.cat(values))
+    return {name: torch.cat(values, dim=1) for name, values in columns.items()}
+
+
+def task_metrics(
+    batch: Pairs, logits: Float[Tensor, "C B V"], clean: Tensor, corrupt: Tensor, absolute: bool
+) -> dict[str, Float[Tensor, "C B"]]:
+    """Each metric of [C, B, V] logits, on the CPU."""
+    least, spread = batch.scale(clean, corrupt, absolute=absolute)
+    found: dict[str, list[Tensor]] = {"nld": [], "accuracy": [], "kl": [], "logit_diff": []}
+    for one in logits:
+        difference = batch.logit_diff(one)
+        found["logit_diff"].append(difference)
+        found["nld"].append((difference - least) / spread)
+        found["accuracy"].append(accuracy(one, batch.answers, batch.candidates))
+        found["kl"].append(kl_divergence(one, clean))
+    return {name: torch.stack(values).cpu() for name, values in found.items()}
 
 
 def row_bytes(model, graph: Graph, length: int, together: int) -> int:

@@ -66,15 +66,8 @@ class Pairs:
                 "positions in every row: generate the data with templates='aligned'"
             )
         length = int(last.max()) + 1
-        device = model.device
-        return cls(
-            clean[:, :length].to(device),
-            corrupt[:, :length].to(device),
-            last.to(device),
-            data.answers.to(device),
-            data.corrupt_answers.to(device),
-            data.candidates.to(device),
-        )
+        found = clean[:, :length], corrupt[:, :length], last, data.answers, data.corrupt_answers, data.candidates
+        return cls(*found).to(model.device)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -83,6 +76,10 @@ class Pairs:
     def length(self) -> int:
         """The number of positions L."""
         return self.clean.shape[1]
+
+    def to(self, device: torch.device) -> Pairs:
+        """The same on a device."""
+        return Pairs(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def batches(self, rows: int) -> Iterator[Pairs]:
         """The pairs in order, at most ``rows`` at a time."""

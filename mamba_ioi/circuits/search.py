@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..dataset import IOIDataset
-from ..result import Result
+from ..result import Result, note_precisions
 from .circuit import Circuit, edge_table
 from .graph import Graph
 from .measure import Bench
@@ -129,6 +129,7 @@ def minimal_circuit(
     """
     if not 0 <= target <= 1:
         raise ValueError(f"target is an accuracy from 0 to 1, not {target}")
+    note_precisions(model, *([scores] if isinstance(scores, Result) else []))
     graph, values = scored_graph(scores, model.n_layers)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows)
     order = rank(values, by, seed)

@@ -5,7 +5,7 @@ Works on any causal language model: a block that adds nothing gives its input as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..dataset import IOIDataset
 from ..memory import fitting_rows, forward_bytes, stream_bytes
 from ..model import CausalLM
+from ..remote import ask
 from ..result import Result
 from ..sites import take_over
 from ..stages import ConvStages, ScanStages
@@ -130,24 +131,53 @@ def logits_without(
     """
     results = torch.empty(len(candidates) + 1, *readout.tokens.shape)
     order = sorted(candidates)
-    where = {layer: 1 + index for index, layer in enumerate(candidates)}
+    runs = [0] + [1 + candidates.index(layer) for layer in order]
     length = tokens.shape[1]
     prompts = fitting_rows(model, stream_bytes(model, length), PROMPTS_AT_ONCE, share=0.5)
     most = fitting_rows(model, forward_bytes(model, length), ROWS_AT_ONCE, share=0.5)
+    note = bar.update if bar is not None and model.remote is None else None
     for rows in torch.arange(len(tokens)).split(min(prompts, most)):
-        ids = model.to_tokens(tokens[rows])[0]
-        last, wanted = readout.last[rows].to(ids.device), readout.tokens[rows]
-        logits, inputs = _run_without(model, ids, last, removed, (), None, save=order)
-        results[0, rows] = logits[0].gather(1, wanted)
-        at_once = max(1, most // len(rows))
-        for start in range(0, len(order), at_once):
-            chunk = order[start : start + at_once]
-            logits, _ = _run_without(model, ids, last, removed, chunk, inputs[chunk[0]])
-            for layer, run in zip(chunk, logits, strict=True):
-                results[where[layer], rows] = run.gather(1, wanted)
-            if bar is not None:
-                bar.update(len(rows) * len(chunk))
+        arguments = tokens[rows], readout.last[rows], readout.tokens[rows], list(removed), order, most, note
+        results[torch.tensor(runs)[:, None], rows] = ask(model, run_without_each, *arguments)["logits"]
+        if bar is not None and note is None:
+            bar.update(len(rows) * len(order))
     return results
+
+
+def run_without_each(
+    model: CausalLM,
+    tokens: Int[Tensor, "B L"],
+    last: Int[Tensor, "B"],
+    wanted: Int[Tensor, "B K"],
+    removed: Sequence[int],
+    order: Sequence[int],
+    most: int,
+    note: Callable[[int], object] | None,
+) -> dict[str, Float[Tensor, "..."]]:
+    """`logits_without` on a few prompts, here or on a server: ``logits`` [len(order) + 1, B, K].
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        last: each prompt's last position.
+        wanted: the tokens whose logits to read.
+        removed: layers to leave out in all runs.
+        order: the candidates, ascending.
+        most: how many rows to run at once.
+        note: called with the number of rows that were run.
+    """
+    ids = model.to_tokens(tokens)[0]
+    last, wanted = last.to(ids.device), wanted.cpu()
+    logits, inputs = _run_without(model, ids, last, removed, (), None, save=order)
+    found = [logits[0].gather(1, wanted)]
+    at_once = max(1, most // len(ids))
+    for start in range(0, len(order), at_once):
+        chunk = order[start : start + at_once]
+        logits, _ = _run_without(model, ids, last, removed, chunk, inputs[chunk[0]])
+        found += [run.gather(1, wanted) for run in logits]
+        if note is not None:
+            note(len(ids) * len(chunk))
+    return {"logits": torch.stack(found)}
 
 
 def _run_without(

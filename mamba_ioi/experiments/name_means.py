@@ -14,11 +14,13 @@ from ..memory import fitting_rows, forward_bytes
 from ..model import MambaModel
 from ..names import name_tokens
 from ..patching import cache
+from ..remote import ask
 from .bottleneck import default_layer
 from .common import check_layer
 
 SLOTS = (1, 2, 3, 4, 5)
 MOST_ROWS = 128
+ROWS_IN_A_REQUEST = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +87,12 @@ def name_means(
     sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
     counts = torch.zeros(cells, dtype=torch.long)
     with tqdm(total=len(data), desc=f"mean ssm_input of layer {layer}", disable=not progress) as bar:
-        for rows in torch.arange(len(data)).split(rows_at_once(model, data)):
-            values = cache(model, data.clean_tokens[rows], [("ssm_input", layer)])["ssm_input", layer].cpu()
-            at = data.name_positions[rows] + offset
-            values = values.gather(1, at[..., None].expand(-1, -1, values.shape[-1])).double()
-            names = data.clean_tokens[rows].gather(1, data.name_positions[rows])
-            cell = torch.searchsorted(tokens, names) * len(SLOTS) + torch.arange(len(SLOTS))
-            sums.index_add_(0, cell.flatten(), values.flatten(0, 1))
+        at_once = rows_at_once(model, data)
+        for rows in torch.arange(len(data)).split(at_once if model.remote is None else ROWS_IN_A_REQUEST):
+            prompts, at = data.clean_tokens[rows], data.name_positions[rows]
+            names = torch.searchsorted(tokens, prompts.gather(1, at))
+            cell = names * len(SLOTS) + torch.arange(len(SLOTS))
+            sums += ask(model, name_sums, layer, prompts, at + offset, cell, cells, at_once)["sums"]
             counts += torch.bincount(cell.flatten(), minlength=cells)
             bar.update(len(rows))
     means = (sums / counts.clamp(min=1)[:, None]).float()
@@ -110,6 +111,24 @@ def name_means(
 def rows_at_once(model: MambaModel, data: IOIDataset) -> int:
     """How many prompts to run at once."""
     return fitting_rows(model, forward_bytes(model, data.clean_tokens.shape[1]), MOST_ROWS)
+
+
+def name_sums(
+    model: MambaModel,
+    layer: int,
+    tokens: Int[Tensor, "B L"],
+    at: Int[Tensor, "B 5"],
+    cell: Int[Tensor, "B 5"],
+    cells: int,
+    most: int,
+) -> dict[str, Float[Tensor, "cells E"]]:
+    """``sums``: of ``ssm_input`` at five positions of each prompt, each added to its cell; here or on a server."""
+    sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
+    for rows in torch.arange(len(tokens)).split(most):
+        values = cache(model, tokens[rows], [("ssm_input", layer)])["ssm_input", layer].cpu()
+        values = values.gather(1, at[rows, :, None].expand(-1, -1, values.shape[-1])).double()
+        sums.index_add_(0, cell[rows].flatten(), values.flatten(0, 1))
+    return {"sums": sums}
 
 
 def check_names(model: MambaModel, offset: int) -> None:

@@ -16,6 +16,7 @@ from ..dataset import BOS, TEMPLATES, IOIDataset
 from ..model import MambaModel
 from ..names import NAMES
 from ..patching import cache
+from ..remote import ask
 from ..result import Result
 from .bottleneck import default_layer
 from .common import check_layer
@@ -60,7 +61,7 @@ def state_similarity(
     parts = []
     for text in tqdm(texts, desc="state similarity", disable=not progress):
         ids, _ = model.to_tokens(with_bos(model.tokenizer, text))
-        similarity = contribution_similarity(model, ids, layer).cpu().numpy()
+        similarity = ask(model, contribution_similarity, ids, layer)["similarity"].cpu().numpy()
         tokens = np.array([model.tokenizer.decode([token]) for token in ids[0].tolist()])
         i, j = (index.ravel() for index in np.indices(similarity.shape))
         columns = {"prompt": text, "i": i, "j": j, "similarity": similarity.ravel()}
@@ -69,14 +70,14 @@ def state_similarity(
     return Result.create("state_similarity", table, model=model, arguments={"layer": layer, "prompts": texts})
 
 
-def contribution_similarity(model: MambaModel, ids: Tensor, layer: int) -> Float[Tensor, "L L"]:
-    """The cosine of B_bar_i x_i (rows) with h_j (columns) of one prompt [1, L]."""
+def contribution_similarity(model: MambaModel, ids: Tensor, layer: int) -> dict[str, Float[Tensor, "L L"]]:
+    """``similarity``: the cosine of B_bar_i x_i (rows) with h_j (columns) of one prompt [1, L]."""
     found = cache(model, ids, [("ssm_input", layer), ("B_bar", layer), ("h", layer)])
     x, B_bar, h = (found[name, layer][0].double() for name in ("ssm_input", "B_bar", "h"))
     contributions, states = (B_bar * x[..., None]).flatten(1), h.flatten(1)
     lengths = torch.outer(contributions.norm(dim=1), states.norm(dim=1))
     products = contributions @ states.T
-    return torch.where(lengths > 0, products / lengths.where(lengths > 0, 1.0), 0.0)
+    return {"similarity": torch.where(lengths > 0, products / lengths.where(lengths > 0, 1.0), 0.0)}
 
 
 def with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -1,0 +1,462 @@
+"""Remote runs on a process without this package, whose verdicts are those of a real server (tests/ndif)."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pandas as pd
+import pytest
+import torch
+from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
+from nnsight.intervention.backends.remote import RemoteError
+from nnsight.modeling.huggingface import _ID_CACHE
+
+from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, load_model, ndif, remote, run, sweep
+from mamba_ioi.cli import main
+from mamba_ioi.model import PACKAGED, MambaModel
+from mamba_ioi.result import Result
+from mamba_ioi.sites import SITES
+
+KEY = "33333333-3333-4333-8333-333333333333"
+
+
+class Worker:
+    """A server that is a process: what `Backend` sends goes to its standard input."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-I", str(Path(__file__).with_name("strict_worker.py")), str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+        assert self.process.stdout.readline() == "READY\n"
+
+    def exchange(self, backend: ndif.Backend, request, blob: bytes):
+        """What `Backend._exchange` does, without a network."""
+        backend.traffic.sent += len(blob)
+        self.process.stdin.write(base64.b64encode(blob).decode() + "\n")
+        self.process.stdin.flush()
+        verdict, _, content = self.process.stdout.readline().partition(" ")
+        if verdict == "ERR":
+            raise backend.fault(RemoteError(json.loads(content)))
+        backend.traffic.requests += 1
+        return backend.finalize(base64.b64decode(content))
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    """The server, with `tiny`."""
+    worker = Worker(PACKAGED)
+    yield worker
+    worker.process.kill()
+
+
+@pytest.fixture(scope="module")
+def local() -> MambaModel:
+    """`tiny`, here."""
+    return load_model("tiny")
+
+
+@pytest.fixture
+def there(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> MambaModel:
+    """`tiny`, on the server."""
+    monkeypatch.setattr(ndif.Backend, "_exchange", lambda self, *request: worker.exchange(self, *request))
+    return undispatched(monkeypatch)
+
+
+def undispatched(monkeypatch: pytest.MonkeyPatch, target: bool | str = True) -> MambaModel:
+    """`tiny` without weights, under a name that a Hub would know."""
+    monkeypatch.setitem(_ID_CACHE, str(PACKAGED), "mamba-ioi/tiny")
+    return load_model("tiny", remote=target)
+
+
+@pytest.fixture(scope="module")
+def data(local: MambaModel) -> IOIDataset:
+    """Two pairs, in both directions."""
+    return IOIDataset.generate(local.tokenizer, 2)
+
+
+@pytest.fixture(scope="module")
+def ids(data: IOIDataset) -> torch.Tensor:
+    """Two prompts' tokens."""
+    return data.clean_tokens[:2]
+
+
+def same(one: Result, other: Result) -> None:
+    """Two results agree in every number."""
+    pd.testing.assert_frame_equal(one.table, other.table, check_exact=False, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What travels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_has_no_mamba_ioi(there: MambaModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnsight.ndif.pull_env", lambda: None)
+    _PICKLE_BY_VALUE_MODULES.discard("mamba_ioi")
+    try:
+        with pytest.raises(RemoteError, match="No module named 'mamba_ioi'"):
+            cache(there, ids, [("h", 1)])
+    finally:
+        _PICKLE_BY_VALUE_MODULES.add("mamba_ioi")
+
+
+def test_every_site_is_read_alone(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
+    for name, site in SITES.items():
+        at = [name if site.owner == "model" else (name, 1)]
+        for key, value in cache(local, ids, at).items():
+            torch.testing.assert_close(cache(there, ids, at)[key], value, rtol=0, atol=1e-5)
+
+
+def test_every_site_is_written(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
+    plain = run(local, ids)
+    for name, site in SITES.items():
+        patch = Patch(name, None if site.owner == "model" else 1, 0.1, [3, -1] if site.by_position else None)
+        expected = run(local, ids, [patch])
+        assert not torch.allclose(expected, plain, atol=1e-4), f"writing {name} changes nothing"
+        torch.testing.assert_close(run(there, ids, [patch]), expected, rtol=0, atol=1e-5)
+
+
+def test_all_sites_in_one_trace(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
+    found, expected = cache(there, ids, list(SITES)), cache(local, ids, list(SITES))
+    assert list(found) == list(expected)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-5)
+    assert there.remote.traffic.requests == 1
+
+
+def test_a_readers_own_trace(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
+    state = torch.zeros(local.d_inner, local.d_state)
+
+    def traced(model: MambaModel) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad(), model.trace(ids):
+            layer = model.layers[2]
+            entered = layer.in_proj.clone().save()
+            layer.mixer.conv[:, 4] = 0.0
+            h = layer.mixer.scan({5: state}).save()
+            model.layers[3].mixer.conv1d.output = model.layers[3].mixer.conv1d.output * 2
+            logits = model.lm_head.output[:, -1].save()
+        return entered, h, logits
+
+    for found, expected in zip(traced(there), traced(local), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        lambda model, data: experiments.resample_ablation(model, data, progress=False),
+        lambda model, data: experiments.resample_ablation(model, data, "h", [1, 4], progress=False),
+        lambda model, data: experiments.conv_slices(model, data, progress=False),
+        lambda model, data: experiments.cross_talk(model, data[:1], progress=False),
+        lambda model, data: experiments.layer_removal(model, data, progress=False),
+        lambda model, data: experiments.state_similarity(model, data.clean_text[0], 1, progress=False),
+        lambda model, data: experiments.name_steering(model, 1, n_pairs=200, n_test=3, progress=False),
+        lambda model, data: circuits.eap(model, data, steps=2, fine=True),
+        lambda model, data: circuits.eap(model, data, steps=2, variant="paper", positional=True),
+    ],
+    ids=["fig4", "fig10", "fig8", "fig6", "fig5", "fig7", "fig9", "eap", "eap_paper"],
+)
+def test_experiments_agree_with_local_ones(experiment, there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
+    found, expected = experiment(there, data), experiment(local, data)
+    same(found, expected)
+    assert found.meta["dtype"] == "torch.float32"
+    assert found.meta["device"] == str(there.remote)
+
+
+def test_circuits_agree_with_local_ones(there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
+    scores = circuits.eap(local, data, steps=1)
+    start = circuits.minimal_circuit(local, data, scores)
+    assert circuits.minimal_circuit(there, data, scores).edges == start.edges
+    found, expected = (circuits.acdc(model, data, start, 1e-2) for model in (there, local))
+    assert found.edges == expected.edges
+    pd.testing.assert_frame_equal(found.table, expected.table, check_exact=False, rtol=0, atol=1e-5)
+    one, other = (circuits.evaluate(model, data, start) for model in (there, local))
+    assert one.kl == pytest.approx(other.kl, abs=1e-5)
+    assert one.random.nld == pytest.approx(other.random.nld, abs=1e-5)
+
+
+def test_no_gradients_in_a_sandbox(there: MambaModel, data: IOIDataset) -> None:
+    there.remote.served = remote.Served(torch.float32, trusted=False, difference=0.0)
+    with pytest.raises(ValueError, match=r"needs gradients, which the sandbox of .* does not have: use acdc"):
+        circuits.eap(there, data)
+    assert there.remote.traffic.requests == 0
+
+
+def test_the_slow_path_is_checked_on_the_server(there: MambaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 <= remote.serve(there).difference < 1e-5
+    there.remote.served = None
+    monkeypatch.setattr("mamba_ioi.model.slow_path_tolerance", lambda dtype: -1.0)
+    with pytest.raises(ValueError, match=r"the slow path does not reproduce .*the first site that differs"):
+        remote.serve(there)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests, and what is kept of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_a_request_a_batch(there: MambaModel, data: IOIDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiments.resample_ablation(there, data, progress=False)
+    assert there.remote.traffic.requests == 3  # what the server runs, the patched runs, the corrupt runs
+    monkeypatch.setattr(sweep, "REQUEST_ROWS", 100)
+    again = undispatched(monkeypatch)
+    experiments.resample_ablation(again, data, progress=False)
+    rows = len(data) * (1 + 6 * data.clean_tokens.shape[1])
+    assert 3 < again.remote.traffic.requests <= 2 + -(-rows // 100)
+
+
+def test_what_was_answered_is_kept(
+    there: MambaModel, local: MambaModel, data: IOIDataset, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "REQUEST_ROWS", 50)
+    monkeypatch.setattr(ndif, "TRIES", 1)
+    with lost_after(3, worker, monkeypatch), pytest.raises(ConnectionError, match="was lost"):
+        experiments.resample_ablation(there, data, progress=False)
+    assert there.remote.traffic.requests == 3
+    found = experiments.resample_ablation(there, data, progress=False)
+    same(found, experiments.resample_ablation(local, data, progress=False))
+    all_at_once = undispatched(monkeypatch)
+    experiments.resample_ablation(all_at_once, data, progress=False)
+    assert there.remote.traffic.requests == all_at_once.remote.traffic.requests
+
+
+def test_another_process_goes_on(
+    there: MambaModel, data: IOIDataset, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "REQUEST_ROWS", 50)
+    monkeypatch.setattr(ndif, "TRIES", 1)
+    monkeypatch.setenv("NDIF_API_KEY", KEY)
+    command = ["reproduce", "--remote", "http://127.0.0.1:9", "--only", "fig4", "--pairs", "2", "--out", str(tmp_path)]
+    with lost_after(3, worker, monkeypatch):
+        assert main(command) == 2
+    kept = list((tmp_path / "results" / "fig4" / "answers").iterdir())
+    assert len(kept) == 2  # the third was what the server runs
+    assert all(file.suffix == ".safetensors" and KEY.encode() not in file.read_bytes() for file in kept)
+    before = {file: file.stat().st_mtime_ns for file in kept}
+    with lost_after(1, worker, monkeypatch):
+        assert main(command) == 2
+    assert {file: file.stat().st_mtime_ns for file in kept} == before
+    assert main(command) == 0
+    assert not (tmp_path / "results" / "fig4" / "answers").exists()
+    made = Result.load(tmp_path / "results" / "fig4")
+    assert made.meta["request"]["remote"] == "http://127.0.0.1:9"
+    assert KEY not in (tmp_path / "results" / "fig4" / "meta.json").read_text()
+
+
+class lost_after:
+    """Lose the connection after so many requests."""
+
+    def __init__(self, count: int, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, self.worker, self.monkeypatch = count, worker, monkeypatch
+
+    def __enter__(self) -> None:
+        self.monkeypatch.setattr(ndif.Backend, "_exchange", lambda backend, *request: self.exchange(backend, *request))
+
+    def __exit__(self, *error) -> None:
+        worker = self.worker
+        self.monkeypatch.setattr(
+            ndif.Backend, "_exchange", lambda backend, *request: worker.exchange(backend, *request)
+        )
+
+    def exchange(self, backend: ndif.Backend, request, blob: bytes):
+        if not self.left:
+            raise backend.fault(ConnectionResetError("Connection reset by peer"))
+        self.left -= 1
+        return self.worker.exchange(backend, request, blob)
+
+
+def test_transient_faults_are_tried_again(
+    there: MambaModel, ids: torch.Tensor, worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    cache(there, ids, ["embed"])
+    monkeypatch.setattr(ndif, "LONGEST_WAIT", 0.01)
+    faults = [ConnectionResetError("reset"), RemoteError("Replica was evicted while processing your request.")]
+
+    def exchange(backend, *request):
+        if faults:
+            raise backend.fault(faults.pop(0))
+        return worker.exchange(backend, *request)
+
+    monkeypatch.setattr(ndif.Backend, "_exchange", exchange)
+    with caplog.at_level(logging.WARNING):
+        cache(there, ids, ["embed"])
+    assert not faults
+    assert [record.message.partition(";")[2] for record in caplog.records] == [" trying again in 0 s"] * 2
+
+
+def test_a_request_that_takes_too_long_is_cut(
+    there: MambaModel, local: MambaModel, data: IOIDataset, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def exchange(backend, request, blob):
+        asked.append(len(blob))
+        if len(asked) in (2, 3):
+            raise backend.fault(RemoteError("Your job exceeded the execution timeout of 60.0s."))
+        return worker.exchange(backend, request, blob)
+
+    monkeypatch.setattr(ndif.Backend, "_exchange", exchange)
+    found = experiments.resample_ablation(there, data, progress=False)
+    same(found, experiments.resample_ablation(local, data, progress=False))
+    assert len(asked) == 1 + 2 + 3 + 1  # probe; two that took too long; a half and two quarters; the corrupt runs
+
+
+def test_what_is_asked_has_one_digest(there: MambaModel, ids: torch.Tensor) -> None:
+    def of(*arguments):
+        return remote.digest(there, test_what_is_asked_has_one_digest, arguments)
+
+    patch = Patch("h", 1, torch.ones(2), [3])
+    assert of(ids, [patch], {"a": None}) == of(ids.clone(), [Patch("h", 1, torch.ones(2), [3])], {"a": None})
+    others = [of(ids, [patch]), of(ids[:1]), of(ids, [Patch("h", 1, torch.zeros(2), [3])]), of(1), of(True), of("1")]
+    assert len(set(others)) == len(others)
+    with pytest.raises(TypeError, match="a function cannot be part of what is asked"):
+        of(of)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody() -> str:
+    """The URL of a port where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+def answering() -> Iterator[tuple[str, dict]]:
+    """A web server that answers every request alike: its URL, and what it answers."""
+    answer = {"status": 404, "body": b"not here"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(answer["status"])
+            self.end_headers()
+            self.wfile.write(answer["body"])
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", answer
+    server.shutdown()
+
+
+def test_server_down(nobody: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError, match=f"nothing answers at {nobody}: the NDIF server is down"):
+        cache(undispatched(monkeypatch, nobody), ids, ["embed"])
+
+
+def test_unknown_host(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError, match=r"the host of http://nowhere.invalid is not known"):
+        cache(undispatched(monkeypatch, "http://nowhere.invalid"), ids, ["embed"])
+
+
+def test_no_ndif_server(answering, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, _ = answering
+    with pytest.raises(ValueError, match=f"{url} answers, but not as an NDIF server"):
+        cache(undispatched(monkeypatch, url), ids, ["embed"])
+
+
+@pytest.mark.parametrize("remote", ["example.org", "ftp://example.org", "http://reader:secret@example.org", "http://"])
+def test_no_url(remote: str) -> None:
+    with pytest.raises(ValueError, match="remote is True, or the URL of an NDIF server"):
+        load_model("tiny", remote=remote)
+
+
+def test_a_folder_has_no_name_on_a_server(ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="is no id of a model on the Hub"):
+        cache(load_model("tiny", remote=True), ids, ["embed"])
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "kind", "sentence"),
+    [
+        (401, "Missing or invalid API key.", ValueError, "refuses the API key: check NDIF_API_KEY"),
+        (403, "Invalid API key.", ValueError, "refuses the API key: check NDIF_API_KEY"),
+        (400, f"Invalid API key format: '{KEY}'.", ValueError, "refuses the API key: check NDIF_API_KEY"),
+        (400, "Client nnsight version 0.8.1 is below 0.9.", ValueError, "refuses the request: Client nnsight version"),
+        (503, "Auth backend unavailable.", ConnectionError, "is not ready: Auth backend unavailable."),
+    ],
+)
+def test_refusals(status: int, detail: str, kind: type, sentence: str) -> None:
+    backend = ndif.Backend("", "http://server", remote.Traffic(), quiet=True, env={})
+    backend.api_key = KEY
+    response = httpx.Response(status, request=httpx.Request("POST", "http://server/request"))
+    error = RemoteError(f"Failed to send request: {detail}")
+    error.__cause__ = httpx.HTTPStatusError("", request=response.request, response=response)
+    fault = backend.fault(error)
+    assert type(fault) is kind
+    assert str(fault).startswith(f"http://server {sentence}")
+    assert KEY not in str(fault)
+
+
+def test_the_key_is_in_no_message(
+    ids: torch.Tensor, answering, monkeypatch: pytest.MonkeyPatch, caplog, capsys
+) -> None:
+    url, answer = answering
+    answer.update(status=500, body=KEY.encode())
+    monkeypatch.setattr("nnsight.schema.config.CONFIG.API.APIKEY", KEY)
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConnectionError) as caught:
+        cache(undispatched(monkeypatch, url), ids, ["embed"])
+    assert main(["run", "resample_ablation", "--remote", url, "--verbose"]) == 2
+    said = capsys.readouterr()
+    assert "is not ready" in str(caught.value)
+    assert all(KEY not in text for text in (repr(caught.value), caplog.text, said.out, said.err))
+
+
+def test_the_command_line_says_it_in_one_line(nobody: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(_ID_CACHE, str(PACKAGED), "mamba-ioi/tiny")
+    out = ["--out", str(tmp_path / "out")]
+    for command in (["reproduce", *out], ["run", "layer_removal", *out], ["doctor"]):
+        assert main([*command, "--remote", nobody]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert main(["reproduce", "--remote", nobody, "--dtype", "bfloat16"]) == 2
+    assert "--device and --dtype have no meaning with --remote" in capsys.readouterr().err
+
+
+def test_precisions_do_not_mix(there: MambaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    command = ["reproduce", "--remote", "http://127.0.0.1:9", "--pairs", "1", "--out", str(tmp_path), "--only"]
+    assert main([*command, "fig4"]) == 0
+    path = tmp_path / "results" / "fig4" / "meta.json"
+    meta = json.loads(path.read_text())
+    assert meta["dtype"] == "torch.float32"
+    path.write_text(json.dumps(meta | {"dtype": "torch.bfloat16"}))
+    assert main([*command, "fig4,fig11"]) == 2
+    assert "computed in torch.bfloat16, and http://127.0.0.1:9 computes in torch.float32" in capsys.readouterr().err
+    assert main(["reproduce", "--pairs", "1", "--out", str(tmp_path), "--only", "fig4"]) == 2
+    assert "remote=http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_version_notes(there: MambaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Differing:
+        critical_mismatches = {"nnsight": {"remote": "0.7.0", "local": "0.8.1"}}  # noqa: RUF012
+
+    monkeypatch.setattr(ndif, "compare", lambda host: Differing)
+
+    with pytest.raises(ValueError, match=r"failed on .*: ZeroDivisionError: .*; it has nnsight 0.7.0, here is 0.8.1"):
+        remote._send(there, divide, ())
+
+
+def divide(model: MambaModel) -> dict[str, torch.Tensor]:
+    """A request that fails."""
+    return {"none": torch.tensor(1 // (model.n_layers - model.n_layers))}
