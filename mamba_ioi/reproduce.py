@@ -328,6 +328,10 @@ def locked(folder: Path) -> Iterator[None]:
                 continue  # the run before took the file away between our opening and locking it
             try:
                 yield
+            except OSError as error:
+                if error.filename is None:  # as when the disk is full: say at least where
+                    error.filename = str(folder)
+                raise
             finally:
                 path.unlink(missing_ok=True)
                 if made:

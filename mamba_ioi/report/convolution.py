@@ -163,10 +163,10 @@ def lines(results: Results, paper: dict[str, Any] | None) -> Finding:
     others = tokens.drop(shifted[0].union(shifted[1]))["similarity"]
     best = max(range(REACH), key=means.__getitem__)
     sentence = (
-        f"In layer {result.meta['arguments']['layer']}, what is written {best:+d} from a name is most like later "
-        f"states (mean cosine {shown(means[best])}); at the name it is {shown(means[0])}, at +1 {shown(means[1])}, at "
-        f"tokens that are neither {shown(others.mean())}. This is no intervention and decides nothing."
+        f"In layer {result.meta['arguments']['layer']}, of the {REACH} positions from a name on, {best:+d} writes what "
+        f"is most like later states (mean cosine {shown(means[best])}); the name itself has {shown(means[0])}, +1 "
+        f"{shown(means[1])}, other tokens {shown(others.mean())}. This is no intervention and decides nothing."
     )
     numbers = [Number(f"mean cosine, {k:+d}", means[k], n=len(at)) for k, at in enumerate(shifted)]
-    others_number = Number("mean cosine, neither a name nor +1", others.mean(), n=len(others))
+    others_number = Number("mean cosine, tokens that are neither a name nor +1", others.mean(), n=len(others))
     return Finding("fig7", None, sentence, numbers=(*numbers, others_number))

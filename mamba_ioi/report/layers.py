@@ -66,8 +66,8 @@ def resampled(results: Results, paper: dict[str, Any] | None) -> Finding:
     next_layer = int(others.index[1]) if len(others) > 1 else None
     apart = next_layer is None or means[layer] >= TWICE * means[next_layer]
     holds = bool(leads == len(corruptions) and means[layer] >= HALFWAY and apart)
-    beside = [] if next_layer is None else [f"the next, layer {next_layer}, {shown(means[next_layer])}"]
-    beside += [f"layer 0, which does the embedding's work, {shown(means[0])}"] if 0 in means else []
+    beside = [] if next_layer is None else [f"the next layer, {next_layer}, {shown(means[next_layer])}"]
+    beside += [f"layer 0, {shown(means[0])}"] if 0 in means else []
     opening = f"Layer {layer} stands out" if holds else f"No layer stands out; layer {layer} comes first"
     sentence = (
         f"{opening}: resampling its input at one position moves the answer up to {shown(means[layer])} of the way to "

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..makers import MAKERS
 from ..result import Result
-from .evidence import LABELS, NO_VALUE, Results, Table, shown
+from .evidence import LABELS, Results, Table, shown
 
 SEED = 27
 
@@ -40,7 +40,7 @@ def setting_table(results: Results) -> Table:
 
 
 def figure_rows(results: Results) -> list[dict[str, str]]:
-    """For each figure of the paper: its id, name, what it shows, pairs, layer, and whether its result is there."""
+    """For each figure of the paper: its id, name, what it shows, and its pairs and layer where its result is there."""
     rows = []
     for figure, maker in MAKERS.items():
         result = results.get(figure)
@@ -54,7 +54,6 @@ def figure_rows(results: Results) -> list[dict[str, str]]:
                 "shows": maker.shows,
                 "pairs": "" if pairs is None else f"{pairs} {maker.per_pair}".strip(),
                 "layer": "" if layer is None else str(layer),
-                "there": "yes" if result is not None else NO_VALUE,
             }
         )
     return rows
