@@ -44,7 +44,7 @@ def parse(
         sub.set_defaults(command=commands[name])
         return sub
 
-    sub = add("reproduce", "compute and draw every figure, going on where an earlier run stopped")
+    sub = add("reproduce", "compute and draw every figure and write the report, going on where an earlier run stopped")
     _add_settings(sub)
     sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL)")
     sub.add_argument("--only", metavar="FIGURES", help="these figures only, such as fig4,fig8")
@@ -56,8 +56,10 @@ def parse(
         "--out", type=_path, metavar="DIR", help="folder of the result (default: results/MODEL/EXPERIMENT)"
     )
 
-    sub = add("plot", "draw a saved result again, into its folder")
-    sub.add_argument("folder", type=_path, metavar="DIR", help="folder with table.parquet and meta.json")
+    sub = add("plot", "draw a saved result again, or all of a folder of 'reproduce' and its report")
+    sub.add_argument(
+        "folder", type=_path, metavar="DIR", help="folder with table.parquet and meta.json, or with results"
+    )
 
     sub = add("list", "list the experiments and their figures")
     sub.add_argument("--sites", action="store_true", help="list the named activations instead")

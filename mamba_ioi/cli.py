@@ -61,17 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from .reproduce import reproduce
 
-    def report(outcome: Outcome) -> None:
-        _say(f"{outcome.figure:12} {outcome.done}")
-
     out = arguments.out or Path("figures", _safe(arguments.model))
     with _quiet():
-        outcomes = reproduce(_settings(arguments), out, arguments.only, report)
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    for outcome in failed:
-        _complain(f"{outcome.figure} failed: {type(outcome.error).__name__}: {_sentence(outcome.error)}")
-    _say(f"{sum(outcome.error is None for outcome in outcomes)} of {len(outcomes)} figures are in {out}")
-    return 1 if failed else 0
+        outcomes = reproduce(_settings(arguments), out, arguments.only, _tell)
+    return _account(outcomes, out)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -107,8 +100,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _plot(arguments: argparse.Namespace) -> int:
     from .figures import save_companions, save_figure
+    from .reproduce import RESULTS, redraw
     from .result import Result
 
+    if (arguments.folder / RESULTS).is_dir():
+        return _account(redraw(arguments.folder, _tell), arguments.folder)
     result = Result.load(arguments.folder)
     figure = (result.meta.get("request") or {}).get("figure")
     stem = figure if figure in MAKERS else _safe(result.meta["experiment"])
@@ -203,6 +199,20 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tell(outcome: Outcome) -> None:
+    _say(f"{outcome.figure:12} {outcome.done}")
+
+
+def _account(outcomes: Sequence[Outcome], out: Path) -> int:
+    """Say what failed and how much is there; the exit status."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    for outcome in failed:
+        _complain(f"{outcome.figure} failed: {type(outcome.error).__name__}: {_sentence(outcome.error)}")
+    figures = [outcome for outcome in outcomes if outcome.figure in MAKERS]
+    _say(f"{sum(outcome.error is None for outcome in figures)} of {len(figures)} figures are in {out}")
+    return 1 if failed else 0
 
 
 def _summary(table: pd.DataFrame) -> str:

@@ -1,8 +1,9 @@
 """`reproduce`: every figure of the paper for one model, in a folder, going on where an earlier run stopped.
 
 A figure is its result (``results/fig4/table.parquet`` and ``meta.json``, which is written last) and its picture
-(``fig4.png``, ``fig4.pdf``). Each result's ``meta["request"]`` says what was asked for: a result that is complete and
-was asked for alike is kept, and one that was asked for otherwise is never overwritten.
+(``fig4.png``, ``fig4.pdf``); the report (``report.html``, ``report.md``) is made of all results in the folder. Each
+result's ``meta["request"]`` says what was asked for: a result that is complete and was asked for alike is kept, and one
+that was asked for otherwise is never overwritten.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ RESULTS = "results"
 ANSWERS = "answers"
 """The folder beside a result for what a server has answered, as long as the result is not complete."""
 _LOCK = ".lock"
+REPORTS = ("report.html", "report.md")
 _PICTURES = (".png", ".pdf")
 _PACKAGED = Path(__file__).parent / "zoo" / "tiny"
 _WEIGHTS = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt", "*.safetensors", "*.bin")
@@ -40,7 +42,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one figure: its id, what was done in words, and the error if it failed."""
+    """What became of one figure, or of the ``report``: its id, what was done in words, and the error if it failed."""
 
     figure: str
     done: str
@@ -53,17 +55,18 @@ def reproduce(
     only: str | None = None,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Compute the figures that are not there yet; each result is stored before it is drawn.
+    """Compute the figures that are not there yet; each result is stored before it is drawn. Then write the report.
 
     Args:
         settings: what to ask for.
         out: the folder.
         only: ids of figures with commas between (``fig5`` stands for ``fig5_greedy`` too); all that the model can
             have if None.
-        report: called with each figure's outcome as soon as it is known.
+        report: called with each outcome as soon as it is known.
 
     Returns:
-        The outcomes. A figure whose computation fails is among them, with its error, and does not end the run.
+        The outcomes, the report's last. A figure whose computation fails is among them, with its error, and does not
+        end the run.
 
     Raises:
         ValueError: for an unknown figure or model, a layer that is not there, a tokenizer without names, or a folder
@@ -116,14 +119,39 @@ def reproduce(
             elif all((out / f"{figure}{suffix}").exists() for suffix in _PICTURES):
                 note(Outcome(figure, "kept, it was complete"))
                 continue
+            failure = _draw(result, out, figure)
+            note(failure or Outcome(figure, f"{done} in {time.monotonic() - started:.1f} s"))
+        note(_report(out))
+    return outcomes
+
+
+def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+    """Draw every result that is stored in a folder of `reproduce` again, and its report; nothing is computed.
+
+    Args:
+        out: the folder.
+        report: called with each outcome as soon as it is known.
+
+    Raises:
+        ValueError: if another run is using the folder, or it holds no results.
+        OSError: if the folder cannot be written, or the disk is full.
+    """
+    from .result import META_FILE, Result
+
+    out = Path(out)
+    if not (out / RESULTS).is_dir():
+        raise ValueError(f"{out} holds no results of mamba-ioi reproduce: {out / RESULTS} is not there")
+    outcomes: list[Outcome] = []
+    with locked(out):
+        for figure in (figure for figure in MAKERS if (out / RESULTS / figure / META_FILE).exists()):
             try:
-                _draw(result, out / figure)
-            except OSError:
-                raise
-            except Exception as error:
-                note(_failed(figure, error))
-                continue
-            note(Outcome(figure, f"{done} in {time.monotonic() - started:.1f} s"))
+                outcome = _draw(Result.load(out / RESULTS / figure), out, figure) or Outcome(figure, "drawn again")
+            except ValueError as error:
+                outcome = _failed(figure, error)
+            outcomes.append(outcome)
+            report(outcome)
+        outcomes.append(_report(out))
+        report(outcomes[-1])
     return outcomes
 
 
@@ -136,9 +164,9 @@ def compute(figure: str, model: CausalLM, settings: Settings, asked: Mapping[str
 
 
 def _store(result: Result, out: Path, figure: str) -> None:
-    """Save the result, and take away pictures that were drawn from another, so that none passes for this one's."""
-    for suffix in _PICTURES:
-        (out / f"{figure}{suffix}").unlink(missing_ok=True)
+    """Save the result; take away pictures and reports that were made without it, so that none passes for its own."""
+    for name in (*(f"{figure}{suffix}" for suffix in _PICTURES), *REPORTS):
+        (out / name).unlink(missing_ok=True)
     result.save(out / RESULTS / figure)
     discard_answers(out / RESULTS / figure)
 
@@ -148,11 +176,30 @@ def discard_answers(folder: Path) -> None:
     shutil.rmtree(folder / ANSWERS, ignore_errors=True)
 
 
-def _draw(result: Result, stem: Path) -> None:
+def _draw(result: Result, out: Path, figure: str) -> Outcome | None:
+    """Draw a result into the folder; the outcome if that fails."""
     from .figures import save_companions, save_figure
 
-    save_companions(result, stem)
-    save_figure(result.plot(), stem)
+    try:
+        save_companions(result, out / figure)
+        save_figure(result.plot(), out / figure)
+    except OSError:
+        raise
+    except Exception as error:
+        return _failed(figure, error)
+    return None
+
+
+def _report(out: Path) -> Outcome:
+    from .report import write_report
+
+    try:
+        written = write_report(out)
+    except OSError:
+        raise
+    except Exception as error:
+        return _failed("report", error)
+    return Outcome("report", "written" if written else "kept, it was complete")
 
 
 def _failed(figure: str, error: Exception) -> Outcome:
@@ -237,6 +284,9 @@ def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> 
         for suffix in _PICTURES:
             if (out / f"{figure}{suffix}").is_dir():
                 raise ValueError(f"{out / figure}{suffix} is a folder where a picture is to be written")
+    for name in REPORTS:
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder where the report is to be written")
     for folder in (out, *(out / RESULTS / figure for figure in figures)):
         for file in folder.iterdir() if folder.is_dir() else ():
             if _TEMPORARY.fullmatch(file.name) and file.is_file():
@@ -312,6 +362,10 @@ def locked(folder: Path) -> Iterator[None]:
                 continue  # the run before took the file away between our opening and locking it
             try:
                 yield
+            except OSError as error:
+                if error.filename is None:  # as when the disk is full: say at least where
+                    error.filename = str(folder)
+                raise
             finally:
                 path.unlink(missing_ok=True)
                 if made:

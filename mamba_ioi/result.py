@@ -133,7 +133,7 @@ class Result:
         meta = json.dumps(stored, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_files(folder, {TABLE_FILE: table, META_FILE: meta})
+        replace_files(folder, {TABLE_FILE: table, META_FILE: meta})
         return folder
 
     @classmethod
@@ -255,7 +255,7 @@ def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     return stored
 
 
-def _replace_files(folder: Path, contents: dict[str, bytes]) -> None:
+def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
     """Write each file under a temporary name in the same folder, then rename them in order."""
     temporaries = {name: folder / f".{name}.{uuid.uuid4().hex}" for name in contents}
     try:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import re
 import shutil
-import subprocess
 import types
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,9 +27,9 @@ from mamba_ioi.figures.circuit_matrices import parts_table
 from mamba_ioi.figures.circuit_tables import traffic_table
 from mamba_ioi.result import Result
 
+from .browser import BROWSER, body_data
 from .circuit_examples import LABELS, circuit_result, cut, matrices, parts, positional
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FINE = pd.DataFrame(
     [
         ("embed", "1", -0.5),
@@ -285,28 +282,12 @@ def test_page_escapes_names():
     assert page.count("</script>") == 1 and "<i>" not in page
 
 
-def selftest(page: str, folder: Path) -> dict[str, str]:
-    """What the page writes onto its body when it is opened in a browser to test itself."""
-    file = folder / "circuit.html"
-    file.write_text(page, encoding="utf-8")
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=2000 --enable-logging=stderr --dump-dom"
-    )
-    command = [BROWSER, *options.split(), f"--user-data-dir={folder / 'profile'}", f"{file.as_uri()}#selftest"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr, done.stderr
-    body = re.search(r"<body[^>]*>", done.stdout, re.DOTALL)[0]
-    return {name: html.unescape(value) for name, value in re.findall(r'data-([\w-]+)="([^"]*)"', body)}
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("n_layers", [6, 48])
 def test_page_in_a_browser(n_layers, tmp_path):
     result = positional(n_layers)
     edges = drawn_edges(result.table)
-    found = selftest(circuit_html(result), tmp_path)
+    found = body_data(circuit_html(result), tmp_path, fragment="#selftest")
     assert "error" not in found
     hidden = default_hidden(result.table)
     assert set(filter(None, found["hidden-at-start"].split("|"))) == set(hidden)

@@ -102,6 +102,7 @@ def test_every_figure_is_made(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == sorted(
         [
             "results",
+            *pipeline.REPORTS,
             "appd3.html",
             *(f"{name}{suffix}" for name in (*MAKERS, "appd3_layer1", "appd3_tables") for suffix in (".png", ".pdf")),
         ]
@@ -170,7 +171,7 @@ def test_a_killed_run_goes_on_and_ends_alike(made: Path, folder: Path, tmp_path:
         tables = [Result.load(out / "results" / figure).table for out in (made, killed)]
         pd.testing.assert_frame_equal(*tables, check_exact=True)
     pictures = [f"{figure}{suffix}" for figure in figures for suffix in (".png", ".pdf")]
-    assert {path.name for path in killed.iterdir()} == {"results", *pictures}, "nothing temporary is left"
+    assert {path.name for path in killed.iterdir()} == {"results", *pictures, *pipeline.REPORTS}, "nothing temporary"
     assert all((killed / name).read_bytes() == (made / name).read_bytes() for name in pictures)
 
 
@@ -181,12 +182,13 @@ def test_a_save_cut_short_is_taken_up(tmp_path: Path) -> None:
     (tmp_path / "results/fig5/meta.json").unlink()
     (tmp_path / "results/fig5" / f".meta.json.{'0' * 32}").write_text('{"format_ver')
     (tmp_path / f".fig3.{'a' * 32}").write_bytes(b"\x89PNG")
+    (tmp_path / f".report.html.{'b' * 32}").write_text("<!DOC")
     (tmp_path / "fig5.png").write_bytes(b"of an older result")
     assert main(argv) == 0
     after = snapshot(tmp_path)
     assert sorted(after) == sorted(expected)
     for name, (_, content) in expected.items():
-        if name != "results/fig5/meta.json":  # which holds the date
+        if name not in ("results/fig5/meta.json", *pipeline.REPORTS):  # which hold the date
             assert after[name][1] == content, name
 
 

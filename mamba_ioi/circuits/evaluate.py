@@ -28,6 +28,10 @@ class Evaluation:
         nld: normalized logit difference: 1 for the whole model, 0 for the corrupt run.
         kl: KL(whole model ‖ circuit) over the vocabulary, in nats.
         logit_diff: the answer's logit less the corrupt answer's.
+        accuracy_low: where the accuracy's bootstrap 95 % interval begins.
+        accuracy_high: where it ends.
+        nld_low: where the NLD's begins.
+        nld_high: where it ends.
         n_edges: how many edges the circuit has.
         n_rows: how many rows it was measured on.
         random: the same for a random circuit with as many edges.
@@ -37,6 +41,10 @@ class Evaluation:
     nld: float
     kl: float
     logit_diff: float
+    accuracy_low: float
+    accuracy_high: float
+    nld_low: float
+    nld_high: float
     n_edges: int
     n_rows: int
     random: Evaluation | None = None
@@ -77,7 +85,8 @@ def evaluate(
     order = rank(torch.zeros(mask.shape), "random", random_seed)
     found = bench.measure(torch.stack([mask, prefix_mask(graph, order, len(circuit))]))
     counts = {"n_edges": len(circuit), "n_rows": bench.n_rows}
-    return Evaluation(**found.means(0), **counts, random=Evaluation(**found.means(1), **counts))
+    own, random = (found.means(i) | found.intervals(i) | counts for i in (0, 1))
+    return Evaluation(**own, random=Evaluation(**random))
 
 
 def last_position_only(
@@ -100,7 +109,8 @@ def last_position_only(
         batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
     Returns:
-        A Result with two rows, circuit ``whole`` and ``cut``: circuit, n_edges, accuracy, nld, kl.
+        A Result with two rows, circuit ``whole`` and ``cut``: circuit, n_edges, accuracy, nld, kl, and the bootstrap
+        95 % intervals (accuracy_low, accuracy_high, nld_low, nld_high).
 
     Raises:
         ValueError: if the circuit has no positions, or there is no such layer.
@@ -110,7 +120,10 @@ def last_position_only(
     graph = graph_for(circuit, data, model)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=2)
     found = bench.measure(torch.stack([graph.mask(one.edges) for one in both.values()]))
-    rows = [{"circuit": name, "n_edges": len(one), **found.means(i)} for i, (name, one) in enumerate(both.items())]
+    rows = [
+        {"circuit": name, "n_edges": len(one), **found.means(i), **found.intervals(i)}
+        for i, (name, one) in enumerate(both.items())
+    ]
     table = pd.DataFrame(rows).drop(columns="logit_diff")
     arguments = {"layer": layer, "absolute": absolute, "circuit": circuit.meta.get("found_by")}
     return Result.create("last_position_only", table, model=model, arguments=arguments, n_rows=bench.n_rows)

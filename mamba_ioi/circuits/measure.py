@@ -12,6 +12,7 @@ from ..dataset import IOIDataset
 from ..memory import fitting_rows, forward_bytes, inner_width, stream_bytes
 from ..metrics import accuracy, kl_divergence
 from ..remote import ask
+from ..result import bootstrap_interval
 from .circuit import Circuit
 from .forward import Run, record, require_fine
 from .graph import Graph
@@ -44,6 +45,15 @@ class Measures:
     def means(self, candidate: int = 0) -> dict[str, float]:
         """One candidate's averages over rows."""
         return {name: float(getattr(self, name)[candidate].mean()) for name in self.__dataclass_fields__}
+
+    def intervals(self, candidate: int = 0) -> dict[str, float]:
+        """The ends of the bootstrap 95 % intervals of one candidate's mean accuracy and NLD."""
+        ends = bootstrap_interval(torch.stack([self.accuracy[candidate], self.nld[candidate]]).double().numpy())
+        return {
+            f"{name}_{end}": float(values[i])
+            for i, name in enumerate(("accuracy", "nld"))
+            for end, values in zip(("low", "high"), ends, strict=True)
+        }
 
 
 class Bench:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from mamba_ioi.figures.circuit_html import circuit_html
 from mamba_ioi.figures.circuit_layout import default_hidden, drawn_edges, nodes_of
 from mamba_ioi.figures.circuit_tables import circuit_tables
 from mamba_ioi.figures.style import save_figure
+from mamba_ioi.result import replace_files
 
 if TYPE_CHECKING:
     from mamba_ioi.result import Result
@@ -35,7 +35,9 @@ def save_companions(result: Result, stem: str | os.PathLike[str]) -> list[Path]:
     if result.meta["experiment"] not in GRAPHS or result.table.empty:
         return []
     stem = Path(stem)
-    paths = [_write(stem.with_name(f"{stem.name}.html"), circuit_html(result))]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.html")]
+    replace_files(stem.parent, {paths[0].name: circuit_html(result).encode("utf-8", "backslashreplace")})
     paths += save_figure(circuit_tables(result), stem.with_name(f"{stem.name}_tables"))
     for layer in layers_to_view(result):
         paths += save_figure(circuit_graph(result, layer=layer), stem.with_name(f"{stem.name}_layer{layer}"))
@@ -48,15 +50,3 @@ def layers_to_view(result: Result) -> list[int]:
     hidden = default_hidden(table)
     nodes = {node.replace(" ", ".").split(".")[0] for node in nodes_of(drawn_edges(table, hidden))}
     return sorted(int(node) for node in nodes | set(hidden) if node.isdigit())
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write a file under a temporary name beside its own, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

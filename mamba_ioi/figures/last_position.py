@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mamba_ioi.figures.style import BLUE, SKY, new_figure, paper_style, require, set_heading
+from mamba_ioi.figures.style import BLUE, SKY, error_lengths, new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,8 @@ def last_position_only(result: Result) -> Figure:
     """Two panels, accuracy and NLD, with a bar for the whole circuit and one for the circuit that is cut.
 
     Args:
-        result: columns circuit (`whole`, `cut`), n_edges, accuracy, nld; `meta["arguments"]["layer"]` is the layer.
+        result: columns circuit (`whole`, `cut`), n_edges, accuracy, nld, and accuracy_low and so on where intervals are
+            known; `meta["arguments"]["layer"]` is the layer.
     """
     require(result, "circuit", "n_edges", "accuracy", "nld")
     table = result.table
@@ -30,7 +31,9 @@ def last_position_only(result: Result) -> Figure:
     figure = new_figure(7.6, 3.1)
     for axis, column, title in zip(figure.subplots(1, 2), ("accuracy", "nld"), ("accuracy", "mean NLD"), strict=True):
         values = table[column]
-        bars = axis.bar(range(len(names)), values, color=[BLUE, SKY][: len(names)], width=0.6)
+        whiskers = error_lengths(table, column, f"{column}_low", f"{column}_high")
+        options = {"yerr": whiskers, "capsize": 3, "error_kw": {"linewidth": 0.9}}
+        bars = axis.bar(range(len(names)), values, color=[BLUE, SKY][: len(names)], width=0.6, **options)
         axis.bar_label(bars, [f"{value:.3f}" for value in values], padding=2)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(names)), names)

@@ -21,7 +21,15 @@ N_LAYERS = 48
 NAMES = ("n1", "n2", "n3", "n4", "n5")
 TOP = 10
 
-__all__ = ["acdc_circuit", "compare_circuit", "compare_scores", "eap_circuit", "numbers", "positional_edges"]
+__all__ = [
+    "acdc_circuit",
+    "compare_circuit",
+    "compare_scores",
+    "eap_circuit",
+    "is_paper_model",
+    "numbers",
+    "positional_edges",
+]
 
 
 @cache
@@ -30,8 +38,13 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def numbers() -> dict[str, Any]:
-    """The paper's numbers by figure: ``task, example, fig5, fig6, fig9, eap, acdc, positional``."""
+    """The paper's numbers: ``bottleneck, task, example, fig5, fig5_greedy, fig6, fig9, eap, acdc, positional``."""
     return json.loads(json.dumps(_read("numbers")))
+
+
+def is_paper_model(model_id: str | None) -> bool:
+    """Whether a model is the one these numbers are of: mamba-370m, in its authors' format or Hugging Face's."""
+    return str(model_id).rstrip("/").rsplit("/", 1)[-1] in ("mamba-370m", "mamba-370m-hf")
 
 
 def eap_circuit() -> Circuit:

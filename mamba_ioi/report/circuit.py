@@ -1,0 +1,197 @@
+"""What Figure 11, Section 4.4 and Appendix D say: where the bottleneck writes, and how small a circuit is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .evidence import Finding, Number, Results, Table, plural, shown
+from .layers import LAYER_UNKNOWN, found_bottleneck
+
+TENTH = 0.1
+LOSS = 0.05
+HALF = 0.5
+TARGET = 0.85
+"""The accuracy that the paper asks of a circuit (App. D.1)."""
+
+
+def written(results: Results, paper: dict[str, Any] | None) -> Finding:
+    """Figure 11: at which positions what the bottleneck adds to the residual stream matters."""
+    table, layer = results["fig11"].table, found_bottleneck(results)
+    if layer is None:
+        return Finding("fig11", None, LAYER_UNKNOWN)
+    own = table[table["layer"] == layer]
+    last = own["position"].max()
+    final = own[own["position"] == last].set_index("corruption")
+    earlier = own[own["position"] != last]
+    size = earlier["effect"].abs()
+    largest = earlier.loc[size.groupby(earlier["corruption"]).idxmax()].set_index("corruption")
+    matters = bool((final["low"] > 0).all())
+    quiet = bool((largest["effect"].abs() <= TENTH * final.loc[largest.index, "effect"]).all())
+    holds = matters and quiet
+    mean, rest = final["effect"].mean(), largest["effect"].abs().mean()
+    if holds:
+        opening = f"Layer {layer} writes what the answer needs at the last position alone"
+    elif matters:
+        opening = f"Layer {layer} writes at the last position, and not there alone"
+    else:
+        opening = f"What layer {layer} writes at the last position does not move the answer in every corruption"
+    sentence = (
+        f"{opening}: resampling its output there moves the answer {shown(mean)} of the way, and at the earlier "
+        f"position that matters most {shown(rest)} (means of {plural(len(final), 'corruption')})."
+    )
+    rule = (
+        f"in every corruption, the last position's effect has an interval above 0, and no earlier position's is larger "
+        f"than {TENTH} of it"
+    )
+    numbers = [
+        Number(f"layer {layer}, {name}, last position", row.effect, row.low, row.high, int(row.n))
+        for name, row in final.iterrows()
+    ]
+    numbers += [
+        Number(f"layer {layer}, {name}, largest earlier, at {row.label}", row.effect, row.low, row.high, int(row.n))
+        for name, row in largest.iterrows()
+    ]
+    return Finding("fig11", holds, sentence, rule, tuple(numbers))
+
+
+def cut(results: Results, paper: dict[str, Any] | None) -> Finding:
+    """Section 4.4: the positional circuit without the bottleneck's edges before the last position."""
+    result = results["sec44"]
+    table, layer = result.table.set_index("circuit"), result.meta["arguments"].get("layer")
+    whole, without, n = table.loc["whole"], table.loc["cut"], result.meta.get("n_rows")
+    gone = int(whole.n_edges - without.n_edges)
+    accuracy, nld = whole.accuracy - without.accuracy, whole.nld - without.nld
+    holds: bool | None = bool(accuracy <= LOSS and nld <= LOSS)
+    if gone:
+        sentence = (
+            f"Without the {plural(gone, 'edge')} that leave layer {layer} before the last position, the positional "
+            f"circuit's held-out accuracy goes from {shown(whole.accuracy)} to {shown(without.accuracy)}, its NLD from "
+            f"{shown(whole.nld)} to {shown(without.nld)}."
+        )
+    else:
+        sentence = (
+            f"The positional circuit has no edge that leaves layer {layer} before the last position, so there is "
+            f"nothing to cut; held out, its accuracy is {shown(whole.accuracy)} and its NLD {shown(whole.nld)}."
+        )
+    if whole.accuracy_high < TARGET:
+        holds = None
+        sentence += f" As the circuit itself misses the accuracy of {TARGET}, this decides nothing."
+    known = (paper or {}).get("positional", {})
+    theirs = {"whole": known, "cut": known.get("only_last_of_39", {})}
+    words = {"whole": "whole circuit", "cut": "cut circuit"}
+    numbers = tuple(
+        Number(
+            f"{words[name]}, {measure}",
+            row[column],
+            row.get(f"{column}_low"),
+            row.get(f"{column}_high"),
+            n,
+            theirs[name].get(column),
+        )
+        for name, row in (("whole", whole), ("cut", without))
+        for column, measure in (("accuracy", "accuracy"), ("nld", "NLD"))
+    )
+    counts = (Number("edges, whole circuit", int(whole.n_edges)), Number("edges cut", gone))
+    rule = f"the circuit's accuracy reaches {TARGET}, and accuracy and NLD fall by at most {LOSS} each"
+    return Finding("sec44", holds, sentence, rule, (*numbers, *counts))
+
+
+def minimal(results: Results, paper: dict[str, Any] | None) -> Finding:
+    """Appendix D.1: the minimal circuit by EAP."""
+    known: dict[str, Any] = {}
+    if paper:
+        eap = paper["eap"]
+        _, nld, accuracy = next(row for row in eap["curve"] if row[0] == eap["kept"])
+        known = {"n_edges": eap["kept"], "of": eap["edges"], "accuracy": accuracy, "nld": nld}
+    return _circuit("appd1", results, "EAP", known, {})
+
+
+def fine(results: Results, paper: dict[str, Any] | None) -> Finding:
+    """Appendix D.2: ACDC inside the layers."""
+    acdc = (paper or {}).get("acdc", {})
+    known = {"n_edges": acdc["kept"], "of": acdc["edges"]} if acdc else {}
+    held_out = {"accuracy": acdc.get("held_out_accuracy"), "nld": acdc.get("held_out_nld")}
+    return _circuit("appd2", results, "ACDC, with the layers' parts", known, held_out)
+
+
+def positional(results: Results, paper: dict[str, Any] | None) -> Finding:
+    """Appendix D.3: the minimal circuit by positional EAP."""
+    known = (paper or {}).get("positional", {})
+    return _circuit("appd3", results, "positional EAP", {"of": known.get("edges")}, known)
+
+
+def _circuit(figure: str, results: Results, method: str, known: Mapping, known_held_out: Mapping) -> Finding:
+    result = results[figure]
+    circuit = result.meta["circuit"]
+    held_out = circuit["held_out"]
+    random = held_out.get("random")
+    count, of, target = int(circuit["n_edges"]), int(circuit["of"]), float(circuit.get("target", TARGET))
+    reaches = held_out.get("accuracy_high", held_out["accuracy"]) >= target
+    best_random = -math.inf if random is None else random.get("accuracy_high", random["accuracy"])
+    beats = held_out.get("accuracy_low", held_out["accuracy"]) > best_random
+    holds = bool(count <= HALF * of and reaches and beats)
+    sentence = (
+        f"By {method}, a circuit of {count} of {plural(of, 'edge')} ({shown(count / of)}) has, on held-out pairs and "
+        f"with everything outside it resampled, an accuracy of {shown(held_out['accuracy'])} and an NLD of "
+        f"{shown(held_out['nld'])}"
+    )
+    if random is not None:
+        sentence += f"; a random circuit of as many edges has {shown(random['accuracy'])} and {shown(random['nld'])}"
+    short = [
+        text
+        for wrong, text in (
+            (count > HALF * of, "it is more than half of the graph"),
+            (not reaches, f"it misses the accuracy of {target:g}"),
+            (not beats, "it is not clearly better than the random one"),
+        )
+        if wrong
+    ]
+    sentence += f": {', and '.join(short)}." if short else "."
+    rule = (
+        f"at most half of the edges; held out, the accuracy's interval reaches {target:g} and lies above that of a "
+        f"random circuit of as many edges"
+    )
+
+    def scores(where: str, found: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Number]:
+        return [
+            Number(
+                f"{where}, {measure}",
+                found[column],
+                found.get(f"{column}_low"),
+                found.get(f"{column}_high"),
+                found.get("n_rows"),
+                theirs.get(column),
+            )
+            for column, measure in (("accuracy", "accuracy"), ("nld", "NLD"))
+        ]
+
+    own = {"accuracy": circuit["accuracy"], "nld": circuit["nld"], "n_rows": result.meta.get("n_rows")}
+    numbers = [
+        Number("edges kept", count, paper=known.get("n_edges")),
+        Number("edges of the graph", of, paper=known.get("of")),
+        *scores("on the pairs it was found on", own, known),
+        *scores("held out", held_out, known_held_out),
+        *(scores("random circuit, held out", random, {}) if random else []),
+    ]
+    if "kl" in held_out:
+        numbers.append(Number("held out, KL from the whole model (nats)", held_out["kl"], n=held_out.get("n_rows")))
+    return Finding(figure, holds, sentence, rule, tuple(numbers), tables=_agreement(result.meta.get("paper", [])))
+
+
+def _agreement(records: list[list[dict[str, Any]]]) -> tuple[Table, ...]:
+    """What `mamba_ioi.reference` found on comparing edges with the authors', as tables."""
+
+    def cell(value: Any) -> str:
+        return value if isinstance(value, str) else shown(value)
+
+    return tuple(
+        Table(
+            "Agreement with the authors' edges" if "kind" in rows[0] else "Agreement with the authors' scores",
+            tuple(rows[0]),
+            tuple(tuple(cell(row[column]) for column in rows[0]) for row in rows),
+        )
+        for rows in records
+        if rows
+    )

@@ -1,0 +1,187 @@
+"""What a report is made of: numbers with their intervals, findings read off one figure, and claims that they decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..result import Result
+
+Results = Mapping[str, Result]
+"""Stored results by the figure's id."""
+NO_VALUE = "–"
+
+LABELS = {
+    "fig2": "Figure 2",
+    "fig3": "Figure 3",
+    "fig4": "Figure 4",
+    "fig5": "Figure 5",
+    "fig5_greedy": "Figure 5 (greedy)",
+    "fig6": "Figure 6",
+    "fig7": "Figure 7",
+    "fig8": "Figure 8",
+    "fig9": "Figure 9",
+    "fig9_pca": "Figure 9 (plane)",
+    "fig10": "Figure 10",
+    "fig11": "Figure 11",
+    "fig12": "Figure 12",
+    "appd1": "Appendix D.1",
+    "appd2": "Appendix D.2",
+    "appd3": "Appendix D.3",
+    "sec44": "Section 4.4",
+}
+"""The paper's name of each figure."""
+
+
+def shown(value: float | int | None) -> str:
+    """A number as the report writes it: whole numbers as they are, others with three decimals."""
+    if value is None or math.isnan(value):
+        return NO_VALUE
+    text = str(int(value)) if isinstance(value, int) or hasattr(value, "bit_count") else f"{value:.3f}"
+    return "0.000" if text == "-0.000" else text.replace("-", "−")
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """``[0.123, 0.456]``; empty where there is none."""
+    return "" if low is None or high is None or math.isnan(low) else f"[{shown(low)}, {shown(high)}]"
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured number.
+
+    Attributes:
+        what: what it is of.
+        value: whole numbers are counts.
+        low: where its bootstrap 95 % interval begins; None where there is none.
+        high: where it ends.
+        n: over how many prompts, or what else ``what`` says; None where that has no meaning.
+        paper: the paper's number for mamba-370m, where the model is that and the paper has one.
+    """
+
+    what: str
+    value: float | int
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    paper: float | int | None = None
+
+    @property
+    def text(self) -> str:
+        """The value as written."""
+        return shown(self.value)
+
+    @property
+    def with_interval(self) -> str:
+        """The value, and its interval where there is one."""
+        return " ".join(filter(None, (self.text, interval(self.low, self.high))))
+
+    @property
+    def difference(self) -> str:
+        """Ours less the paper's, with its sign; empty without the paper's."""
+        if self.paper is None:
+            return ""
+        if math.isnan(self.value):
+            return NO_VALUE
+        difference = self.value - self.paper
+        text = shown(difference)
+        return f"+{text}" if difference > 0 and text.strip("0.") else text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under a caption."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def number_table(numbers: tuple[Number, ...], caption: str) -> Table:
+    """The numbers as a table; columns that would be empty are left out."""
+    columns = {
+        "": [number.what for number in numbers],
+        "value": [number.text for number in numbers],
+        "95 % interval": [interval(number.low, number.high) for number in numbers],
+        "n": ["" if number.n is None else shown(number.n) for number in numbers],
+        "paper": ["" if number.paper is None else shown(number.paper) for number in numbers],
+        "difference": [number.difference for number in numbers],
+    }
+    kept = {name: cells for name, cells in columns.items() if not name or any(cells)}
+    return Table(caption, tuple(kept), tuple(zip(*kept.values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one figure's table says.
+
+    Attributes:
+        figure: whose result it was read from.
+        holds: whether it bears the claim out; None where it decides nothing.
+        sentence: what was found.
+        rule: how ``holds`` was decided.
+        numbers: what the sentence rests on.
+        more: further numbers, which are folded away on screens.
+        tables: comparisons with the authors' edges.
+    """
+
+    figure: str
+    holds: bool | None
+    sentence: str
+    rule: str = ""
+    numbers: tuple[Number, ...] = ()
+    more: tuple[Number, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The paper's name of the figure."""
+        return LABELS[self.figure]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and what a model's results say of it.
+
+    Attributes:
+        key: names it in links.
+        title: the claim.
+        paper: what the paper says of mamba-370m.
+        findings: in the order of the paper.
+        missing: figures whose results would decide, too, and are not there.
+    """
+
+    key: str
+    title: str
+    paper: str
+    findings: tuple[Finding, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """``holds``, ``holds in part``, ``does not hold`` or ``not measured``."""
+        said = [finding.holds for finding in self.findings if finding.holds is not None]
+        if not said:
+            return "not measured"
+        return "holds" if all(said) else "holds in part" if any(said) else "does not hold"
+
+    @property
+    def grounds(self) -> str:
+        """Which figures say so, which do not, and which are missing."""
+        sides = (
+            ("for it", [finding.label for finding in self.findings if finding.holds]),
+            ("against it", [finding.label for finding in self.findings if finding.holds is False]),
+            ("not there", [LABELS[figure] for figure in self.missing]),
+        )
+        return "; ".join(f"{side}: {', '.join(labels)}" for side, labels in sides if labels)
+
+
+def plural(count: int, one: str, more: str | None = None) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
+def listed(parts: list[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) if parts else ""

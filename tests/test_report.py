@@ -1,0 +1,581 @@
+"""The report: its sentences follow from the tables, both ways; its page is whole, loads nothing, and is readable."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mamba_ioi import reference
+from mamba_ioi.cli import main
+from mamba_ioi.makers import MAKERS
+from mamba_ioi.report import QUESTIONS, Claim, Finding, judge, write_report
+from mamba_ioi.report import opening as openings
+from mamba_ioi.report.evidence import LABELS, Number, shown
+from mamba_ioi.report.pictures import READING
+from mamba_ioi.reproduce import redraw
+from mamba_ioi.result import Result
+
+from . import report_examples as made
+from .browser import BROWSER, body_data, chromium
+from .report_examples import LARGE, as_the_paper_says, store
+
+VERDICTS = ["holds", "holds in part", "does not hold", "not measured"]
+STEERED, WEAK = (lambda method, source, target: 0.98), (lambda method, source, target: 0.3)
+
+
+def finding(claim: str, figure: str, results: dict[str, Result], paper: dict | None = None) -> Finding:
+    found = next(one for one in judge(results, paper) if one.key == claim)
+    return next(one for one in found.findings if one.figure == figure)
+
+
+def one(result: Result) -> dict[str, Result]:
+    return {result.meta["request"]["figure"]: result}
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return store(tmp_path / "out", as_the_paper_says())
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_named_read_and_judged_or_a_diagram() -> None:
+    assert list(LABELS) == list(MAKERS) == list(READING) == list(as_the_paper_says())
+    judged = {figure for question in QUESTIONS for figure, _ in (*question.deciding, *question.telling)}
+    assert set(MAKERS) - judged == {"fig2", "fig3", "fig12"}
+
+
+@pytest.mark.parametrize("model", ["tiny", LARGE])
+def test_results_as_in_the_paper_bear_every_claim_out(model: str) -> None:
+    for claim in judge(as_the_paper_says(model)):
+        assert claim.verdict == "holds", (claim.title, claim.grounds)
+        assert claim.missing == () and "against" not in claim.grounds
+
+
+@pytest.mark.parametrize(
+    ("claim", "result", "holds", "said"),
+    [
+        ("task", made.fig5({-1: 0.9, 0: 0.1, 1: 0.5}), True, "names in 0.900 of the prompts"),
+        ("task", made.fig5({-1: 0.4, 0: 0.1, 1: 0.5}), False, "a task that the model does not do"),
+        ("bottleneck", made.fig4({0: 0.9, 1: 0.8, 2: 0.1}), True, "Layer 1 stands out"),
+        ("bottleneck", made.fig4({0: 0.9, 1: 0.8, 2: 0.5}), False, "No layer stands out; layer 1 comes first"),
+        ("bottleneck", made.fig4({0: 0.9, 1: 0.3, 2: 0.1}), False, "No layer stands out"),
+        ("bottleneck", made.fig4({0: 0.9}), None, "no layer besides layer 0"),
+        ("bottleneck", made.fig4({0: 0.2, 1: 0.8}), True, "Layer 1 stands out"),
+        ("bottleneck", made.fig5({-1: 0.9, 0: 0.1, 1: 0.5, 2: 0.8}), True, "can spare layer 1 least"),
+        ("bottleneck", made.fig5({-1: 0.9, 0: 0.1, 1: 0.5, 2: 0.52}), False, "does not set layer 1 apart"),
+        ("bottleneck", made.fig5({-1: 0.9, 0: 0.1, 1: 0.88, 2: 0.9}), False, "does not set layer 1 apart"),
+        ("bottleneck", made.fig5({-1: 0.9, 0: 0.1}), None, "no layer besides layer 0"),
+        ("bottleneck", made.greedy([1.0, 0.98, 0.96, 0.5], 2), None, "2 of 3 layers can go"),
+        ("bottleneck", made.fig6([[1], [1, 2], [2, 1]]), True, "Layer 1 is in 3 of 3 minimal sets"),
+        ("bottleneck", made.fig6([[1], [1, 2], [0, 1], [2]]), False, "Layer 1 is in 3 of 4 minimal sets"),
+        ("bottleneck", made.fig6([[1], [1, 2], [0, 2]], unreached=[2]), True, "1 kind of prompts with no such set"),
+        ("bottleneck", made.fig6([[1], [1, 2]], unreached=[0, 1]), None, "There are no minimal sets"),
+        (
+            "shift",
+            made.fig8({-3: 0.1, -2: 0.0, -1: 0.8, 0: 0.1}),
+            True,
+            "through tap −1 (0.802 of the way) of its conv",
+        ),
+        ("shift", made.fig8({-3: 0.5, -2: 0.0, -1: 0.4, 0: 0.0}), False, "taps −3 (0.502 of the way) and −1 (0.402 of"),
+        ("shift", made.fig8({-3: 0.5, -2: 0.0, -1: 0.4, 0: 0.0}), False, "arrives +1 and +3 from its own token"),
+        ("shift", made.fig8({-1: 0.8, 0: 0.1}, shift=1), False, "arrives +2 from its own token"),
+        ("shift", made.fig8({-1: 0.0, 0: 0.8}), False, "through tap 0 (0.802"),
+        ("shift", made.fig8({-1: 0.05, 0: 0.01}), False, "names do not come in there"),
+        (
+            "shift",
+            made.fig7({0: 0.2, 1: 0.7}),
+            None,
+            "+1 writes what is most like later states (mean cosine 0.7",
+        ),
+        ("shift", made.fig7({3: 0.7}), None, "from a name on, +3 writes what"),
+        ("linear", made.fig9(STEERED), True, "one win in 0.980 of the tests within slots 1 to 3"),
+        ("linear", made.fig9(WEAK), False, "Steering at that one position is weak"),
+        ("linear", made.fig9(lambda *_: 0.8), False, "That is less than 0.95"),
+        ("linear", made.fig9(STEERED, n=0), None, "more pairs are needed"),
+        ("linear", made.plane(), None, "hold 0.420 and 0.180 of the variance"),
+        ("last", made.sec44((0.86, 0.87), (0.84, 0.86), (40, 30)), True, "Without the 10 edges that leave layer 1"),
+        ("last", made.sec44((0.86, 0.87), (0.60, 0.86), (40, 30)), False, "from 0.860 to 0.600"),
+        ("last", made.sec44((0.86, 0.87), (0.86, 0.80), (40, 30)), False, "from 0.870 to 0.800"),
+        ("last", made.sec44((0.86, 0.87), (0.86, 0.87), (40, 40)), True, "there is nothing to cut"),
+        (
+            "last",
+            made.sec44((0.63, 0.63), (0.63, 0.63), (4, 4)),
+            None,
+            "misses the accuracy of 0.85, this decides nothing",
+        ),
+        ("circuit", made.circuit("appd1", 20, 100), True, "20 of 100 edges (0.200)"),
+        ("circuit", made.circuit("appd1", 60, 100), False, "it is more than half of the graph"),
+        ("circuit", made.circuit("appd3", accuracy=0.7), False, "misses the accuracy of 0.85"),
+        ("circuit", made.circuit("appd3", accuracy=0.83), True, "accuracy of 0.830"),
+        ("circuit", made.circuit("appd2", random=0.85), False, "not clearly better than the random one"),
+    ],
+)
+def test_one_figure_alone(claim: str, result: Result, holds: bool | None, said: str) -> None:
+    found = finding(claim, result.meta["request"]["figure"], one(result))
+    assert found.holds is holds and said in found.sentence, found.sentence
+
+
+@pytest.mark.parametrize(
+    ("claim", "result", "holds", "said"),
+    [
+        ("bottleneck", made.fig5({-1: 0.9, 0: 0.1, 1: 0.8, 2: 0.5}), False, "does not set layer 1 apart"),
+        ("bottleneck", made.fig6([[2], [2, 1]]), False, "Layer 1 is in 1 of 2"),
+        ("shift", made.fig10([0.0, 0.9]), True, "begins to matter +1 from a changed name"),
+        (
+            "shift",
+            made.fig10([0.0, 0.5, 0.5, 0.9]),
+            False,
+            "begins to matter +1 and +3 from a changed name, in 2 steps",
+        ),
+        ("shift", made.fig10([0.9]), False, "begins to matter +0"),
+        ("shift", made.fig10([0.0, 0.2]), False, "0.202 of the way at the last position"),
+        ("shift", made.fine({-1: 0.8, 0: 0.1}), True, "ACDC keeps taps 0 (without it NLD falls by 0.100) and −1"),
+        ("shift", made.fine({-1: 0.4, -3: 0.5}), False, "ACDC keeps taps −1"),
+        ("shift", made.fine({}), False, "ACDC keeps no tap"),
+        ("last", made.fig11(0.9, 0.02), True, "at the last position alone"),
+        ("last", made.fig11(0.9, 0.3), False, "not there alone"),
+        ("last", made.fig11(0.9, -0.3), False, "not there alone"),
+        ("last", made.fig11(0.0, 0.0), False, "does not move the answer"),
+    ],
+)
+def test_one_figure_beside_the_bottleneck(claim: str, result: Result, holds: bool, said: str) -> None:
+    """These look at the layer that Figure 4 finds, layer 1 here."""
+    figure = result.meta["request"]["figure"]
+    found = finding(claim, figure, one(result) | {"fig4": made.fig4({0: 0.9, 1: 0.8, 2: 0.1})})
+    assert found.holds is holds and said in found.sentence, found.sentence
+
+
+@pytest.mark.parametrize("figure", ["fig10", "fig11", "appd2"])
+def test_without_a_layer_to_look_at_nothing_is_said(figure: str) -> None:
+    results = {figure: as_the_paper_says()[figure]}
+    claim = {"fig10": "shift", "fig11": "last", "appd2": "shift"}[figure]
+    assert finding(claim, figure, results).holds is None
+    with_layer = results | {"sec44": as_the_paper_says()["sec44"]}
+    assert finding(claim, figure, with_layer).holds is True
+
+
+def test_a_layer_that_leads_in_some_corruptions_only() -> None:
+    table = made.fig4({0: 0.9, 1: 0.8, 2: 0.1}).table
+    first = table["corruption"] == table["corruption"].iloc[0]
+    table.loc[first & (table["layer"] == 2), "effect"] *= 9
+    mixed = Result(table, made.fig4({0: 0.9}).meta)
+    found = finding("bottleneck", "fig4", {"fig4": mixed})
+    assert found.holds is False and "it leads in 4 of 5 corruptions" in found.sentence
+
+
+def test_labels_that_say_nothing_leave_the_offsets_out() -> None:
+    results = {figure: as_the_paper_says()[figure] for figure in ("fig4", "fig8", "fig10")}
+    results = {name: Result(one.table.assign(label="x"), one.meta) for name, one in results.items()}
+    taps = finding("shift", "fig8", results)
+    assert taps.holds is True and "arrives" not in taps.sentence
+    states = finding("shift", "fig10", results)
+    assert states.holds is None and "do not say where a name changes" in states.sentence
+
+
+def test_verdicts() -> None:
+    yes, no, none = (Finding("fig4", holds, "") for holds in (True, False, None))
+    for findings, verdict in (((yes, none), 0), ((yes, no), 1), ((no, none), 2), ((none,), 3), ((), 3)):
+        assert Claim("k", "t", "p", findings).verdict == VERDICTS[verdict]
+    assert Claim("k", "t", "p", (yes, no), ("fig6",)).grounds == (
+        "for it: Figure 4; against it: Figure 4; not there: Figure 6"
+    )
+    assert [claim.verdict for claim in judge({})] == ["not measured"] * len(QUESTIONS)
+
+
+def test_a_result_of_another_form_loses_its_own_sentence_only() -> None:
+    results = as_the_paper_says()
+    broken = results["appd1"]
+    results["appd1"] = Result(broken.table, broken.meta | {"circuit": "none"})
+    claim = judge(results)[-1]
+    assert [one.holds for one in claim.findings] == [None, True, True]
+    assert "cannot be read (TypeError" in claim.findings[0].sentence
+
+
+def test_numbers_are_the_tables() -> None:
+    results = as_the_paper_says()
+    claims = {claim.key: claim for claim in judge(results)}
+    row = results["fig5"].table.set_index("layer").loc[-1]
+    accuracy, probability = claims["task"].findings[0].numbers
+    assert (accuracy.value, accuracy.low, accuracy.high, accuracy.n) == (
+        row.accuracy,
+        row.accuracy_low,
+        row.accuracy_high,
+        row.n,
+    )
+    assert (probability.value, probability.low, probability.high) == (row.probability, row.low, row.high)
+    every = {
+        (number.value, number.low, number.high, number.n)
+        for claim in claims.values()
+        for found in claim.findings
+        for number in (*found.numbers, *found.more)
+    }
+    for figure in ("fig9",):
+        table = results[figure].table
+        assert set(table[["success", "low", "high", "n"]].itertuples(index=False, name=None)) <= every
+    table = results["fig4"].table
+    peaks = table[(table["layer"] == 1) & (table["effect"] > 0.5)]
+    assert len(peaks) == 5 and set(peaks[["effect", "low", "high", "n"]].itertuples(index=False, name=None)) <= every
+    held_out = results["appd3"].meta["circuit"]["held_out"]
+    assert (held_out["nld"], held_out["nld_low"], held_out["nld_high"], 200) in every
+    for column in ("accuracy", "nld"):
+        for row in results["sec44"].table.itertuples():
+            ends = (getattr(row, column), getattr(row, f"{column}_low"), getattr(row, f"{column}_high"), 200)
+            assert ends in every
+
+
+def test_numbers_as_written() -> None:
+    assert [shown(value) for value in (1, 0.12345, -0.5, -0.0001, float("nan"), None)] == [
+        "1",
+        "0.123",
+        "−0.500",
+        "0.000",
+        "–",
+        "–",
+    ]
+    assert Number("x", 0.8, 0.75, 0.8512).with_interval == "0.800 [0.750, 0.851]"
+    assert [Number("x", value, paper=0.5).difference for value in (0.75, 0.25, 0.5, 0.50001)] == [
+        "+0.250",
+        "−0.250",
+        "0.000",
+        "0.000",
+    ]
+    assert Number("x", 40, paper=39).difference == "+1" and Number("x", 0.5).difference == ""
+
+
+# --- beside the paper -------------------------------------------------------------------------------------------------
+
+
+def test_mamba_370m_stands_beside_the_paper() -> None:
+    paper = reference.numbers()
+    results = as_the_paper_says(LARGE)
+    beside = {
+        (found.figure, number.what): number
+        for claim in judge(results, paper)
+        for found in claim.findings
+        for number in (*found.numbers, *found.more)
+        if number.paper is not None
+    }
+
+    def check(figure: str, what: str, here: float, theirs: float) -> None:
+        number = beside[figure, what]
+        assert number.value == pytest.approx(here) and number.paper == pytest.approx(theirs, abs=5e-4), what
+        difference = here - number.paper
+        expected = f"{difference:+d}" if isinstance(here, int) else f"{difference:+.3f}"
+        expected = {"+0": "0", "+0.000": "0.000", "-0.000": "0.000"}.get(expected, expected)
+        assert number.difference.replace("−", "-") == expected, what
+
+    check("fig4", "the layer", 39, 39)
+    check("fig5", "accuracy", 0.96, 0.96)
+    check("fig5", "probability of the answer", 0.96, 0.83)
+    check("fig5", "probability without layer 39", 0.5, 0.450)
+    check("fig5", "accuracy without layer 39", 0.5, 0.55)
+    check("fig5", "probability without layer 26", 0.9, 0.773)
+    check("fig5_greedy", "share of layers that can go", 0.5, 0.5)
+    check("fig6", "share of sets with layer 39", 1.0, 1.0)
+    check("fig6", "share of sets with layer 2", 0.25, 0.0)
+    check("fig6", "share of sets with layer 0", 0.0, 0.15)
+    check("fig9", "subtract and add, slot 5's mean into slot 1", 0.6, 0.614)
+    check("fig9", "replace, slot 1's mean into slot 5", 0.6, 0.19)
+    mean = sum(sum(row[:3]) for row in paper["fig9"]["subtract_add"][:3]) / 9
+    check("fig9", "subtract and add, within slots 1 to 3 (mean of 9 cells)", 0.98, mean)
+    check("sec44", "whole circuit, accuracy", 0.86, 0.852)
+    check("sec44", "cut circuit, NLD", 0.86, 0.873)
+    check("appd1", "edges kept", 20, 188)
+    check("appd1", "edges of the graph", 100, 1225)
+    check("appd1", "on the pairs it was found on, accuracy", 0.86, 0.8524)
+    check("appd2", "edges kept", 20, 364)
+    check("appd2", "held out, NLD", 0.8, 0.84)
+    check("appd2", "tap −1: fall of NLD", 0.8, 0.814)
+    check("appd3", "edges of the graph", 100, 24500)
+    check("appd3", "held out, accuracy", 0.9, 0.852)
+    assert beside["fig5", "probability without layer 39"].difference == "+0.050"
+    assert beside["fig9", "subtract and add, slot 5's mean into slot 1"].difference == "−0.014"
+    assert beside["appd1", "edges kept"].difference == "−168"
+    assert sum(figure == "fig9" for figure, _ in beside) == 50 + 8
+
+
+def test_only_mamba_370m_is_set_beside_the_paper(tmp_path: Path) -> None:
+    for model in ("state-spaces/mamba-370m-hf", "state-spaces/mamba-370m", "/models/mamba-370m-hf/"):
+        assert reference.is_paper_model(model)
+    for model in ("tiny", None, "state-spaces/mamba-130m-hf", "me/mamba-370m-tuned"):
+        assert not reference.is_paper_model(model)
+    few = ("fig4", "fig5", "appd1")
+    agreement = [[{"kind": "all", "found": 20, "theirs": 188, "jaccard": 0.0625}]]
+    for model, said in ((LARGE, True), ("tiny", False)):
+        results = {figure: as_the_paper_says(model)[figure] for figure in few}
+        if model == LARGE:
+            circuit = results["appd1"]
+            results["appd1"] = Result(circuit.table, circuit.meta | {"paper": agreement})
+        store(tmp_path / model, results, pictures=False)
+        write_report(tmp_path / model)
+        for name in ("report.html", "report.md"):
+            text = (tmp_path / model / name).read_text()
+            assert ("difference" in text) is said and ("0.062" in text) is said
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+class Outline(HTMLParser):
+    """The page's headings, images, ids and links, and whether its elements are closed."""
+
+    VOID = ("meta", "img", "br", "input")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.headings: list[int] = []
+        self.images: list[dict] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.frames: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "img":
+            self.images.append(attributes)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "a":
+            self.links.append(attributes["href"])
+        if tag == "iframe":
+            self.frames.append(attributes["srcdoc"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_whole(whole: Path) -> None:
+    assert [path.name for path in write_report(whole)] == ["report.md", "report.html"]
+    page, text = (whole / "report.html").read_text(), (whole / "report.md").read_text()
+    outline = Outline(page)
+    assert page.startswith("<!DOCTYPE html>") and '<html lang="en">' in page
+    assert outline.headings[0] == 1 and outline.headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(outline.headings, outline.headings[1:], strict=False))
+    assert len(outline.images) == len(MAKERS) and all(len(image["alt"]) > 40 for image in outline.images)
+    assert all(image["src"].startswith("data:image/png;base64,") for image in outline.images)
+    assert len(set(outline.ids)) == len(outline.ids) and set(MAKERS) <= set(outline.ids)
+    assert {link.removeprefix("#") for link in outline.links} <= set(outline.ids)
+    assert len(outline.frames) == 1 and outline.frames[0].startswith("<!DOCTYPE html>")
+    assert sorted(re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)) == sorted(f"{figure}.png" for figure in MAKERS)
+    for claim in judge(as_the_paper_says()):
+        assert f"## {claim.title}\n" in text
+        for found in claim.findings:
+            assert html.escape(found.sentence, quote=False).replace("'", "&#39;") in page
+            assert re.sub(r"\\(.)", r"\1", text).count(found.sentence) >= 1
+    assert "mamba-ioi reproduce --model tiny" in page and "2026-01-02T03:04:05+00:00" in page
+    assert "not in this report" not in page.lower()
+
+
+def test_the_page_loads_nothing(whole: Path) -> None:
+    write_report(whole)
+    page = html.unescape((whole / "report.html").read_text())
+    assert "default-src 'none'" in page
+    assert set(re.findall(r"https?://[^\"' >]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"(?<![-\w])(src|href)\s*=\s*[\"'](?!#|data:image/png;base64,)", page)
+    assert not re.search(r"url\((?!#)|@import|import\(|fetch\(", page)
+
+
+def test_the_same_folder_gives_the_same_report(whole: Path, tmp_path: Path) -> None:
+    write_report(whole)
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("report.*"))
+    write_report(copy)
+    for name in ("report.html", "report.md"):
+        assert (copy / name).read_bytes() == (whole / name).read_bytes()
+    assert write_report(whole) == []
+    (whole / "report.md").write_text("cut sh")
+    assert write_report(whole) == [whole / "report.md"]
+    assert [path.name for path in whole.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    results = as_the_paper_says()
+    store(tmp_path, {"fig4": results["fig4"]})
+    store(tmp_path, {"fig5": results["fig5"]}, pictures=False)
+    results["fig8"].save(tmp_path / "results" / "fig8")
+    (tmp_path / "results" / "fig8" / "table.parquet").write_bytes(b"PAR1")
+    Result(results["sec44"].table.drop(columns="accuracy_low"), results["sec44"].meta).save(
+        tmp_path / "results" / "sec44"
+    )
+    write_report(tmp_path)
+    for name in ("report.html", "report.md"):
+        text = re.sub(r"\\(.)", r"\1", html.unescape((tmp_path / name).read_text()))
+        assert "There is no picture fig5.png" in text and "no picture fig4" not in text
+        assert "Figure 8: its stored result is damaged and left out" in text
+        assert "Section 4.4: its stored result lacks the column accuracy_low" in text
+        left = [figure for figure in MAKERS if figure not in ("fig4", "fig5")]
+        assert f"mamba-ioi reproduce --only {','.join(left)}" in text
+        assert all(f"{LABELS[figure]} ({figure})" in text for figure in left)
+        assert "for it: Figure 4, Figure 5; not there: Figure 6" in text and "Figure 10, Appendix D.2" in text
+    with pytest.raises(ValueError, match="holds no results of mamba-ioi reproduce"):
+        write_report(tmp_path / "results")
+
+
+HOSTILE = "</title><script>alert('x')</script><img src=x onerror=alert(1)>`|[a](javascript:alert(1))\n# \udcff\" &amp;"
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    results = {}
+    for figure, result in as_the_paper_says().items():
+        asked = result.meta["request"] | {"model": HOSTILE, "weights": HOSTILE}
+        meta = result.meta | {"model": HOSTILE, "request": asked, "dtype": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+        table = result.table
+        for column in {"corruption", "label", "template", "label_i", "prompt"} & set(table.columns):
+            table = table.assign(**{column: table[column] + HOSTILE.replace("\udcff", "")})
+        results[figure] = Result(table, meta | ({"position_labels": [HOSTILE] * 20} if figure == "appd3" else {}))
+    store(tmp_path, results, pictures=False)
+    write_report(tmp_path)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    outline = Outline(page)
+    assert "script" not in outline.open and outline.images == []
+    for source in (page, html.unescape(outline.frames[0])):
+        assert "<img src=x" not in source and "<script>alert" not in source
+    assert page.count("<script") == 0, "the report itself has no script; the graph's is inside its frame"
+    assert not re.search(r"(?<!\\)<(script|img)|(?<!\\)\[a(?<!\\)\]\(|^# (?!The IOI)", text, re.MULTILINE)
+
+
+def test_commands_repeat_what_was_asked_for() -> None:
+    results = as_the_paper_says()
+    assert openings.commands(results) == ["mamba-ioi reproduce --model tiny"]
+    few = {figure: results[figure] for figure in ("fig4", "fig8")}
+    assert openings.commands(few) == ["mamba-ioi reproduce --model tiny --only fig4,fig8"]
+
+    def asked(figure: str, **options) -> Result:
+        result = results[figure]
+        return Result(result.table, result.meta | {"request": result.meta["request"] | options})
+
+    same = {"fig4": results["fig4"], "fig6": asked("fig6", pairs=80)}
+    assert openings.commands(same) == ["mamba-ioi reproduce --model tiny --only fig4,fig6 --pairs 80"]
+    apart = {"fig4": asked("fig4", pairs=5), "fig8": asked("fig8", layer=3, dtype="float64", seed=1)}
+    assert openings.commands(apart) == [
+        "mamba-ioi reproduce --model tiny --only fig4 --pairs 5",
+        "mamba-ioi reproduce --model tiny --only fig8 --seed 1 --layer 3 --dtype float64",
+    ]
+    local = asked("fig4", model="my model", weights="ab")
+    cuda = Result(local.table, local.meta | {"device": "cuda:0"})
+    assert openings.commands({"fig4": cuda}) == ["mamba-ioi reproduce --model './my model' --only fig4 --device cuda:0"]
+    assert openings.model_name({"fig4": local}) == "my model" and openings.model_name({}) == "no model"
+
+
+# --- reproduce and plot -----------------------------------------------------------------------------------------------
+
+
+def test_reproduce_ends_with_a_report(tmp_path: Path, monkeypatch, capsys) -> None:
+    argv = ["reproduce", "--model", "planted", "--pairs", "2", "--out", str(tmp_path), "--only"]
+    assert main([*argv, "fig3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["report       written", f"1 of 1 figures are in {tmp_path}"]
+    first = (tmp_path / "report.md").read_text()
+    assert "planted" in first and "](fig12.png)" not in first
+    assert main([*argv, "fig12"]) == 0
+    assert (
+        "](fig3.png)" in (tmp_path / "report.md").read_text() and "](fig12.png)" in (tmp_path / "report.md").read_text()
+    )
+    capsys.readouterr()
+    assert main([*argv, "fig12"]) == 0 and "report       kept, it was complete" in capsys.readouterr().out
+
+    def fail(results, paper):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("mamba_ioi.report.judge", fail)
+    assert main([*argv, "fig12"]) == 1
+    assert capsys.readouterr().err == "mamba-ioi: report failed: RuntimeError: no such luck\n"
+    monkeypatch.setitem(MAKERS, "fig2", replace(MAKERS["fig2"]))
+    assert main([*argv, "fig2"]) == 1
+    assert not (tmp_path / "report.md").exists(), "a report made without this result passes for none"
+    (tmp_path / "report.html").mkdir()
+    assert main([*argv, "fig2"]) == 2
+    assert "report.html is a folder where the report is to be written" in capsys.readouterr().err
+
+
+def test_plot_draws_a_whole_folder_again(tmp_path: Path, capsys) -> None:
+    results = as_the_paper_says()
+    store(tmp_path, {figure: results[figure] for figure in ("fig5", "sec44")}, pictures=False)
+    (tmp_path / "results" / "fig4").mkdir()
+    (tmp_path / "results" / "fig4" / "meta.json").write_text("{")
+    assert main(["plot", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "fig4 failed: ValueError" in said.err and said.err.count("\n") == 1
+    assert "sec44        drawn again" in said.out and "report       written" in said.out
+    for name in ("fig5.png", "sec44.pdf", "report.html"):
+        assert (tmp_path / name).is_file()
+    assert not (tmp_path / ".lock").exists()
+    with pytest.raises(ValueError, match="holds no results"):
+        redraw(tmp_path / "results")
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+PROBE = """<script>
+addEventListener("error", event => { document.body.dataset.error = event.message; });
+addEventListener("load", () => {
+  const data = document.body.dataset, frame = document.querySelector("iframe").contentDocument;
+  const seen = () => [...frame.querySelectorAll(".node, .edge")].filter(one => one.getClientRects().length).length;
+  data.images = [...document.images].map(image => image.complete && image.naturalWidth > 0).join();
+  data.viewport = innerWidth; data.content = document.documentElement.scrollWidth;
+  data.wide = [...document.body.querySelectorAll("*")].filter(one =>
+    one.getBoundingClientRect().right > innerWidth + 1 && !one.closest(".scroll")).map(one => one.tagName).join();
+  data.tables = [...document.querySelectorAll("table")].every(one => one.closest(".scroll"));
+  frame.getElementById("all").click();
+  data.before = seen();
+  frame.querySelector("#boxes input").click();
+  data.after = seen();
+  frame.getElementById("none").click();
+  data.none = seen();
+});
+</script>"""
+FRAME = '<!DOCTYPE html><body style="margin:0"><iframe width="390" height="800" style="border:0" srcdoc="{}"></iframe>'
+FROM_FRAME = """<script>addEventListener("load", () => {
+  Object.assign(document.body.dataset, document.querySelector("iframe").contentDocument.body.dataset); });</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
+    write_report(whole)
+    page = (whole / "report.html").read_text() + PROBE
+    if width == 390:  # narrower than Chromium's windows go
+        page = FRAME.format(html.escape(page)) + FROM_FRAME
+    found = body_data(page, tmp_path, f"--window-size={width},900")
+    assert "error" not in found
+    assert found["images"] == ",".join(["true"] * len(MAKERS))
+    assert int(found["viewport"]) == width or width == 1280
+    assert int(found["content"]) <= int(found["viewport"]) and found["wide"] == "" and found["tables"] == "true"
+    graph = as_the_paper_says()["appd3"]
+    kept = graph.table[graph.table["kept"]]
+    nodes, edges = set(kept["src"]) | set(kept["dst"]), set(zip(kept["src"], kept["dst"], strict=True))
+    assert int(found["before"]) == len(nodes) + len(edges)
+    assert int(found["after"]) == len(nodes) - 1 + sum("embed" not in edge for edge in edges)
+    assert found["none"] == "0"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_the_page_on_paper(whole: Path, tmp_path: Path) -> None:
+    write_report(whole)
+    pdf = tmp_path / "report.pdf"
+    chromium(whole / "report.html", f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
+    content = pdf.read_bytes()
+    assert content.startswith(b"%PDF") and content.rstrip().endswith(b"%%EOF")
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) > 5
+    assert len(re.findall(rb"/Subtype\s*/Image\b", content)) >= len(MAKERS)
+
+
+def test_json_of_the_paper_s_numbers_is_what_the_report_reads() -> None:
+    numbers = reference.numbers()
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert numbers["bottleneck"] == 39 and [188, 0.8433, 0.8524] in numbers["eap"]["curve"]
