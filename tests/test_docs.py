@@ -1,0 +1,92 @@
+"""The Python of the README and of every page of the documentation works as pasted, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): re.findall(r"^```python\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.M)
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks])
+def test_the_python_runs_as_pasted(page, tmp_path):
+    """A page's blocks are one script, from top to bottom."""
+    (tmp_path / "pasted.py").write_text("\n".join(PAGES[page]), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    done = subprocess.run(
+        [sys.executable, "pasted.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    if page == "README.md":
+        assert (tmp_path / "out" / "h" / "table.parquet").is_file()
+        assert re.search(r"tensor\(\[.*\d", done.stdout)
+
+
+def test_the_pages_that_promise_python_have_it():
+    expected = ("README.md", "docs/index.md", "docs/tutorial.md", *(page for page in PAGES if "/how-to/" in page))
+    assert len(expected) == 7
+    assert all(PAGES[page] for page in expected)
+
+
+def test_the_readme_s_files_and_commands_are_there():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+    start = README.split("## Start")[1].split("## Trace")[0]
+    commands = [line for line in start.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert all("-c constraints.txt" in command for command in commands)
+
+
+def test_versions_agree():
+    """The package's version is that of the citation and has an entry in the changelog."""
+    from mamba_ioi import __version__
+
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version = {{{__version__}}}" in (ROOT / "docs" / "cite.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+
+
+def test_the_sites_page_takes_its_table_from_the_code():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from hooks import on_page_markdown
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    from mamba_ioi.sites import SITES
+
+    page = on_page_markdown((ROOT / "docs" / "sites.md").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.\[\]]+)` \| \[([\w, ]+)\]", page, re.M)
+    assert [row[0] for row in rows] == list(SITES)
+    assert ("h", "model.layers[i].mixer.h", "B, L, E, N") in rows
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_as_executed(path):
+    """From top to bottom, without an error or a warning, small, and free of the machine they were run on."""
+    text = path.read_text(encoding="utf-8")
+    cells = json.loads(text)["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert len(text) < 600_000
+    assert str(Path.home()) + "/" not in text and "/tmp/" not in text
+    opening = "".join(cells[0]["source"])
+    for words in ('MODEL = "state-spaces/mamba-370m-hf"', "remote=True", "colab.research.google.com"):
+        assert words in opening or (words.startswith("MODEL") and 'load_model("state-spaces/mamba-370m-hf")' in opening)
+
+
+def test_there_are_notebooks():
+    assert [path.stem[0] for path in NOTEBOOKS][:5] == list("12345")
