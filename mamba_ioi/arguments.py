@@ -66,6 +66,13 @@ def parse(
 
     _add_model(add("doctor", "examine versions, kernels, devices and a model's slow path"))
 
+    sub = add("bench", "measure what the work costs on the shape of mamba-370m, with random weights")
+    sub.add_argument("--layers", type=_from_one, default=48, metavar="N", help="of the model (default: 48)")
+    sub.add_argument("--prompts", type=_from_one, default=32, metavar="N", help="of the forward (default: 32)")
+    sub.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
+    sub.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: float32)")
+    sub.add_argument("--only", metavar="WORKS", help="these only, such as forward,sweep,h,attribution,eap,acdc")
+
     sub = add("train-tiny", "train the packaged model 'tiny' anew")
     sub.add_argument("--seed", type=_from_zero, default=0, help="of the weights and prompts (default: 0)")
     sub.add_argument("--out", type=_path, metavar="DIR", required=True, help="new folder for the model")

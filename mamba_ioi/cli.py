@@ -1,4 +1,4 @@
-"""The command line: `mamba-ioi reproduce`, `run`, `plot`, `list`, `doctor` and `train-tiny`.
+"""The command line: `mamba-ioi reproduce`, `run`, `plot`, `list`, `doctor`, `bench` and `train-tiny`.
 
 Exit status 0; 1 if a figure failed or `doctor` found something wrong; 2, with one line on stderr, for bad input. What
 needs torch is imported by the commands that compute, so that help, lists and refusals come at once.
@@ -149,6 +149,17 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import bench
+
+    only = None if arguments.only is None else [name.strip() for name in arguments.only.split(",")]
+    sizes = {"layers": arguments.layers, "prompts": arguments.prompts}
+    with _quiet():
+        for line in bench(**sizes, device=arguments.device, dtype=arguments.dtype, only=only):
+            _say(f"{line.work:36} {line.ratio:8.3f} of {line.to} ({line.times})")
+    return 0
+
+
 def _train_tiny(arguments: argparse.Namespace) -> int:
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -183,6 +194,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "plot": _plot,
     "list": _list,
     "doctor": _doctor,
+    "bench": _bench,
     "train-tiny": _train_tiny,
     "--version": _version,
 }

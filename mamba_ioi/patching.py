@@ -163,7 +163,7 @@ def run(
     patches: Sequence[Patch] = (),
     *,
     positions: Int[Tensor, "B"] | Literal["all"] | None = None,
-) -> Float[Tensor, "B V"]:
+) -> Float[Tensor, "B V"] | Float[Tensor, "B L V"]:
     """The logits of one patched run.
 
     Args:
