@@ -38,10 +38,14 @@ from .stages import ConvStages, ScanStages, Stages, cast
 
 
 def _open_source(obj: Envoy, key: str) -> None:
-    """Instrument the module's operations before one is asked for, as a remote server needs it done in the trace."""
-    if key.startswith("source."):
+    """Look into the mixer's operations before the run is inside it, whichever site of the layer is asked for.
+
+    A server's model may be one that nobody has looked into yet, and a mixer that already runs serves none of them.
+    """
+    mixer = getattr(obj, "mixer", obj)
+    if isinstance(mixer, MixerEnvoy):
         Mediator.current(key).flush()
-        _ = obj.source
+        _ = mixer.source
 
 
 class Site(eproperty):
