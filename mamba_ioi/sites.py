@@ -38,10 +38,15 @@ from .stages import ConvStages, ScanStages, Stages, cast
 
 
 def _open_source(obj: Envoy, key: str) -> None:
-    """Instrument the module's operations before one is asked for, as a remote server needs it done in the trace."""
-    if key.startswith("source."):
+    """Look into the mixer's operations before the run is inside it, whichever site of the layer is asked for.
+
+    A server's model may be one that nobody has looked into yet, and a mixer that already runs serves none of them. The
+    envoys' classes have no name here: they hold sites, which cannot be rebuilt on a server before this function is.
+    """
+    look_inside = getattr(type(obj), "look_inside", None)
+    if look_inside is not None:
         Mediator.current(key).flush()
-        _ = obj.source
+        look_inside(obj)
 
 
 class Site(eproperty):
@@ -256,6 +261,10 @@ class MixerEnvoy(Envoy):
         """
         return open_stages(self, ScanStages).scan(patch)
 
+    def look_inside(self) -> None:
+        """Let nnsight serve the operations inside."""
+        _ = self.source
+
     def _split(self, value: Tensor) -> tuple[Tensor, ...]:
         n = self._module.ssm_state_size
         return value.split([value.shape[-1] - 2 * n, n, n], dim=-1)
@@ -312,6 +321,10 @@ class DtProjEnvoy(Envoy):
 
 class LayerEnvoy(Envoy):
     """A `MambaBlock`: the residual stream before and after, and what the layer reads from it and adds to it."""
+
+    def look_inside(self) -> None:
+        """Let nnsight serve the operations inside the mixer."""
+        _ = self.mixer.source
 
     @Site(key="input", description="the residual stream before the layer")
     def resid_pre(self, value) -> Float[Tensor, "B L D"]:

@@ -100,6 +100,14 @@ def same(one: Result, other: Result) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_layer_that_no_request_has_looked_into(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
+    """Its in_proj is read while its mixer already runs; conv and h come after."""
+    at = [("in_proj", 5), ("conv", 5), ("h", 5)]
+    found = cache(there, ids, at)
+    for key, value in cache(local, ids, at).items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+
+
 def test_the_server_has_no_mamba_ioi(there: MambaModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nnsight.ndif.pull_env", lambda: None)
     _PICKLE_BY_VALUE_MODULES.discard("mamba_ioi")

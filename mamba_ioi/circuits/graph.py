@@ -25,8 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool
@@ -75,15 +74,27 @@ class Graph:
         n_layers: how many layers (blocks) the model has.
         fine: whether layers are split into conv slices, SSM and skip.
         length: the number of positions, if edges are kept apart by position.
+        pairs: every (src, dst), in order; n_pairs of them.
+        index: where each (src, dst) stands in `pairs`.
     """
 
     n_layers: int
     fine: bool = False
     length: int | None = None
+    # computed here and not by cached_property, which holds a lock: a graph travels to servers
+    pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False, compare=False)
+    index: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or (self.length is not None and self.length < 1):
             raise ValueError(f"a graph has at least one layer and one position, not {self.n_layers} and {self.length}")
+        found: list[tuple[str, str]] = []
+        for layer in range(self.n_layers):
+            found += [(source, str(layer)) for source in self.sources(layer)]
+            found += inner_edges(layer) if self.fine else []
+        found += [(source, OUTPUT) for source in self.sources(self.n_layers)]
+        object.__setattr__(self, "pairs", tuple(found))
+        object.__setattr__(self, "index", {pair: i for i, pair in enumerate(found)})
 
     @classmethod
     def of(cls, n_layers: int, edges: Iterable[Edge]) -> Graph:
@@ -95,20 +106,6 @@ class Graph:
         fine = any("." in node for edge in edges for node in edge[:2])
         length = 1 + max(edge[2] for edge in edges) if edges and positional == {True} else None
         return cls(n_layers, fine, length)
-
-    @cached_property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Every (src, dst), in order; n_pairs of them."""
-        found: list[tuple[str, str]] = []
-        for layer in range(self.n_layers):
-            found += [(source, str(layer)) for source in self.sources(layer)]
-            found += inner_edges(layer) if self.fine else []
-        return (*found, *((source, OUTPUT) for source in self.sources(self.n_layers)))
-
-    @cached_property
-    def index(self) -> dict[tuple[str, str], int]:
-        """Where each (src, dst) stands in `pairs`."""
-        return {pair: i for i, pair in enumerate(self.pairs)}
 
     @property
     def width(self) -> int:

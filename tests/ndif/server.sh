@@ -60,8 +60,22 @@ api() {
   exit 1
 }
 
+# Ray's raylet gives its dashboard agent 15 s to write down the port that it was told, and a busy machine takes longer.
+write_agent_port() {
+  local session=$run/ray/session_latest id
+  for _ in $(seq 1200); do
+    id=$(grep -ohE 'node_id=[0-9a-f]+' "$session/logs/raylet.out" 2>/dev/null | head -1 || true)
+    if [ -n "$id" ]; then
+      printf 8367 >"$session/dashboard_agent_listen_port_${id#node_id=}"
+      return
+    fi
+    sleep 0.5
+  done
+}
+
 up() {
   environment
+  write_agent_port &
   start redis redis-server --bind 127.0.0.1 --port 6399 --save '' --dir "$run"
   start moto moto_server -H 127.0.0.1 -p 9900
   start hub python "$here/hub.py" 9700 "$@"

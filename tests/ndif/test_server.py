@@ -101,6 +101,15 @@ def write_each_site(model: MambaModel, ids: torch.Tensor) -> dict[str, torch.Ten
     return found
 
 
+@pytest.mark.parametrize(("caller", "layer"), [("trusted", 5), ("sandboxed", 4)])
+def test_a_layer_that_no_request_has_looked_into(caller: str, layer: int, local, data, monkeypatch) -> None:
+    """Its in_proj is read while its mixer already runs; conv and h come after. So this is the first test."""
+    at = [("in_proj", layer), ("conv", layer), ("h", layer)]
+    found = cache(served("tiny", caller, monkeypatch), data.clean_tokens, at)
+    for key, value in cache(local, data.clean_tokens, at).items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("work", [read_each_site, write_each_site])
 def test_every_site(work, there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
     ids = data.clean_tokens[:2]
