@@ -130,7 +130,8 @@ class Result:
             raise ValueError(f"the table cannot be stored as parquet: {_first_line(error)}") from error
         table = buffer.getvalue()
         stored = {"format_version": FORMAT_VERSION, "table_sha256": hashlib.sha256(table).hexdigest(), **self.meta}
-        meta = json.dumps(stored, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(stored, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        meta = text.encode("utf-8", "backslashreplace")  # bytes of a file's name that are no UTF-8, as JSON's escapes
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         replace_files(folder, {TABLE_FILE: table, META_FILE: meta})

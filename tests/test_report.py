@@ -163,6 +163,18 @@ def test_without_a_layer_to_look_at_nothing_is_said(figure: str) -> None:
     assert finding(claim, figure, with_layer).holds is True
 
 
+def test_another_layer_than_the_bottleneck_decides_nothing() -> None:
+    results = as_the_paper_says(LARGE)
+    others = {"fig8": made.fig8({-1: 0.8}, 20, LARGE), "fig9": made.fig9(STEERED, 20, LARGE)}
+    for claim, figure in (("shift", "fig8"), ("linear", "fig9")):
+        for result, holds, beside in ((results[figure], True, figure == "fig9"), (others[figure], None, False)):
+            found = finding(claim, figure, results | {figure: result}, reference.numbers())
+            assert found.holds is holds
+            assert any(number.paper is not None for number in found.numbers) is beside
+            said = "As this looks at layer 20 and the bottleneck found is layer 39, it decides nothing."
+            assert (said in found.sentence) is (holds is None)
+
+
 def test_a_layer_that_leads_in_some_corruptions_only() -> None:
     table = made.fig4({0: 0.9, 1: 0.8, 2: 0.1}).table
     first = table["corruption"] == table["corruption"].iloc[0]
@@ -440,6 +452,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
             table = table.assign(**{column: table[column] + HOSTILE.replace("\udcff", "")})
         results[figure] = Result(table, meta | ({"position_labels": [HOSTILE] * 20} if figure == "appd3" else {}))
     store(tmp_path, results, pictures=False)
+    assert Result.load(tmp_path / "results" / "fig4").meta["model"] == HOSTILE
     write_report(tmp_path)
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     outline = Outline(page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import circuit, convolution, layers, steering
@@ -106,9 +106,22 @@ def judge(results: Results, paper: dict[str, Any] | None = None) -> list[Claim]:
 
 
 def _read(figure: str, rule: Rule, results: Results, paper: dict[str, Any] | None) -> Finding:
-    """What the rule says; a result that was stored in another form loses its own sentence, not the report."""
+    """What the rule says, of the bottleneck; a result that was stored in another form loses its own sentence only.
+
+    A figure that looks at another layer decides nothing, and the paper's numbers are not of that layer.
+    """
     try:
-        return rule(results, paper)
+        looked_at = results[figure].meta["arguments"].get("layer")
+        if looked_at is None:
+            return rule(results, paper)
+        found = rule(results, paper if paper and looked_at == paper["bottleneck"] else None)
+        bottleneck = layers.found_bottleneck(results)
+        if looked_at == bottleneck:
+            return found
+        aside = (
+            f" As this looks at layer {looked_at} and the bottleneck found is layer {bottleneck}, it decides nothing."
+        )
+        return replace(found, holds=None, sentence=found.sentence + aside)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         logger.debug("%s could not be read", figure, exc_info=error)
         return Finding(figure, None, f"Its stored result cannot be read ({type(error).__name__}: {error}).")
