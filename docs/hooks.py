@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from mamba_ioi.sites import SITES
 
-WHERE = {"model": "model", "layer": "model.layers[i]", "mixer": "model.layers[i].mixer"}
-
 
 def sites_table() -> str:
     """The table of sites in Markdown, in execution order."""
     lines = ["| site | in a trace | shape | what it is |", "|---|---|---|---|"]
     for name, site in SITES.items():
         shape = ", ".join(site.shape)
-        lines.append(f"| `{name}` | `{WHERE[site.owner]}.{site.attribute}` | [{shape}] | {site.description} |")
+        lines.append(f"| `{name}` | `{site.owner}.{site.attribute}` | [{shape}] | {site.description} |")
     return "\n".join(lines)
 
 
