@@ -404,13 +404,14 @@ class TestSlowPath:
 
 
 class TestRemote:
-    """A model built without weights, as a client of a server builds it."""
+    """A model built without weights, as a client of a server builds it; without its server it loads them here."""
 
     @pytest.mark.parametrize("packaged", [True, False])
     def test_building_and_dispatching(self, saved, packaged):
         name = "tiny" if packaged else saved
         model, loaded = load_model(name, remote=True), load_model(name)
-        assert isinstance(model, MambaModel) and model.device.type == "meta"
+        assert isinstance(model, MambaModel) and next(model._module.parameters()).is_meta
+        model.remote = None
         assert model.sizes() == loaded.sizes() and model.n_layers == loaded.n_layers
         text = repr(model)
         assert all(f"({site.attribute}) -> Float[Tensor" in text for site in SITES.values())
@@ -421,6 +422,7 @@ class TestRemote:
 
     def test_the_first_trace_dispatches(self, saved):
         model, loaded = load_model(saved, remote=True), load_model(saved)
+        model.remote = None
         with torch.no_grad(), model.trace(IDS):
             in_proj = model.layers[1].mixer.in_proj.output.save()
             conv = model.layers[1].mixer.conv.save()
@@ -435,6 +437,7 @@ class TestRemote:
             path.unlink()
         model = load_model(folder, remote=True)
         assert model.tokenizer is None
+        model.remote = None
         model.dispatch()
         assert torch.equal(run(model, IDS), run(load_model(folder), IDS))
 
@@ -443,6 +446,7 @@ class TestRemote:
         GPT2LMHeadModel(config).save_pretrained(tmp_path)
         model = load_model(tmp_path, remote=True)
         assert type(model) is CausalLM and model.n_layers == 2
+        model.remote = None
         with torch.no_grad(), model.trace(IDS):
             out = model.lm_head.output.save()
         assert torch.equal(out, logits(load_model(tmp_path), IDS))
