@@ -453,7 +453,10 @@ class TestRemote:
 
 
 def test_an_older_transformers_is_refused_at_import():
-    code = "import transformers; transformers.__version__ = '5.14.1'; import mamba_ioi; mamba_ioi.load_model"
+    code = (
+        "import sys; from transformers import MambaForCausalLM; "  # which puts the module transformers in its place anew
+        "sys.modules['transformers'].__version__ = '5.14.1'; import mamba_ioi; mamba_ioi.load_model"
+    )
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 1
