@@ -66,6 +66,48 @@ class Item:
         """The first layer that changes."""
         return min(edit.layer for edit in self.edits)
 
+    def changes(self, layer: int) -> list[tuple]:
+        """What changes at a layer, comparable with another item's of the same rows."""
+        changes = ((edit.change, edit.value) for edit in self.edits if edit.layer == layer)
+        return [(c.site.name, c.positions or [], -1 if c.tap is None else c.tap, id(value)) for c, value in changes]
+
+
+@dataclass
+class Entry:
+    """Where an item's rows enter the batch of a patched forward.
+
+    Attributes:
+        item: the item.
+        layer: the layer before which they enter.
+        origin: the entry of the same prompts whose rows they are copied from there; None: from the clean run.
+    """
+
+    item: Item
+    layer: int
+    origin: Entry | None
+
+
+def entries(items: Sequence[Item], n_layers: int) -> list[Entry]:
+    """Where each item enters, in order: as late as it is like the clean run or like another item of the same prompts.
+
+    The latest layer is found between neighbours once the items are sorted by what they change, layer by layer.
+    """
+    found: list[Entry] = []
+    keyed = [(item.rows.tolist(), [item.changes(layer) for layer in range(n_layers)], item) for item in items]
+    before: tuple[list, list, Entry] | None = None
+    for rows, changes, item in sorted(keyed, key=lambda key: key[:2]):
+        layer, origin = 0, None
+        if before is not None and before[0] == rows:
+            same = (a == b for a, b in zip(before[1], changes, strict=True))
+            layer = next((index for index, equal in enumerate(same) if not equal), n_layers - 1)
+            origin = before[2]
+            while origin is not None and origin.layer >= layer:
+                origin = origin.origin  # below its own layer an entry is like its origin
+        entry = Entry(item, item.layer, None) if item.layer >= layer else Entry(item, layer, origin)
+        found.append(entry)
+        before = rows, changes, entry
+    return sorted(found, key=lambda entry: entry.layer)
+
 
 @dataclass
 class Job:
@@ -74,7 +116,7 @@ class Job:
     Attributes:
         start: the position.
         rows: the prompt that each row of the batch is of, in the order in which they join.
-        items: what each run of rows changes.
+        entries: what each run of rows changes and where it joins, in that order.
         resid: the clean residual stream before each layer, ``[prompts, L, D]``.
         states: each layer's clean state and last conv inputs before ``start`` (None where they are zero).
         values: the source run's values by (layer, site, position), ``[prompts, ...]``.
@@ -83,7 +125,7 @@ class Job:
 
     start: int
     rows: Tensor
-    items: Sequence[Item]
+    entries: Sequence[Entry]
     resid: list[Tensor]
     states: list[tuple[Tensor | None, Tensor | None]]
     values: SourceValues
@@ -118,18 +160,24 @@ def continue_scan(mixer, h: Tensor | None) -> ScanStages:
 
 
 def run_job(model, job: Job) -> Float[Tensor, "R V"]:
-    """The body of a patched forward's trace: rows join at their first changed layer."""
-    first = job.items[0].layer
+    """The body of a patched forward's trace: rows join where they become unlike any others."""
+    first = job.entries[0].layer
     for layer in range(first):
         model.layers[layer].skip(job.resid[0][:1, job.start :])  # of no use to anyone: rows join at `first`
     count = 0
+    places = {}
     for index in range(first, model.n_layers):
         layer = model.layers[index]
-        joining = sum(len(item.rows) for item in job.items if item.layer == index)
+        joining = [entry for entry in job.entries if entry.layer == index]
         if joining or index == first:
-            fresh = job.resid[index][job.rows[count : count + joining], job.start :]
-            count += joining
-            layer.input = fresh if index == first else torch.cat([layer.input, fresh])
+            stream = [] if index == first else [layer.input]
+            for entry in joining:
+                size = len(entry.item.rows)
+                places[id(entry)] = slice(count, count + size)
+                count += size
+                clean = job.resid[index][entry.item.rows, job.start :]
+                stream.append(clean if entry.origin is None else stream[0][places[id(entry.origin)]])
+            layer.input = torch.cat(stream)
         change_layer(layer, index, job, count)
     positions = torch.arange(count, device=job.rows.device)
     model.backbone.norm_f.output = model.backbone.norm_f.output[positions, job.last].unsqueeze(1)
@@ -140,7 +188,10 @@ def change_layer(layer, index: int, job: Job, count: int) -> None:
     """Apply the batch's changes at one layer, and continue its conv and scan from the clean states."""
     changes: dict[str, list[tuple[slice, Item, Edit]]] = {}
     offset = 0
-    for item in job.items:
+    for entry in job.entries:
+        item = entry.item
+        if entry.layer > index:
+            break
         rows = slice(offset, offset + len(item.rows))
         offset = rows.stop
         for edit in item.edits:

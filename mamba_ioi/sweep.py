@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .continuation import Edit, Item, Job, SourceValues, carry, run_job
+from .continuation import Edit, Item, Job, SourceValues, carry, entries, run_job
 from .dataset import IOIDataset
 from .memory import fitting_rows, forward_bytes, stream_bytes
 from .model import MambaModel
@@ -215,7 +215,7 @@ def _logits(
     model: MambaModel, prompts: Prompts, interventions: Sequence[Sequence[Edit]], budget: Budget, bar: tqdm
 ) -> Float[Tensor, "I B K"]:
     """The logits of every intervention on some prompts, here or by requests of bounded size to a server."""
-    items = _items(prompts, interventions)
+    items = _pieces(_items(prompts, interventions), budget.rows)
     bar.update(len(interventions) * len(prompts.tokens) - sum(len(item.rows) for item in items))
     waiting = [items] if budget.request is None else _batches(items, budget.request)[::-1]
     plain, found = None, []
@@ -257,6 +257,24 @@ def _items(prompts: Prompts, interventions: Sequence[Sequence[Edit]]) -> list[It
             live = [edit for edit in edits if any(edit.start(parted[row], length) < length for row in rows)]
             items.append(Item(index, start, torch.tensor(rows, device=tokens.device), live))
     return sorted(items, key=lambda item: (item.start, item.layer))
+
+
+def _pieces(items: Sequence[Item], limit: int) -> list[Item]:
+    """The items, those that change several layers of the same prompts cut so that one batch holds all for some rows.
+
+    They can share what they have in common only in one batch.
+    """
+    families: dict[tuple[int, ...], list[Item]] = defaultdict(list)
+    pieces = []
+    for item in items:
+        if len({edit.layer for edit in item.edits}) > 1:
+            families[item.start, *item.rows.tolist()].append(item)
+        else:
+            pieces.append(item)
+    for family in families.values():
+        for rows in family[0].rows.split(max(1, limit // len(family))):
+            pieces += [Item(item.intervention, item.start, rows, item.edits) for item in family]
+    return sorted(pieces, key=lambda item: item.start)
 
 
 def run_items(
@@ -324,11 +342,12 @@ class Chunk:
 
     def _run_from(self, start: int, items: Sequence[Item], values: SourceValues) -> Float[Tensor, "R K"]:
         """The logits of a batch of items that start at one position."""
-        rows = torch.cat([item.rows for item in items])
+        order = entries(items, self.model.n_layers)
+        rows = torch.cat([entry.item.rows for entry in order])
         job = Job(
             start=start,
             rows=rows,
-            items=items,
+            entries=order,
             resid=self.resid,
             states=self.states,
             values=values,
@@ -338,7 +357,10 @@ class Chunk:
         model = self.model
         with torch.no_grad(), model.trace(dummy):
             logits = run_job(model, job).save()
-        return logits.gather(1, self.prompts.read[rows]).to(self.plain).cpu()
+        logits = logits.gather(1, self.prompts.read[rows]).to(self.plain).cpu()
+        runs = logits.split([len(entry.item.rows) for entry in order])
+        found = {id(entry.item): run for entry, run in zip(order, runs, strict=True)}
+        return torch.cat([found[id(item)] for item in items])
 
     def _source_values(self, start: int, items: Sequence[Item]) -> SourceValues:
         """The source run's value at every (layer, site, position from ``start`` on) that an item resamples."""

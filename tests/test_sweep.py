@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mamba_ioi.continuation import entries
 from mamba_ioi.model import wrap
 from mamba_ioi.patching import Patch, cache, run
 from mamba_ioi.sites import SITES
@@ -80,6 +81,35 @@ def test_conv_slices(small, prompts, tap):
 def test_several_positions_and_layers_at_once(small, prompts, positions):
     together = [Resample("in_proj", 0, positions), Resample("h", 2, positions), Resample("skip", 1, 6)]
     check(small, prompts, [together, together[1:], [Resample("embed", None, positions)], []])
+
+
+@pytest.mark.parametrize("memory", [100_000, 10**9])
+def test_candidates_of_a_search_share_what_lies_below_their_difference(prompts, memory, monkeypatch):
+    """Each candidate restores one of the resampled layers: it runs from that layer on, not from the first."""
+    model = wrap(random_mamba(seed=2, num_hidden_layers=5), None, model_id="random")
+    monkeypatch.setattr(model, "memory", memory)
+    orders = []
+    monkeypatch.setattr("mamba_ioi.sweep.entries", lambda *given: orders.append(entries(*given)) or orders[-1])
+    everything = [Resample("in_proj", layer) for layer in range(5)]
+    candidates = [everything[:layer] + everything[layer + 1 :] for layer in range(5)]
+    check(model, prompts, [everything, *candidates, everything])
+    if memory == 10**9:
+        for order in orders:
+            assert [entry.layer for entry in order] == [0, 1, 1, 2, 3, 4, 4]
+
+
+def test_different_changes_share_only_what_is_the_same(small, prompts):
+    """Mixed sites, positions, taps and given values at all layers, every subset of them."""
+    value = torch.randn(7, 9, 12, generator=torch.Generator().manual_seed(8))
+    changes = [
+        Resample("in_proj", 0, (2, 4)),
+        Patch("resid_pre", 1, value),
+        Resample("conv_slice", 1, None, -1),
+        Patch("resid_pre", 1, 2 * value[:, :2], (6, 7)),
+        Resample("h", 2, 5),
+    ]
+    subsets = [[c for bit, c in enumerate(changes) if number >> bit & 1] for number in range(32)]
+    check(small, prompts, [*subsets, changes[::-1], changes[1:4][::-1]])
 
 
 def test_given_values(small, prompts):
