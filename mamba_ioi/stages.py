@@ -232,7 +232,7 @@ class ScanStages(Stages):
             return read_out(states, self.C)
         inputs = self.x, self.get("delta"), self.get("A"), self.B, self.C
         if self.patch is None:
-            y, self.last = selective_scan(*inputs, initial=self.get("h_start"))
+            y, self.last = selective_scan(*inputs, initial=self.values.get("h_start", self.initial))
         else:
             y, self.last = held_scan(*inputs, initial=self.get("h_start"), patch=self.patch, positions=self.held)
         return y

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from mamba_ioi import scan
+from mamba_ioi.patching import Patch, cache, run
 from mamba_ioi.scan import discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
 from mamba_ioi.stages import ConvStages, convolve
 
@@ -183,3 +187,54 @@ def test_the_conv_by_taps_equals_torchs(dtype, length, context):
         found = convolve(x, weight, b, before)
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected)
+
+
+class TestKernel:
+    """mamba_ssm's kernel: a stand-in of the same calling convention, and the real one where it can run."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        calls = []
+
+        def selective_scan_fn(u, delta, A, B, C, D=None, z=None, *, return_last_state=False):
+            assert u.shape == delta.shape and B.shape == C.shape and D is None and z is None and return_last_state
+            calls.append(tuple(u.shape))
+            x, delta, B, C = (tensor.transpose(1, 2) for tensor in (u, delta, B, C))
+            h = every_state(x, delta, A, B)
+            return read_out(h, C).transpose(1, 2), h[:, -1]
+
+        interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
+        interface.selective_scan_fn = selective_scan_fn
+        for name in ("mamba_ssm", "mamba_ssm.ops"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, interface.__name__, interface)
+        monkeypatch.setattr("mamba_ioi.scan._KERNEL_DEVICE", "cpu")
+        return calls
+
+    def test_it_computes_what_needs_no_state(self, calls):
+        x, delta, A, B, C = random_inputs(dtype=torch.float32)
+        h = every_state(x, delta, A, B)
+        y, last = selective_scan(x, delta, A, B, C)
+        torch.testing.assert_close((y, last), (read_out(h, C), h[:, -1]))
+        assert calls == [(3, 8, 7)]
+
+    def test_not_in_float64_and_not_from_a_given_state(self, calls):
+        selective_scan(*random_inputs())
+        selective_scan(*random_inputs(dtype=torch.float32), initial=torch.zeros(3, 8, 4))
+        assert calls == []
+
+    def test_a_model_uses_it_unless_a_state_is_read_or_patched(self, calls, small, tokens):
+        plain = run(small, tokens)
+        assert len(calls) == 3
+        state = cache(small, tokens, ["blocks.1.hook_h"])["blocks.1.hook_h"]
+        calls.clear()
+        patched = run(small, tokens, [Patch("h", 1, state[:, 4:5], 4)])
+        assert len(calls) == 2
+        torch.testing.assert_close(patched, plain)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    def test_the_real_kernel(self):
+        pytest.importorskip("mamba_ssm")
+        inputs = [tensor.cuda() for tensor in random_inputs(dtype=torch.float32, inner=64, state=16)]
+        cpu = selective_scan(*(tensor.cpu() for tensor in inputs))
+        torch.testing.assert_close([part.cpu() for part in selective_scan(*inputs)], list(cpu), rtol=1e-4, atol=1e-4)
