@@ -268,7 +268,7 @@ def _pieces(items: Sequence[Item], limit: int) -> list[Item]:
     pieces = []
     for item in items:
         if len({edit.layer for edit in item.edits}) > 1:
-            families[item.start, *item.rows.tolist()].append(item)
+            families[(item.start, *item.rows.tolist())].append(item)
         else:
             pieces.append(item)
     for family in families.values():

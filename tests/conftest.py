@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from mamba_ioi.model import MambaModel, wrap
 
 torch.set_num_threads(1)  # the tests' models are too small for more, and a busy machine makes threads wait
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -453,8 +453,8 @@ class TestRemote:
 
 
 def test_an_older_transformers_is_refused_at_import():
-    code = (
-        "import sys; from transformers import MambaForCausalLM; "  # which puts the module transformers in its place anew
+    code = (  # to import a model puts the module transformers in its place anew
+        "import sys; from transformers import MambaForCausalLM; "
         "sys.modules['transformers'].__version__ = '5.14.1'; import mamba_ioi; mamba_ioi.load_model"
     )
     root = Path(__file__).parents[1]

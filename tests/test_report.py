@@ -39,9 +39,18 @@ def one(result: Result) -> dict[str, Result]:
     return {result.meta["request"]["figure"]: result}
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every figure with its result, and the report."""
+    folder = store(tmp_path_factory.mktemp("stored") / "out", as_the_paper_says())
+    write_report(folder)
+    return folder
+
+
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
-    return store(tmp_path / "out", as_the_paper_says())
+def whole(stored: Path, tmp_path: Path) -> Path:
+    """A copy of `stored` to write into, without the report."""
+    return shutil.copytree(stored, tmp_path / "out", ignore=shutil.ignore_patterns("report.*"))
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -394,9 +403,8 @@ def test_the_report_is_whole(whole: Path) -> None:
     assert "not in this report" not in page.lower()
 
 
-def test_the_page_loads_nothing(whole: Path) -> None:
-    write_report(whole)
-    page = html.unescape((whole / "report.html").read_text())
+def test_the_page_loads_nothing(stored: Path) -> None:
+    page = html.unescape((stored / "report.html").read_text())
     assert "default-src 'none'" in page
     assert set(re.findall(r"https?://[^\"' >]+", page)) == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"(?<![-\w])(src|href)\s*=\s*[\"'](?!#|data:image/png;base64,)", page)
@@ -561,9 +569,8 @@ FROM_FRAME = """<script>addEventListener("load", () => {
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
-    write_report(whole)
-    page = (whole / "report.html").read_text() + PROBE
+def test_the_page_in_a_browser(stored: Path, tmp_path: Path, width: int) -> None:
+    page = (stored / "report.html").read_text() + PROBE
     if width == 390:  # narrower than Chromium's windows go
         page = FRAME.format(html.escape(page)) + FROM_FRAME
     found = body_data(page, tmp_path, f"--window-size={width},900")
@@ -580,10 +587,9 @@ def test_the_page_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_the_page_on_paper(whole: Path, tmp_path: Path) -> None:
-    write_report(whole)
+def test_the_page_on_paper(stored: Path, tmp_path: Path) -> None:
     pdf = tmp_path / "report.pdf"
-    chromium(whole / "report.html", f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
+    chromium(stored / "report.html", f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
     content = pdf.read_bytes()
     assert content.startswith(b"%PDF") and content.rstrip().endswith(b"%%EOF")
     assert len(re.findall(rb"/Type\s*/Page\b", content)) > 5

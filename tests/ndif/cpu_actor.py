@@ -1,12 +1,15 @@
 """A model actor of NDIF that loads on the CPU (``NDIF_MODEL_IMPORT_PATH``); it runs in the server's environment."""
 
+import os
+
 import ray
 import torch
+from ndif.services.ray.sandbox import host
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 
-if not torch.cuda.is_available():
-    torch.cuda.synchronize = lambda *args, **kwargs: None  # NDIF calls it without asking
+PATIENCE = 600.0
+"""Seconds that a sandbox may take to start: NDIF allows 30, in which a busy machine does not import torch."""
 
 
 @ray.remote(num_cpus=1, max_restarts=-1)
@@ -14,6 +17,15 @@ class CPUSandboxModelActor(SandboxModelDeployment):
     """Trusted requests run in this process, others in a sandbox."""
 
     CACHEABLE = False
+
+    def __init__(self, *args, **kwargs):
+        spawn, environment = host.spawn, host.runner_env
+        here = {name: os.environ[name] for name in ("HF_ENDPOINT", "OMP_NUM_THREADS")}
+        host.runner_env = lambda: environment() | here
+        host.spawn = lambda **options: spawn(timeout=PATIENCE, **options)
+        host.Pool.acquire.__defaults__ = (PATIENCE,)
+        torch.cuda.synchronize = lambda *args, **kwargs: None  # NDIF calls it after every request, without asking
+        super().__init__(*args, **kwargs)
 
     def load_from_disk(self):
         """The model, on the CPU, without gradients for its weights: as NDIF serves it."""

@@ -20,12 +20,13 @@ environment() {
   export NDIF_API_URL=http://127.0.0.1:8001 NDIF_API_PORT=8001
   export NDIF_DEFAULT_DTYPE=${NDIF_DTYPE:-float32} NDIF_DEFAULT_PADDING_BIAS=0
   export NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS=${NDIF_TIMEOUT:-120}
-  export NDIF_MODEL_IMPORT_PATH=cpu_actor.CPUSandboxModelActor NDIF_SANDBOX_POOL_SIZE=1
+  export NDIF_MODEL_IMPORT_PATH=cpu_actor.CPUSandboxModelActor NDIF_SANDBOX_POOL_SIZE=2
   export PYTHONPATH=$here GRPC_ENABLE_FORK_SUPPORT=0 RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1
   export OMP_NUM_THREADS=1
   # a busy machine is slow to start Ray
   export RAY_DASHBOARD_STARTUP_TIMEOUT_S=600 RAY_raylet_start_wait_time_s=600 RAY_worker_register_timeout_seconds=600
-  export RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=600
+  export RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=600 RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S=600
+  export RAY_worker_niceness=0
 }
 
 install() {
@@ -90,19 +91,22 @@ up() {
 }
 
 down() {
-  # What was started here by its process id, and every process that carries this run's NDIF_HOME in its environment.
+  # What was started here by its process id, and every process of the server's virtual environment or of this run.
   for file in "$run"/*.pid; do
     if [ -f "$file" ]; then kill -9 "$(cat "$file")" 2>/dev/null || true; fi
   done
   for process in /proc/[0-9]*; do
     pid=${process#/proc/}
     [ "$pid" = $$ ] && continue
-    if { tr '\0' '\n' <"$process/environ" | grep -qx "NDIF_HOME=$run/home"; } 2>/dev/null; then
-      case "$(tr '\0' ' ' <"$process/cmdline")" in
-        *server.sh*) ;;
-        *) kill -9 "$pid" 2>/dev/null || true ;;
-      esac
-    fi
+    case "$(tr '\0' ' ' 2>/dev/null <"$process/cmdline" || true)" in
+      *server.sh*) ;;
+      "$venv"/*) kill -9 "$pid" 2>/dev/null || true ;;
+      *)
+        if { tr '\0' '\n' <"$process/environ" | grep -qx "NDIF_HOME=$run/home"; } 2>/dev/null; then
+          kill -9 "$pid" 2>/dev/null || true
+        fi
+        ;;
+    esac
   done
   rm -rf "$run"/ray/* "$run"/*.pid
 }

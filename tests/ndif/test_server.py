@@ -35,7 +35,8 @@ nnsight.register(__name__.partition(".")[0])  # functions of this file travel to
 
 @pytest.fixture(scope="session", autouse=True)
 def hub() -> None:
-    """The hub on loopback is the one that is asked."""
+    """The hub on loopback is the one that is asked, and no progress of requests is shown."""
+    nnsight.CONFIG.APP.REMOTE_LOGGING = False
     assert huggingface_hub.constants.ENDPOINT == "http://127.0.0.1:9700", "start pytest with HF_ENDPOINT set to the hub"
 
 
