@@ -66,10 +66,14 @@ class Item:
         """The first layer that changes."""
         return min(edit.layer for edit in self.edits)
 
-    def changes(self, layer: int) -> list[tuple]:
-        """What changes at a layer, comparable with another item's of the same rows."""
-        changes = ((edit.change, edit.value) for edit in self.edits if edit.layer == layer)
-        return [(c.site.name, c.positions or [], -1 if c.tap is None else c.tap, id(value)) for c, value in changes]
+    def changes(self, n_layers: int) -> list[list[tuple]]:
+        """What changes at each layer, comparable with another item's of the same rows."""
+        found: list[list[tuple]] = [[] for _ in range(n_layers)]
+        for edit in self.edits:
+            change = edit.change
+            tap = -1 if change.tap is None else change.tap
+            found[edit.layer].append((change.site.name, change.positions or [], tap, id(edit.value)))
+        return found
 
 
 @dataclass
@@ -80,11 +84,18 @@ class Entry:
         item: the item.
         layer: the layer before which they enter.
         origin: the entry of the same prompts whose rows they are copied from there; None: from the clean run.
+        first: the place of the first of them in the batch.
     """
 
     item: Item
     layer: int
     origin: Entry | None
+    first: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """Their place in the batch."""
+        return slice(self.first, self.first + len(self.item.rows))
 
 
 def entries(items: Sequence[Item], n_layers: int) -> list[Entry]:
@@ -93,7 +104,7 @@ def entries(items: Sequence[Item], n_layers: int) -> list[Entry]:
     The latest layer is found between neighbours once the items are sorted by what they change, layer by layer.
     """
     found: list[Entry] = []
-    keyed = [(item.rows.tolist(), [item.changes(layer) for layer in range(n_layers)], item) for item in items]
+    keyed = [(item.rows.tolist(), item.changes(n_layers), item) for item in items]
     before: tuple[list, list, Entry] | None = None
     for rows, changes, item in sorted(keyed, key=lambda key: key[:2]):
         layer, origin = 0, None
@@ -106,7 +117,12 @@ def entries(items: Sequence[Item], n_layers: int) -> list[Entry]:
         entry = Entry(item, item.layer, None) if item.layer >= layer else Entry(item, layer, origin)
         found.append(entry)
         before = rows, changes, entry
-    return sorted(found, key=lambda entry: entry.layer)
+    found.sort(key=lambda entry: entry.layer)
+    count = 0
+    for entry in found:
+        entry.first = count
+        count = entry.rows.stop
+    return found
 
 
 @dataclass
@@ -164,20 +180,18 @@ def run_job(model, job: Job) -> Float[Tensor, "R V"]:
     first = job.entries[0].layer
     for layer in range(first):
         model.layers[layer].skip(job.resid[0][:1, job.start :])  # of no use to anyone: rows join at `first`
-    count = 0
-    places = {}
     for index in range(first, model.n_layers):
         layer = model.layers[index]
         joining = [entry for entry in job.entries if entry.layer == index]
-        if joining or index == first:
+        if joining:
             stream = [] if index == first else [layer.input]
             for entry in joining:
-                size = len(entry.item.rows)
-                places[id(entry)] = slice(count, count + size)
-                count += size
-                clean = job.resid[index][entry.item.rows, job.start :]
-                stream.append(clean if entry.origin is None else stream[0][places[id(entry.origin)]])
+                if entry.origin is None:
+                    stream.append(job.resid[index][entry.item.rows, job.start :])
+                else:
+                    stream.append(stream[0][entry.origin.rows])
             layer.input = torch.cat(stream)
+            count = joining[-1].rows.stop
         change_layer(layer, index, job, count)
     positions = torch.arange(count, device=job.rows.device)
     model.backbone.norm_f.output = model.backbone.norm_f.output[positions, job.last].unsqueeze(1)
@@ -187,16 +201,12 @@ def run_job(model, job: Job) -> Float[Tensor, "R V"]:
 def change_layer(layer, index: int, job: Job, count: int) -> None:
     """Apply the batch's changes at one layer, and continue its conv and scan from the clean states."""
     changes: dict[str, list[tuple[slice, Item, Edit]]] = {}
-    offset = 0
     for entry in job.entries:
-        item = entry.item
         if entry.layer > index:
             break
-        rows = slice(offset, offset + len(item.rows))
-        offset = rows.stop
-        for edit in item.edits:
+        for edit in entry.item.edits:
             if edit.layer == index:
-                changes.setdefault(edit.change.site.name, []).append((rows, item, edit))
+                changes.setdefault(edit.change.site.name, []).append((entry.rows, entry.item, edit))
     h, before = (None if state is None else state[job.rows[:count]] for state in job.states[index])
     for name, site in SITES.items():
         if name == ConvStages.ORDER[0]:

@@ -358,8 +358,7 @@ class Chunk:
         with torch.no_grad(), model.trace(dummy):
             logits = run_job(model, job).save()
         logits = logits.gather(1, self.prompts.read[rows]).to(self.plain).cpu()
-        runs = logits.split([len(entry.item.rows) for entry in order])
-        found = {id(entry.item): run for entry, run in zip(order, runs, strict=True)}
+        found = {id(entry.item): logits[entry.rows] for entry in order}
         return torch.cat([found[id(item)] for item in items])
 
     def _source_values(self, start: int, items: Sequence[Item]) -> SourceValues:

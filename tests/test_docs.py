@@ -93,7 +93,7 @@ def test_notebooks_are_committed_as_executed(path):
     assert str(Path.home()) + "/" not in text and "/tmp/" not in text
     opening = "".join(cells[0]["source"])
     for words in ('MODEL = "state-spaces/mamba-370m-hf"', "remote=True", "colab.research.google.com"):
-        assert words in opening or (words.startswith("MODEL") and 'load_model("state-spaces/mamba-370m-hf"' in opening)
+        assert words in opening or (words.startswith("MODEL") and 'load_model("state-spaces/mamba-370m-hf")' in opening)
 
 
 def test_there_are_notebooks():
