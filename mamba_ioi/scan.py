@@ -23,8 +23,11 @@ PatchFn = Callable[[int, Tensor], Tensor]
 
 _KERNEL_DEVICE = "cuda"
 
-_BLOCK = 2**19
-"""How many elements of the states the backward pass holds at once, about: few enough for a core's cache."""
+_BLOCK = 2**18
+"""How many elements of the states are worked on at once, about: few enough for a core's cache."""
+
+_HELD = 2**22
+"""How many elements of the states, over all positions, the backward pass holds at once, about."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -149,13 +152,19 @@ def _stepwise(x, delta, A, B, C, initial):
 
 
 def _in_place(x, delta, A, B, C, initial):
-    h, decay = initial.clone(), torch.empty_like(initial)
-    weighted, y = delta * x, torch.empty_like(x)
-    for t in range(x.shape[1]):
-        torch.mul(delta[:, t, :, None], A, out=decay).exp_()
-        h.mul_(decay).addcmul_(weighted[:, t, :, None], B[:, t, None, :])
-        y[:, t] = torch.matmul(h, C[:, t, :, None]).squeeze(-1)
-    return y, h
+    size = max(1, _BLOCK // A.numel()) if x.device.type == "cpu" else len(x)
+    delta, rate = delta.contiguous(), A.T.contiguous()  # channels innermost in all that follows; h is [B, N, E]
+    weighted, y = delta * x, torch.empty_like(delta)
+    h = initial.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        step, inflow, b, c, state, out = delta[part], weighted[part], B[part], C[part], h[part], y[part]
+        decay = torch.empty_like(state)
+        for t in range(x.shape[1]):
+            torch.mul(step[:, t, None, :], rate, out=decay).exp_()
+            state.mul_(decay).addcmul_(inflow[:, t, None, :], b[:, t, :, None])
+            out[:, t] = torch.matmul(c[:, t, None, :], state).squeeze(1)
+    return y, h.transpose(1, 2)
 
 
 class Recomputed(torch.autograd.Function):
@@ -178,30 +187,30 @@ class Recomputed(torch.autograd.Function):
 
 def _gradients(x, delta, A, B, C, initial, d_y, d_last, *, for_A: bool):
     """The gradients of `_in_place`'s arguments, from those of its results; that of A only if it is asked for."""
-    rows, length, width = x.shape
-    size = max(1, min(rows, _BLOCK // (length * width * A.shape[-1])))
+    rows, length, _ = x.shape
+    size = max(1, min(rows, _BLOCK // A.numel(), _HELD // (length * A.numel())))
+    x, delta, d_y, rate = x.contiguous(), delta.contiguous(), d_y.contiguous(), A.T.contiguous()  # as in `_in_place`
     weighted = delta * x
-    states = x.new_empty(length + 1, size, *A.shape)
-    decays, product = x.new_empty(length, size, *A.shape), x.new_empty(size, *A.shape)
-    ones = x.new_ones(A.shape[-1], 1)
+    held, decays = (x.new_empty(length + k, size, *rate.shape) for k in (1, 0))
     d_weighted, d_delta, d_B, d_C = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
-    d_A, d_h = torch.zeros_like(A), d_last.clone()
-    for some in torch.arange(rows).split(size):
-        part = slice(int(some[0]), int(some[-1]) + 1)
-        step, inflow, b, c, g = delta[part], weighted[part], B[part], C[part], d_y[part]
-        h, decay, work, d = states[:, : len(some)], decays[:, : len(some)], product[: len(some)], d_h[part]
-        h[0].copy_(initial[part])
+    d_A, d_h = torch.zeros_like(rate), d_last.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        step, inflow, b, c, g, d = delta[part], weighted[part], B[part], C[part], d_y[part], d_h[part]
+        h, decay, work = held[:, : len(d)], decays[:, : len(d)], torch.empty_like(d)
+        h[0].copy_(initial[part].transpose(1, 2))
         for t in range(length):
-            torch.mul(step[:, t, :, None], A, out=decay[t]).exp_()
-            torch.mul(h[t], decay[t], out=h[t + 1]).addcmul_(inflow[:, t, :, None], b[:, t, None, :])
+            torch.mul(step[:, t, None, :], rate, out=decay[t]).exp_()
+            torch.mul(h[t], decay[t], out=h[t + 1]).addcmul_(inflow[:, t, None, :], b[:, t, :, None])
         for t in reversed(range(length)):
-            d_C[part, t] = torch.matmul(g[:, t, None, :], h[t + 1]).squeeze(1)
-            d.addcmul_(g[:, t, :, None], c[:, t, None, :])
-            d_B[part, t] = torch.matmul(inflow[:, t, None, :], d).squeeze(1)
-            d_weighted[part, t] = torch.matmul(d, b[:, t, :, None]).squeeze(-1)
+            d_C[part, t] = torch.matmul(h[t + 1], g[:, t, :, None]).squeeze(-1)
+            d.addcmul_(g[:, t, None, :], c[:, t, :, None])
+            d_B[part, t] = torch.matmul(d, inflow[:, t, :, None]).squeeze(-1)
+            d_weighted[part, t] = torch.matmul(b[:, t, None, :], d).squeeze(1)
             d.mul_(decay[t])
             torch.mul(d, h[t], out=work)
             if for_A:
-                d_A += (work * step[:, t, :, None]).sum(0)
-            d_delta[part, t] = torch.matmul(work.mul_(A), ones).squeeze(-1)
-    return d_weighted * delta, d_delta.addcmul_(d_weighted, x), d_A if for_A else None, d_B, d_C, d_h
+                d_A += (work * step[:, t, None, :]).sum(0)
+            d_delta[part, t] = work.mul_(rate).sum(1)
+    d_delta.addcmul_(d_weighted, x)
+    return d_weighted * delta, d_delta, d_A.T if for_A else None, d_B, d_C, d_h.transpose(1, 2)

@@ -144,9 +144,25 @@ def test_real_parameters(shared):
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 3])
+def test_a_few_rows_at_a_time_equal_every_state(monkeypatch, rows_at_once):
+    x, delta, A, B, C = random_inputs()
+    delta = delta.mT.contiguous().mT  # channels outermost, as in the model
+    initial = torch.randn(3, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kept = initial.clone()
+    monkeypatch.setattr(scan, "_BLOCK", rows_at_once * 8 * 4)
+    y, last = selective_scan(x, delta, A, B, C, initial=initial)
+    h = every_state(x, delta, A, B, initial=initial)
+    torch.testing.assert_close(y, read_out(h, C), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, h[:, -1], rtol=1e-12, atol=1e-12)
+    again, _ = selective_scan(x, delta, A, B, C, initial=last)
+    torch.testing.assert_close(last, h[:, -1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(initial, kept) and not torch.equal(again, y)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3])
 def test_gradients_that_keep_no_state_equal_autograds(monkeypatch, rows_at_once):
     inputs = [tensor.requires_grad_() for tensor in (*random_inputs(), torch.randn(3, 8, 4, dtype=torch.float64))]
-    monkeypatch.setattr(scan, "_BLOCK", rows_at_once * 7 * 8 * 4)
+    monkeypatch.setattr(scan, "_HELD", rows_at_once * 7 * 8 * 4)
     weights = torch.randn(3, 7, 8, dtype=torch.float64), torch.randn(3, 8, 4, dtype=torch.float64)
 
     def gradients(form):
