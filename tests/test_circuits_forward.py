@@ -59,6 +59,20 @@ def test_whole_and_empty_graph(model: MambaModel, graph: Graph) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_unembedding_is_one_product_of_all_rows(model: MambaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that are not side by side in memory torch makes a product each, and reads the weights again for each."""
+    seen, linear = [], torch.nn.functional.linear
+
+    def noted(value, weight, bias=None):
+        if weight is model._module.lm_head.weight:
+            seen.append(value)
+        return linear(value, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    record(model, TOKENS[1], LAST)
+    assert [tuple(value.shape) for value in seen] == [(ROWS, 1, model.d_model)] and seen[0].is_contiguous()
+
+
 @pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH)], ids=str)
 def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
     run = record(model, TOKENS[1], LAST, fine=graph.fine)

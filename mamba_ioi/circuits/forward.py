@@ -92,7 +92,7 @@ def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows 
     final = final[rows, read.repeat(final.shape[0] // read.shape[0])]
     find(model, _FINAL_NORMS).input = final.to(dtype)[:, None].expand(-1, length, -1)
     head = find(model, _HEADS)
-    head.input = head.input[:, :1]
+    head.input = head.input[:, :1].contiguous()  # else the head's weight is read once a row
     return head.output[:, 0]
 
 
