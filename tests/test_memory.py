@@ -1,0 +1,92 @@
+"""The memory that an experiment may use sets how many rows run at once, and no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+import torch
+
+from mamba_ioi import circuits, experiments, memory
+from mamba_ioi.dataset import IOIDataset
+from mamba_ioi.model import MambaModel, wrap
+
+from .conftest import random_mamba
+from .plain import prompt_tokenizer
+
+NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
+TOKENIZER = prompt_tokenizer(NAMES)
+
+
+@pytest.fixture(scope="module")
+def model() -> MambaModel:
+    return wrap(random_mamba(seed=2, dtype=torch.float64, vocab_size=len(TOKENIZER)), TOKENIZER, model_id="random")
+
+
+@pytest.fixture(scope="module")
+def data() -> IOIDataset:
+    return IOIDataset.generate(TOKENIZER, 3, seed=27)
+
+
+@pytest.fixture(scope="module")
+def scores(model: MambaModel, data: IOIDataset):
+    return circuits.eap(model, data)
+
+
+def means(model, data, scores) -> pd.DataFrame:
+    found = experiments.name_means(model, 1, 40, progress=False)
+    return pd.DataFrame(found.means.flatten(1).numpy()).assign(n=found.counts.sum(1).numpy())
+
+
+WORKS: dict[str, Callable] = {
+    "layer_removal": lambda model, data, scores: experiments.layer_removal(model, data, progress=False).table,
+    "greedy_layer_removal": lambda model, data, _: experiments.greedy_layer_removal(model, data, progress=False).table,
+    "resample_ablation": lambda model, data, _: experiments.resample_ablation(model, data, progress=False).table,
+    "cross_talk": lambda model, data, _: experiments.cross_talk(model, data, progress=False).table,
+    "conv_slices": lambda model, data, _: experiments.conv_slices(model, data, 1, progress=False).table,
+    "name_means": means,
+    "name_steering": lambda model, *_: experiments.name_steering(model, 1, 40, 5, progress=False).table,
+    "exact_effects": lambda model, data, _: circuits.exact_effects(model, data).table,
+    "eap": lambda model, data, _: circuits.eap(model, data, positional=True, fine=True).table,
+    "minimal_circuit": lambda model, data, scores: circuits.minimal_circuit(model, data, scores).table,
+    "acdc": lambda model, data, _: circuits.acdc(model, data).table,
+    "faithfulness": lambda model, data, scores: circuits.faithfulness(model, data, scores).table,
+}
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_the_memory_changes_no_result(name, model, data, scores, monkeypatch) -> None:
+    work, asked = WORKS[name], []
+    whole = work(model, data, scores)
+    inside = memory.budget
+    monkeypatch.setattr(model, "memory", 1)
+    monkeypatch.setattr(memory, "budget", lambda model: asked.append(inside(model)) or asked[-1])
+    one_at_a_time = work(model, data, scores)
+    assert set(asked) == {1}, "the work sizes its batches by the memory"
+    assert len(whole) > 1
+    pd.testing.assert_frame_equal(one_at_a_time, whole, check_exact=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimate", ["eap", "attribution"])
+def test_what_a_gradient_pass_keeps_is_estimated(model, data, estimate, monkeypatch) -> None:
+    kept: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model._module.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    one = data[:1]
+    monkeypatch.setattr(model, "memory", 1)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        if estimate == "eap":
+            circuits.eap(model, one, steps=1)
+        else:
+            experiments.resample_ablation(model, one, layers=[0], estimate="attribution", progress=False)
+    floats = sum(kept.values()) / 2  # this model's are float64, the estimate is of float32
+    estimated = memory.backward_bytes(model, one.clean_tokens.shape[1])
+    print(floats, estimated)
+    assert estimated / 4 < floats < estimated
