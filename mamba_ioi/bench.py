@@ -26,6 +26,9 @@ from .model import CausalLM, MambaModel, load_model, wrap
 from .patching import run
 from .sweep import Readout, Resample, sweep
 
+SECONDS = 5.0
+"""Works are timed again for as long as this, since a short one is easily disturbed."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -51,7 +54,7 @@ def bench(
     Args:
         layers: of the model; mamba-370m has 48.
         prompts: rows of the forward pass; the other works take a fraction of them.
-        repeats: timings of each piece of work, of which the smallest counts.
+        repeats: least number of timings of each piece of work, of which the smallest counts.
         device: where to compute; the CPU unless given.
         dtype: of the weights; float32 unless given.
         only: names of `WORKS`; all of them if None.
@@ -88,9 +91,10 @@ def mamba_370m(layers: int = 48, dtype: torch.dtype = torch.float32, device: str
 
 
 def timed(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """The smallest time of each piece of work in seconds, the pieces taken in turn."""
+    """The smallest time of each piece of work in seconds, the pieces taken in turn, short ones for `SECONDS`."""
     times: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
+    begun = time.perf_counter()
+    while len(times[-1]) < repeats or (time.perf_counter() - begun < SECONDS and len(times[-1]) < 50):
         for mine, work in zip(times, works, strict=True):
             start = time.perf_counter()
             work()
