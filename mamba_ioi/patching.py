@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -139,6 +140,8 @@ def cache(
     """
     if isinstance(sites, str):
         sites = [sites]
+    if not isinstance(sites, Iterable):
+        raise ValueError(f"sites are names or (name, layer) pairs, not {sites!r}")
     refs: list[SiteRef] = []
     for site in sites:
         bare = site in SITES and SITES[site].owner != "model" if isinstance(site, str) else False
@@ -193,7 +196,10 @@ def read_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B"] | Non
         return None
     if positions is None:
         return ids.new_full((ids.shape[0],), ids.shape[1] - 1)
-    positions = torch.as_tensor(positions)
+    try:
+        positions = torch.as_tensor(positions)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'positions are None, a LongTensor [B] or "all", not {positions!r}') from None
     if positions.shape != ids.shape[:1] or positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions hold one integer a row, [{ids.shape[0]}], not {tuple(positions.shape)}")
     if ((positions < -ids.shape[1]) | (positions >= ids.shape[1])).any():
@@ -268,7 +274,8 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
     tap = None
     if patch.slice is not None:
         taps = range(1 - model.d_conv, 1)
-        if site.name != "conv_slice" or isinstance(patch.slice, bool | float) or patch.slice not in taps:
+        whole = isinstance(patch.slice, Integral) and not isinstance(patch.slice, bool)
+        if site.name != "conv_slice" or not whole or patch.slice not in taps:
             raise ValueError(
                 f"slice={patch.slice} at the site {site.name!r}: slices are {list(taps)}, at the site 'conv_slice'"
             )

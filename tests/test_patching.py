@@ -444,6 +444,7 @@ WRONG_PATCHES = [
     (("h", 1, torch.zeros(4, 24, 4), [1]), "does not fit"),
     (("blocks.1.hook_h.7", None, torch.zeros(3, 24, 4)), "does not fit"),
     (("conv_slice", 1, torch.zeros(4, 9, 24, 4), None, -1), r"\(4, 9, 24\)"),
+    (("conv_slice", 1, 0.0, [2], torch.tensor([0, 1])), "slices are"),
     (("conv", 1, None), "not NoneType"),
     (("conv", 1, "0"), "not str"),
     (("conv", 1, [0.0]), "not list"),
@@ -457,6 +458,16 @@ def test_wrong_patches(small, tokens, patch, words):
         with pytest.raises(ValueError, match=words) as error:
             act([Patch(*patch)])
         assert "\n" not in str(error.value)
+
+
+def test_positions_that_are_no_numbers(small, tokens):
+    with pytest.raises(ValueError, match=r"positions are None, .*, not \{\}"):
+        run(small, tokens, [], positions={})
+
+
+def test_sites_that_are_no_names(small, tokens):
+    with pytest.raises(ValueError, match=r"sites are names or \(name, layer\) pairs, not None"):
+        cache(small, tokens, None)
 
 
 @pytest.mark.parametrize("patches", [Patch("conv", 1, 0.0), ["conv"], [None], [("conv", 1, 0.0)]])

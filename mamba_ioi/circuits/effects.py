@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import torch
@@ -81,6 +81,9 @@ def overlap(one: Circuit | Sequence, other: Circuit | Sequence) -> dict[str, flo
 
     Returns:
         ``shared`` (how many), ``precision`` (of the first), ``recall`` (of the second), ``jaccard`` (of either).
+
+    Raises:
+        ValueError: if one is neither a circuit nor edges.
     """
     first, second = set(_edges(one)), set(_edges(other))
     shared = len(first & second)
@@ -94,7 +97,10 @@ def overlap(one: Circuit | Sequence, other: Circuit | Sequence) -> dict[str, flo
 
 
 def _edges(edges: Circuit | Sequence) -> list[tuple]:
-    return [tuple(edge) for edge in (edges.edges if isinstance(edges, Circuit) else edges)]
+    listed = edges.edges if isinstance(edges, Circuit) else edges
+    if not isinstance(listed, Iterable) or not all(isinstance(edge, tuple | list) for edge in listed):
+        raise ValueError(f"edges are a Circuit or tuples (src, dst[, position]), not {type(edges).__name__}")
+    return [tuple(edge) for edge in listed]
 
 
 def _scores(scores: Result | pd.DataFrame) -> pd.DataFrame:

@@ -175,6 +175,8 @@ def row_bytes(model, graph: Graph, length: int, together: int) -> int:
 
 def graph_for(circuit: Circuit, data: IOIDataset, model) -> Graph:
     """The circuit's graph, with as many positions as the prompts have."""
+    if not isinstance(circuit, Circuit):
+        raise ValueError(f"a circuit is a Circuit, not {type(circuit).__name__}")
     if circuit.length is None:
         return circuit.graph
     length = Pairs.of(model, data, positional=True).length

@@ -45,6 +45,8 @@ class Pairs:
             ValueError: if there are no rows, if clean and corrupt prompts differ in length, or if edges are to be kept
                 apart by position and the prompts are not aligned.
         """
+        if not isinstance(data, IOIDataset):
+            raise ValueError(f"the data are an IOIDataset, not {type(data).__name__}")
         clean, corrupt, last = data.clean_tokens, data.corrupt_tokens, data.last_position
         if clean.shape != corrupt.shape:
             raise ValueError(

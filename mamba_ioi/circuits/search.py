@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from numbers import Integral
 from typing import Literal
 
 import pandas as pd
@@ -32,6 +33,8 @@ def scored_graph(
         ValueError: if the table lacks a column, or is not the scores of every edge of one graph.
     """
     table = scores.table if isinstance(scores, Result) else scores
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"scores are a Result or its table, not {type(scores).__name__}")
     missing = {"src", "dst", "score"} - set(table.columns)
     if missing:
         raise ValueError(f"scores are a table with src, dst, position, score; {', '.join(sorted(missing))} is missing")
@@ -85,8 +88,8 @@ def top_k(scores: Result, k: int, *, by: Ranking = "signed", seed: int = 0, prun
         prune: remove those on no path from embed to output, which change no run.
     """
     graph, values = scored_graph(scores)
-    if not 0 <= k <= len(graph):
-        raise ValueError(f"k is from 0 to {len(graph)}, not {k}")
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 0 <= k <= len(graph):
+        raise ValueError(f"k is from 0 to {len(graph)}, a whole number, not {k!r}")
     mask = prefix_mask(graph, rank(values, by, seed), k)
     return _circuit(graph, values, mask, prune, meta={"found_by": f"top {k} by {by} score"})
 

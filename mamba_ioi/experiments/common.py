@@ -72,6 +72,7 @@ def check_positions(data: IOIDataset, positions: Sequence[int] | int | None) -> 
 
 
 def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
+    values = values.tolist() if hasattr(values, "tolist") else values  # of tensors and arrays
     values = list(values) if isinstance(values, Iterable) else [values]
     allowed = range(count)
     if not values or any(isinstance(value, bool) or value not in allowed for value in values):

@@ -71,7 +71,7 @@ def resample_ablation(
     """
     model.require_mamba("resample ablations of sites")
     check_data(data, aligned="resample_ablation")
-    info = SITES.get(site)
+    info = SITES.get(site) if isinstance(site, str) else None
     if info is None or info.owner == "model" or not info.by_position:
         usable = [name for name, other in SITES.items() if other.owner != "model" and other.by_position]
         raise ValueError(f"site {site!r} has no layers and positions to go through; use one of {', '.join(usable)}")
