@@ -306,11 +306,16 @@ def integers(positions: int | Iterable[int]) -> list[int]:
     Raises:
         ValueError: if one of them is no integer.
     """
-    listed = positions.tolist() if hasattr(positions, "tolist") else positions  # of tensors and arrays
-    listed = list(listed) if isinstance(listed, Iterable) else [listed]
-    if all(hasattr(p, "__index__") and not isinstance(p, bool) for p in listed):
-        return [operator.index(p) for p in listed]
+    numbers = listed(positions)
+    if all(hasattr(p, "__index__") and not isinstance(p, bool) for p in numbers):
+        return [operator.index(p) for p in numbers]
     raise ValueError(f"positions are integers, not {positions!r}")
+
+
+def listed(values) -> list:
+    """One value, or any collection of them, tensors and arrays included, as a list."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, Iterable) else [values]
 
 
 def forward(model, plan: Plan, read: Tensor | None):

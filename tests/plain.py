@@ -23,6 +23,10 @@ Edit = Callable[[Tensor], Tensor]
 PATTERN = r"After|wards|F(?=riends)|riends| ?\w+|[.,]"
 
 
+NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
+"""Names for a small tokenizer."""
+
+
 def prompt_tokenizer(names: list[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with exactly the words of the prompts, which aligns the templates as GPT-NeoX's does."""
     words = [BOS, "[UNK]"]

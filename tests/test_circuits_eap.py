@@ -17,9 +17,8 @@ from mamba_ioi.model import MambaModel, wrap
 
 from . import plain_circuits
 from .conftest import random_mamba
-from .plain import prompt_tokenizer
+from .plain import NAMES, prompt_tokenizer
 
-NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
 TOKENIZER = prompt_tokenizer(NAMES)
 
 
@@ -235,3 +234,5 @@ def test_what_does_not_fit_is_refused(model: MambaModel, data: IOIDataset) -> No
         eap(model, data, steps=0)
     with pytest.raises(ValueError, match="no rows"):
         eap(model, data[[]])
+    with pytest.raises(ValueError, match="scores are a Result or its table, not NoneType"):
+        rank_correlation(eap(model, data, steps=1), None)

@@ -28,9 +28,8 @@ from mamba_ioi.model import MambaModel, wrap
 
 from . import plain_circuits
 from .conftest import random_mamba
-from .plain import prompt_tokenizer
+from .plain import NAMES, prompt_tokenizer
 
-NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
 TOKENIZER = prompt_tokenizer(NAMES)
 
 

@@ -24,8 +24,7 @@ from mamba_ioi.result import bootstrap_interval
 
 from . import plain
 from .conftest import random_mamba
-
-NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
+from .plain import NAMES
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from mamba_ioi.result import bootstrap_interval
 
 from . import plain
 from .conftest import random_mamba
+from .plain import NAMES
 
-NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
 TOKENIZER = plain.prompt_tokenizer(NAMES)
 LAYERS = 3
 

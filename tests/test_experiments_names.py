@@ -16,8 +16,8 @@ from mamba_ioi.model import MambaModel, wrap
 
 from . import plain
 from .conftest import random_mamba
+from .plain import NAMES
 
-NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
 LAYER, PAIRS, SEED = 1, 48, 3
 
 

@@ -13,9 +13,8 @@ from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.model import MambaModel, wrap
 
 from .conftest import random_mamba
-from .plain import prompt_tokenizer
+from .plain import NAMES, prompt_tokenizer
 
-NAMES = ["Aaron", "Bella", "Carl", "Diana", "Edgar", "Felix", "Oscar", "Paula"]
 TOKENIZER = prompt_tokenizer(NAMES)
 
 
@@ -88,5 +87,4 @@ def test_what_a_gradient_pass_keeps_is_estimated(model, data, estimate, monkeypa
             experiments.resample_ablation(model, one, layers=[0], estimate="attribution", progress=False)
     floats = sum(kept.values()) / 2  # this model's are float64, the estimate is of float32
     estimated = memory.backward_bytes(model, one.clean_tokens.shape[1])
-    print(floats, estimated)
     assert estimated / 4 < floats < estimated

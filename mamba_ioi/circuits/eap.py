@@ -126,6 +126,18 @@ def score_table(graph: Graph, scores: Float[Tensor, "n_pairs width"]) -> pd.Data
     return edge_table(graph.edges()).assign(score=scores.flatten().tolist())
 
 
+def table_of(scores: Result | pd.DataFrame) -> pd.DataFrame:
+    """The table of scores that come as a result or as its table.
+
+    Raises:
+        ValueError: if they are neither.
+    """
+    table = scores.table if isinstance(scores, Result) else scores
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"scores are a Result or its table, not {type(scores).__name__}")
+    return table
+
+
 def attributed_batch(
     model,
     graph: Graph,

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..dataset import IOIDataset
 from ..result import Result, note_precisions
 from .circuit import Circuit
-from .eap import score_table
+from .eap import score_table, table_of
 from .graph import Graph
 from .measure import MANY, Bench
 from .pairs import Pairs
@@ -104,7 +104,7 @@ def _edges(edges: Circuit | Sequence) -> list[tuple]:
 
 
 def _scores(scores: Result | pd.DataFrame) -> pd.DataFrame:
-    table = scores.table if isinstance(scores, Result) else scores
+    table = table_of(scores)
     if "position" not in table:
         table = table.assign(position=-1)
     return table.set_index(KEY)[["score"]]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..dataset import IOIDataset
 from ..result import Result, note_precisions
 from .circuit import Circuit, edge_table
+from .eap import table_of
 from .graph import Graph
 from .measure import Bench
 
@@ -32,9 +33,7 @@ def scored_graph(
     Raises:
         ValueError: if the table lacks a column, or is not the scores of every edge of one graph.
     """
-    table = scores.table if isinstance(scores, Result) else scores
-    if not isinstance(table, pd.DataFrame):
-        raise ValueError(f"scores are a Result or its table, not {type(scores).__name__}")
+    table = table_of(scores)
     missing = {"src", "dst", "score"} - set(table.columns)
     if missing:
         raise ValueError(f"scores are a table with src, dst, position, score; {', '.join(sorted(missing))} is missing")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dataset import CORRUPTIONS, IOIDataset
 from ..metrics import accuracy, answer_probability, normalized_logit_diff
+from ..patching import listed
 from ..result import bootstrap_interval
 from ..sweep import Readout, Resample, sweep
 
@@ -72,8 +73,7 @@ def check_positions(data: IOIDataset, positions: Sequence[int] | int | None) -> 
 
 
 def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
-    values = values.tolist() if hasattr(values, "tolist") else values  # of tensors and arrays
-    values = list(values) if isinstance(values, Iterable) else [values]
+    values = listed(values)
     allowed = range(count)
     if not values or any(isinstance(value, bool) or value not in allowed for value in values):
         shown = values[0] if len(values) == 1 else values
