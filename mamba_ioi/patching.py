@@ -154,9 +154,8 @@ def cache(
             raise ValueError(f"position {ref.position} is outside the prompt's {ids.shape[1]} positions")
     plan = Plan.make(model, ids, patches, refs)
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), model.trace(ids) as tracer:
+    with torch.no_grad(), model.trace(ids):
         found = forward(model, plan, None)[0].save()
-        tracer.stop()
     return ActivationCache((ref.key, found[ref.key]) for ref in refs)
 
 
@@ -330,6 +329,7 @@ def forward(model, plan: Plan, read: Tensor | None):
     for layer in range(min(plan.last + 1, model.n_layers)):
         visit(model, layer, [name for name, site in SITES.items() if site.owner != "model"], plan, found)
     if plan.last < model.n_layers:
+        leave_out(model, plan.last + 1)
         return found, None
     visit(model, None, ("norm",), plan, found)
     outputs = plan.changes.get(None, {}).get("logits") or any(
@@ -344,6 +344,16 @@ def forward(model, plan: Plan, read: Tensor | None):
     if read is None:
         return found, result
     return found, result[torch.arange(read.shape[0], device=read.device), read]
+
+
+def leave_out(model, first: int) -> None:
+    """Run no layer from ``first`` on, and no unembedding.
+
+    Unlike `tracer.stop`, after which NDIF's sandbox (0.1.2) gives the next trace of the request nothing.
+    """
+    for layer in range(first, model.n_layers):
+        model.layers[layer].skip(model.layers[layer].input)
+    model.lm_head.skip(model.lm_head.input)
 
 
 def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """A server in a process without this package: it runs requests from its standard input as an NDIF server would.
 
 What a server lacks is refused here by name, whatever is installed; as in NDIF's sandbox, a request does not write back
-what waits. Each line is a request, in base64; the answer is a
+what waits, and a trace that stops early leaves none for the next. Each line is a request, in base64; the answer is a
 line too: OK and the compressed result, or ERR and the traceback.
 """
 
@@ -18,6 +18,7 @@ import zstandard
 from greenlet import getcurrent
 from nnsight import TransformersModel
 from nnsight.intervention.interleaver import Mediator, Pending
+from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.tracer import _saves, dec, inc
 
@@ -27,6 +28,11 @@ ABSENT = ("mamba_ioi", "einops", "jaxtyping", "beartype", "pandas", "tqdm", "psu
 def event(cls, kind, location, *rest):
     """`Mediator.event` without its flush."""
     return getcurrent().parent.switch(Pending(kind, location, cls.current(location).wanted(location), *rest))
+
+
+def stop(tracer):
+    """`InterleavingTracer.stop`, after which a sandbox takes the end of this trace for that of the next."""
+    raise RuntimeError("a trace that stops early leaves no results to the next one of the same request")
 
 
 class Absent:
@@ -66,6 +72,7 @@ def main() -> None:
         del sys.modules[name]
     sys.meta_path.insert(0, Absent())
     Mediator.event = classmethod(event)
+    InterleavingTracer.stop = stop
     print("READY", file=out, flush=True)
     for line in sys.stdin:
         print(answer(model, line), file=out, flush=True)

@@ -94,16 +94,16 @@ class TestCache:
         for key, value in acts.items():
             close(value, plain[key])
 
-    def test_layers_after_the_last_site_do_not_run(self, small, tokens):
-        seen = []
-        handles = [
-            block.register_forward_hook(lambda *_, i=i: seen.append(i))
-            for i, block in enumerate(small._module.backbone.layers)
-        ]
+    def test_layers_after_the_last_site_and_the_head_do_not_run(self, small, tokens, monkeypatch):
+        ran, linear = [], F.linear
+        monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: ran.append(weight) or linear(x, weight, bias))
         cache(small, tokens, ["embed", ("conv", 1)])
-        for handle in handles:
-            handle.remove()
-        assert 2 not in seen
+        layers = small._module.backbone.layers
+        entered = [any(weight is layer.mixer.in_proj.weight for weight in ran) for layer in layers]
+        assert entered == [True, True, False]
+        assert not any(weight is small._module.lm_head.weight for weight in ran)
+        cache(small, tokens, ["norm"])
+        assert any(weight is layers[2].mixer.in_proj.weight for weight in ran)
 
     def test_patches(self, small, tokens):
         patches = [Patch("resid_post", 0, 0.5, [3])]
