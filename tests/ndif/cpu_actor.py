@@ -4,12 +4,10 @@ import os
 
 import ray
 import torch
+from forked_runners import spawner
 from ndif.services.ray.sandbox import host
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
-
-PATIENCE = 600.0
-"""Seconds that a sandbox may take to start: NDIF allows 30, in which a busy machine does not import torch."""
 
 
 @ray.remote(num_cpus=1, max_restarts=-1)
@@ -19,11 +17,9 @@ class CPUSandboxModelActor(SandboxModelDeployment):
     CACHEABLE = False
 
     def __init__(self, *args, **kwargs):
-        spawn, environment = host.spawn, host.runner_env
-        here = {name: os.environ[name] for name in ("HF_ENDPOINT", "OMP_NUM_THREADS")}
-        host.runner_env = lambda: environment() | here
-        host.spawn = lambda **options: spawn(timeout=PATIENCE, **options)
-        host.Pool.acquire.__defaults__ = (PATIENCE,)
+        here = {name: os.environ[name] for name in ("HF_ENDPOINT", "OMP_NUM_THREADS", "PYTHONPATH")}
+        host.spawn = spawner(host.runner_env() | here | {"PYTHONHASHSEED": "0"})
+        host.Pool.acquire.__defaults__ = (600.0,)  # seconds, of which NDIF allows 30
         torch.cuda.synchronize = lambda *args, **kwargs: None  # NDIF calls it after every request, without asking
         super().__init__(*args, **kwargs)
 
