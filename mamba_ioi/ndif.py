@@ -153,6 +153,8 @@ class Backend(RemoteBackend):
         """What the description of a failed job means."""
         if limit := re.search(r"exceeded the execution timeout of ([\d.]+)", description):
             return TimeoutError(f"the request ran longer than the {limit[1]} s that {where} allows")
+        if refused := re.search(r"(could not deploy|error (starting|provisioning)) .*", description, re.I):
+            return ValueError(f"{where} cannot run {_repository(self.model_key)}: {refused[0]}")
         if any(phrase in description.lower() for phrase in _TRANSIENT):
             return ConnectionError(f"{where} dropped the request: {_first(description)}")
         return RemoteError(description)
@@ -192,6 +194,11 @@ def get(host: str, path: str, *, api_key: str | None = None):
         raise backend.fault(socket.gaierror() if name else ConnectionRefusedError()) from None
     except (httpx.HTTPError, ValueError) as error:
         raise backend.fault(error) from None
+
+
+def _repository(model_key: str) -> str:
+    """The Hub id in a model's name on servers."""
+    return json.loads(model_key.partition(":")[2])["repo_id"]
 
 
 def _first(text: str) -> str:

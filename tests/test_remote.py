@@ -418,6 +418,21 @@ def test_refusals(status: int, detail: str, kind: type, sentence: str) -> None:
     assert KEY not in str(fault)
 
 
+@pytest.mark.parametrize(
+    "description",
+    [
+        "Could not deploy this model. CANT_ACCOMMODATE: placed 0 of 1 new replicas",
+        "Error starting model. Please try again later. Sorry for the inconvenience.",
+    ],
+)
+def test_a_model_that_cannot_be_deployed(description: str) -> None:
+    key = 'nnsight.modeling.transformers.TransformersModel:{"repo_id": "mamba-ioi/tiny", "revision": null}'
+    backend = ndif.Backend(key, "http://server", remote.Traffic(), quiet=True, env={})
+    fault = backend.fault(RemoteError(f"job 7 failed:\n{description}\n"))
+    assert type(fault) is ValueError
+    assert str(fault) == f"http://server cannot run mamba-ioi/tiny: {description}"
+
+
 def test_the_key_is_in_no_message(
     ids: torch.Tensor, answering, monkeypatch: pytest.MonkeyPatch, caplog, capsys
 ) -> None:
