@@ -49,6 +49,7 @@ start() { # NAME COMMAND...: in the background, in a session of its own, with it
 
 api() {
   environment
+  redis-cli -p 6399 del ray:connected >/dev/null  # which an API that was killed has left behind
   NDIF_SERVICE=api start api gunicorn --config python:ndif.services.api.gunicorn_conf --bind 127.0.0.1:8001 keyed_api:app
   for _ in $(seq 240); do
     if curl -s http://127.0.0.1:8001/connected | grep -q '"connected"'; then

@@ -163,7 +163,7 @@ def test_figures(experiment, there: MambaModel, local: MambaModel, data: IOIData
 
 def test_acdc_needs_no_gradients(there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
     start = circuits.minimal_circuit(local, data, circuits.eap(local, data, steps=1))
-    found, expected = (circuits.acdc(model, data, start, 1e-2) for model in (there, local))
+    found, expected = (circuits.acdc(model, data[:2], start, 1e-2, fine=False) for model in (there, local))
     assert found.edges == expected.edges
     pd.testing.assert_frame_equal(found.table, expected.table, check_exact=False, rtol=0, atol=1e-5)
 
@@ -201,13 +201,13 @@ def test_bytes_do_not_grow_with_the_model(data: IOIDataset, monkeypatch: pytest.
     traffics = {}
     for name in ("narrow", "wide"):
         model = served(name, "trusted", monkeypatch)
-        experiments.resample_ablation(model, data, progress=False)
-        experiments.resample_ablation(model, data, "h", progress=False)
+        experiments.resample_ablation(model, data, positions=[2, 10, 19], progress=False)
+        experiments.resample_ablation(model, data, "h", positions=[2, 10, 19], progress=False)
         traffics[name] = model.remote.traffic
     narrow, wide = traffics.values()
     assert narrow.requests == wide.requests
     assert wide.sent == pytest.approx(narrow.sent, rel=0.02)
-    assert wide.received == pytest.approx(narrow.received, rel=0.1)
+    assert wide.received < 1.25 * narrow.received  # effects of 16 times the width, compressed otherwise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_doctor(caller: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     use_key(KEYS[caller], monkeypatch)
     assert main(["doctor", "--remote", URL, "--model", "mamba-ioi/tiny"]) == 0
     said = capsys.readouterr().out
-    for words in ("answers", "nnsight", "of reader@example.org", "float32", "agrees there"):
+    for words in ("answers", "nnsight", "of reader@example.org", "float32", "agrees on the server"):
         assert words in said
     assert ("trusted:" in said) == (caller == "trusted")
     assert ("in a sandbox:" in said) == (caller == "sandboxed")
