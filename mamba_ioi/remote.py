@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,12 +92,12 @@ class Answers:
             self.failed = None
             self.held.clear()
         if self.folder is not None:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = self.folder / f".{key}"
-            save_file({name: value.contiguous() for name, value in answer.items()}, unfinished)
-            os.replace(unfinished, self.folder / f"{key}.safetensors")
+            from .result import replace_files
+
+            stored = save({name: value.contiguous() for name, value in answer.items()})
+            replace_files(self.folder, {f"{key}.safetensors": stored})
             return
         self.held[key] = answer
         while sum(value.nbytes for one in self.held.values() for value in one.values()) > KEPT_BYTES:

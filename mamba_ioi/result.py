@@ -133,7 +133,6 @@ class Result:
         text = json.dumps(stored, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         meta = text.encode("utf-8", "backslashreplace")  # bytes of a file's name that are no UTF-8, as JSON's escapes
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         replace_files(folder, {TABLE_FILE: table, META_FILE: meta})
         return folder
 
@@ -257,7 +256,8 @@ def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write each file under a temporary name in the same folder, then rename them in order."""
+    """Write each file under a temporary name in the same folder, made if absent, then rename them in order."""
+    folder.mkdir(parents=True, exist_ok=True)
     temporaries = {name: folder / f".{name}.{uuid.uuid4().hex}" for name in contents}
     try:
         for name, content in contents.items():

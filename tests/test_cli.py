@@ -225,6 +225,43 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(tmp_path: Path, capsys:
     assert (tmp_path / "fig3.pdf").exists()
 
 
+def test_a_report_that_could_not_be_written_is_written_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed just before its file takes its name, or without room for it."""
+    argv = [*PLANTED, "--only", "fig3", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    before = snapshot(tmp_path)
+    results = {name: state for name, state in before.items() if name not in pipeline.REPORTS}
+    size = (tmp_path / "report.html").stat().st_size
+    for name in pipeline.REPORTS:
+        (tmp_path / name).unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+    try:
+        assert "File too large" in refusal(capsys, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert snapshot(tmp_path) == results
+    code = """if True:
+        import os, signal, sys
+        from mamba_ioi.cli import main
+        replace = os.replace
+        def killing(old, new):
+            if new.name == "report.html":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(old, new)
+        os.replace = killing
+        main(sys.argv[1:])"""
+    assert subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT).returncode == -signal.SIGKILL
+    left = snapshot(tmp_path)
+    assert any(name.startswith(".report.html.") for name in left)
+    assert main(argv) == 0
+    after = snapshot(tmp_path)
+    assert sorted(after) == sorted(before)
+    assert {name: state for name, state in after.items() if name not in pipeline.REPORTS} == results
+
+
 # --- folders that are refused -----------------------------------------------------------------------------------------
 
 

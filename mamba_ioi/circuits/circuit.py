@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..result import replace_files
 from .graph import Edge, Graph, describe
 
 FORMAT = "mamba_ioi.circuit"
@@ -119,7 +119,8 @@ class Circuit:
             "table": {name: [_plain(value) for value in column] for name, column in self.table.items()},
             "meta": self.meta,
         }
-        write_atomic(path, json.dumps(stored, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(stored, ensure_ascii=False, allow_nan=False)
+        replace_files(path.parent, {path.name: text.encode()})
         return path
 
     @classmethod
@@ -164,20 +165,6 @@ def edge_table(edges: Iterable[Edge]) -> pd.DataFrame:
     """The edges as a table: src, dst, position (-1 where an edge has none)."""
     rows = [(edge[0], edge[1], edge[2] if len(edge) == 3 else -1) for edge in edges]
     return pd.DataFrame(rows, columns=["src", "dst", "position"])
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file under a temporary name beside its own, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _frame(columns: dict[str, list]) -> pd.DataFrame:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..result import Result
-from .circuit import Circuit, write_atomic
+from ..result import Result, replace_files
+from .circuit import Circuit
 from .graph import EMBED, OUTPUT, Edge, layer_of
 from .search import scored_graph
 
@@ -55,8 +55,9 @@ def to_mib(path: str | os.PathLike[str], circuit: Circuit, *, d_model: int, scor
         "nodes": {name: {"in_graph": inside} for name, inside in nodes.items()},
         "edges": edges,
     }
-    write_atomic(Path(path), json.dumps(stored))
-    return Path(path)
+    path = Path(path)
+    replace_files(path.parent, {path.name: json.dumps(stored).encode()})
+    return path
 
 
 def _mib_name(node: str) -> str:

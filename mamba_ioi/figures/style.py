@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from mamba_ioi.result import replace_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,18 +88,14 @@ def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> tuple[Path, Pat
         The paths of the PNG and of the PDF.
     """
     stem = Path(stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
-    temporary = stem.with_name(f".{stem.name}.{uuid.uuid4().hex}")
-    try:
-        with paper_style():
-            for path in paths:
-                kind = path.suffix[1:]
-                undated = {"CreationDate": None} if kind == "pdf" else None
-                figure.savefig(temporary, format=kind, dpi=DPI, metadata=undated)
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    pictures = {}
+    with paper_style():
+        for path in paths:
+            kind, picture = path.suffix[1:], io.BytesIO()
+            figure.savefig(picture, format=kind, dpi=DPI, metadata={"CreationDate": None} if kind == "pdf" else None)
+            pictures[path.name] = picture.getvalue()
+    replace_files(stem.parent, pictures)
     return paths
 
 
