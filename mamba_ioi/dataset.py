@@ -7,7 +7,6 @@ replaces every instance of one name by another, which changes the answer.
 
 from __future__ import annotations
 
-import operator
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mamba_ioi.checks import whole_number
 from mamba_ioi.names import NAMES, name_tokens, single_token_names
 
 __all__ = [
@@ -122,8 +122,8 @@ class IOIDataset:
                 has no BOS token or fewer than four usable names; or if `templates="aligned"` and it does not
                 align them.
         """
-        n_pairs = _whole_number(n_pairs, "n_pairs", least=1)
-        rng = random.Random(_whole_number(seed, "seed", least=0))
+        n_pairs = whole_number(n_pairs, "n_pairs", least=1)
+        rng = random.Random(whole_number(seed, "seed", least=0))
         groups = {"aligned": ALIGNED_TEMPLATES, "all": TEMPLATES}
         chosen = _choose(templates, "template", groups, TEMPLATES)
         patterns = _choose(corruptions, "corruption", {"all": CORRUPTIONS}, CORRUPTIONS)
@@ -316,13 +316,3 @@ def _choose(
         found = f"unknown {kind} {unknown[0]!r}" if unknown else f"the list of {kind}s is empty"
         raise ValueError(f"{found}; allowed: {', '.join(map(repr, (*words, *allowed)))}")
     return tuple(dict.fromkeys(listed))
-
-
-def _whole_number(value: int, name: str, *, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    return number

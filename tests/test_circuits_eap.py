@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused(model: MambaModel, data: IOIDataset) -> No
         eap(model, IOIDataset.generate(TOKENIZER, 12, templates="all"), positional=True)
     with pytest.raises(ValueError, match="variant is one of"):
         eap(model, data, variant="other")
-    with pytest.raises(ValueError, match="steps is a whole number"):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1, not 0"):
         eap(model, data, steps=0)
     with pytest.raises(ValueError, match="no rows"):
         eap(model, data[[]])

@@ -164,7 +164,7 @@ def test_bad_arguments(model: MambaModel) -> None:
         (lambda: name_means(model, 1, 2, offset=4), "offset is a whole number from 0 to 3"),
         (lambda: name_means(model, 1, 2, offset=-1), "offset"),
         (lambda: name_steering(bare, 1, 2), "no tokenizer"),
-        (lambda: name_steering(model, 1, 2, n_test=0), "n_test is a whole number"),
+        (lambda: name_steering(model, 1, 2, n_test=0), "n_test must be a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -412,7 +412,7 @@ def test_survives_saving(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"n_layers": 0}, "n_layers must be a whole number at least 1, not 0"),
+        ({"n_layers": 0}, "n_layers must be a whole number of at least 1, not 0"),
         ({"layer": 6}, "layer must be a whole number from 0 to 5, not 6"),
         ({"layer": -1}, "layer must be a whole number from 0 to 5, not -1"),
         ({"slice": 1}, "slice must be a whole number from -3 to 0, not 1"),

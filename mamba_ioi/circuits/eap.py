@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attribution import frozen
+from ..checks import whole_number
 from ..dataset import IOIDataset
 from ..memory import backward_bytes, fitting_rows
 from ..remote import ask, require_gradients
@@ -91,8 +92,7 @@ def eap(
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is a whole number, at least 1, not {steps!r}")
+    steps = whole_number(steps, "steps", least=1)
     if fine:
         require_fine(model)
     require_gradients(model, "edge attribution patching")

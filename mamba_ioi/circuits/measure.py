@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..checks import whole_number
 from ..dataset import IOIDataset
 from ..memory import fitting_rows, forward_bytes, inner_width, stream_bytes
 from ..metrics import accuracy, kl_divergence
@@ -82,8 +83,8 @@ class Bench:
             raise ValueError(f"the circuit is of a model with {graph.n_layers} layers, this one has {model.n_layers}")
         if graph.fine:
             require_fine(model)
-        if batch_rows is not None and batch_rows < 1:
-            raise ValueError(f"batch_rows is at least 1, not {batch_rows}")
+        if batch_rows is not None:
+            batch_rows = whole_number(batch_rows, "batch_rows", least=1)
         pairs = Pairs.of(model, data, positional=graph.length is not None)
         if graph.length is not None and graph.length != pairs.length:
             raise ValueError(f"the circuit has {graph.length} positions, the prompts have {pairs.length}")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import whole_number
 from ..dataset import IOIDataset
 
 HELD_OUT_SEED = 28
@@ -85,8 +86,7 @@ class Pairs:
 
     def batches(self, rows: int) -> Iterator[Pairs]:
         """The pairs in order, at most ``rows`` at a time."""
-        if rows < 1:
-            raise ValueError(f"batch_rows is at least 1, not {rows}")
+        rows = whole_number(rows, "batch_rows", least=1)
         for start in range(0, len(self), rows):
             yield Pairs(*(getattr(self, name)[start : start + rows] for name in self.__dataclass_fields__))
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import is_number, whole_number
 from ..dataset import IOIDataset
 from ..result import Result, note_precisions
 from .circuit import Circuit, edge_table
@@ -65,6 +66,7 @@ def rank(scores: Float[Tensor, "n_pairs W"], by: Ranking = "signed", seed: int =
         raise ValueError(f"a ranking is one of {', '.join(RANKINGS)}, not {by!r}")
     flat = scores.flatten()
     if by == "random":
+        seed = whole_number(seed, "seed", least=0, most=2**63 - 1)
         return torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
     return torch.argsort(flat if by == "signed" else -flat.abs(), stable=True)
 
@@ -129,8 +131,8 @@ def minimal_circuit(
     Raises:
         ValueError: if the scores are not of this model's graph, or the data do not fit.
     """
-    if not 0 <= target <= 1:
-        raise ValueError(f"target is an accuracy from 0 to 1, not {target}")
+    if not is_number(target) or not 0 <= target <= 1:
+        raise ValueError(f"target is an accuracy from 0 to 1, not {target!r}")
     note_precisions(model, *([scores] if isinstance(scores, Result) else []))
     graph, values = scored_graph(scores, model.n_layers)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows)

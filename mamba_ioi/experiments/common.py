@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -75,12 +76,19 @@ def check_positions(data: IOIDataset, positions: Sequence[int] | int | None) -> 
 def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
     values = listed(values)
     allowed = range(count)
-    if not values or any(isinstance(value, bool) or value not in allowed for value in values):
+    if not values or any(isinstance(value, bool) or not _is_in(value, allowed) for value in values):
         shown = values[0] if len(values) == 1 else values
         raise ValueError(f"{kind}s are whole numbers from 0 to {count - 1}, at least one of them, not {shown!r}")
     if len(set(values)) < len(values):
         raise ValueError(f"each {kind} is named once, not {values!r}")
     return [int(value) for value in values]
+
+
+def _is_in(value: int, allowed: range) -> bool:
+    try:
+        return operator.index(value) in allowed
+    except TypeError:
+        return False
 
 
 def resample_effects(

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import whole_number
 from ..dataset import IOIDataset
 from ..metrics import logit_diff
 from ..model import MambaModel
@@ -63,8 +64,7 @@ def name_steering(
     """
     means = means or name_means(model, layer, n_pairs, seed=seed, offset=offset, progress=progress)
     check_names(model, means.offset)
-    if isinstance(n_test, bool) or not isinstance(n_test, int) or n_test < 1:
-        raise ValueError(f"n_test is a whole number of at least 1, not {n_test!r}")
+    n_test = whole_number(n_test, "n_test", least=1)
     rows = []
     for target in tqdm(SLOTS, desc="steering, by target slot", disable=not progress):
         data = test_prompts(model, target, n_test, seed=means.seed + 1)

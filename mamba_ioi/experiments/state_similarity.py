@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..dataset import BOS, TEMPLATES, IOIDataset
 from ..model import MambaModel
 from ..names import NAMES
-from ..patching import cache
+from ..patching import cache, listed
 from ..remote import ask
 from ..result import Result
 from .bottleneck import default_layer
@@ -54,7 +54,7 @@ def state_similarity(
     model.require_mamba("state similarities")
     if model.tokenizer is None:
         raise ValueError(f"{model.model_id} has no tokenizer, which state_similarity needs to read prompts")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = listed([prompts] if isinstance(prompts, str) else prompts)
     if not texts or not all(isinstance(text, str) and text for text in texts) or len(set(texts)) < len(texts):
         raise ValueError(f"prompts are one or more different texts that are not empty, not {prompts!r}")
     layer = default_layer(model, seed=seed, progress=progress) if layer is None else check_layer(model, layer)

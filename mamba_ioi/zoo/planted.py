@@ -19,7 +19,6 @@ space. Every token's embedding has the same length, so RMSNorm is one fixed scal
 
 from __future__ import annotations
 
-import operator
 import random
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 
+from mamba_ioi.checks import whole_number
 from mamba_ioi.dataset import NAMES
 from mamba_ioi.zoo.planted_weights import (
     Basis,
@@ -112,8 +112,8 @@ def planted_names(n_names: int = 24, seed: int = 0) -> tuple[str, ...]:
         ValueError: If `n_names` is below 4 or more than there are, or `seed` is negative.
     """
     usable = [name for name in NAMES if not any(other != name and other.startswith(name) for other in NAMES)]
-    n_names = _whole_number(n_names, "n_names", 4, len(usable))
-    rng = random.Random(_whole_number(seed, "seed", 0, 2**63 - 1))
+    n_names = whole_number(n_names, "n_names", least=4, most=len(usable))
+    rng = random.Random(whole_number(seed, "seed", least=0, most=2**63 - 1))
     return tuple(usable.pop(int(rng.random() * len(usable))) for _ in range(n_names))
 
 
@@ -145,9 +145,9 @@ def build_planted(
     Raises:
         ValueError: If an argument is out of range or the tokenizer splits one of the words.
     """
-    n_layers = _whole_number(n_layers, "n_layers", 1, None)
-    layer = _whole_number(layer, "layer", 0, n_layers - 1)
-    slice = _whole_number(slice, "slice", min(SLICES), max(SLICES))
+    n_layers = whole_number(n_layers, "n_layers", least=1)
+    layer = whole_number(layer, "layer", least=0, most=n_layers - 1)
+    slice = whole_number(slice, "slice", least=min(SLICES), most=max(SLICES))
     names = planted_names(n_names, seed)
     rng = random.Random(f"layers {seed}")
     flag_layer = int(rng.random() * layer) if layer else None
@@ -217,14 +217,3 @@ def _truth(
         replace_succeeds=same_side if has_flag else every_pair,
         subtract_add_succeeds=every_pair,
     )
-
-
-def _whole_number(value: int, name: str, least: int, most: int | None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least or (most is not None and number > most):
-        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
-    return number
