@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
@@ -13,6 +15,18 @@ from mamba_ioi.model import MambaModel, wrap
 
 torch.set_num_threads(1)  # the tests' models are too small for more, and a busy machine makes threads wait
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def types(request: pytest.FixtureRequest) -> None:
+    """With ``-p beartype --jaxtyping-packages=mamba_ioi,beartype.beartype``: check no types where wrong ones are given.
+
+    That is in tests marked `untyped`, and in those that expect a `ValueError`, which is what a caller without these
+    checks sees.
+    """
+    if request.config.getoption("jaxtyping_packages", None):
+        wrong = "pytest.raises(ValueError" in inspect.getsource(request.function)
+        jaxtyping.config.update("jaxtyping_disable", wrong or request.node.get_closest_marker("untyped") is not None)
 
 
 @pytest.fixture(scope="session")

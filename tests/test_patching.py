@@ -563,6 +563,7 @@ def test_wrong_reading_positions(small, tokens, positions, words):
         run(small, tokens, positions=positions)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "positions", [2, np.int64(2), torch.tensor(2), torch.tensor([2]), (2,), np.array([2]), range(2, 3)]
 )
