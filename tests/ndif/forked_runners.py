@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def spawner(environment: dict[str, str]) -> Callable:
         with lock:
             if model_key not in templates:
                 templates[model_key] = Template(model_key, environment)
-            path = f"/tmp/forked-{os.getpid()}-{next(numbers)}.sock"
+            path = os.path.join(tempfile.gettempdir(), f"forked-{os.getpid()}-{next(numbers)}.sock")
         return host.Sandbox(path, templates[model_key].fork(path))
 
     return spawn
