@@ -76,12 +76,13 @@ def attributed_batch(
     """``effects`` on some prompts, here or on a server that has gradients."""
     clean, corrupt, pair = (ids.to(model.device) for ids in (clean, corrupt, pair))
     read = read_positions(clean, last)
+    assert read is not None  # it is so for "all" alone
     plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
     with torch.no_grad(), model.trace(corrupt):
         there = forward(model, plan, read).save()
     values, corrupt_logits = there
     with torch.enable_grad(), model.trace(clean):
-        estimate = estimated(model, refs, values, read, pair).save()
+        estimate = estimated(model, refs, values, read, pair).save()  # pyright: ignore[reportAttributeAccessIssue]
     changes, logits = estimate
     cells = changes.shape[0] * changes.shape[1]
     logits, corrupt_logits = (part.repeat(cells, 1) for part in (logits, corrupt_logits.gather(1, pair).to(logits)))
@@ -108,7 +109,7 @@ def estimated(
     embedding = model.backbone.embeddings
     start = embedding.output.detach().requires_grad_()
     embedding.output = start
-    changes: dict[int, Tensor] = {}
+    changes: dict[int | None, Tensor] = {}
 
     def contract(layer: int, difference: Tensor, gradient: Tensor) -> None:
         changes[layer] = (gradient * difference).flatten(2).sum(-1).transpose(0, 1)

@@ -177,7 +177,7 @@ def continue_scan(mixer, h: Tensor | None) -> ScanStages:
 
 def run_job(model, job: Job) -> Float[Tensor, "R V"]:
     """The body of a patched forward's trace: rows join where they become unlike any others."""
-    first = job.entries[0].layer
+    first, count = job.entries[0].layer, 0
     for layer in range(first):
         model.layers[layer].skip(job.resid[0][:1, job.start :])  # of no use to anyone: rows join at `first`
     for index in range(first, model.n_layers):
@@ -217,7 +217,7 @@ def change_layer(layer, index: int, job: Job, count: int) -> None:
             continue
         envoy = layer if site.owner == "layer" else layer.mixer
         if name == "h":
-            hold_states(scan, changes[name], job)
+            hold_states(scan, changes[name], job)  # pyright: ignore[reportPossiblyUnboundVariable]
             continue
         value = getattr(envoy, site.attribute)
         for rows, item, edit in changes[name]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -317,7 +317,7 @@ def listed(values) -> list:
     return list(values) if isinstance(values, Iterable) else [values]
 
 
-def forward(model, plan: Plan, read: Tensor | None):
+def forward(model, plan: Plan, read: Tensor | None) -> Any:
     """The body of a trace: apply the plan's changes and gather its reads, layer after layer.
 
     Returns:

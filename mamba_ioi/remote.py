@@ -178,7 +178,7 @@ def _send(model: CausalLM, work: Callable[..., Answer], arguments: Sequence[Any]
     try:
         with model.session(backend=backend):
             answer = {name: value.detach().cpu() for name, value in work(model, *arguments).items()}
-            answer.save()
+            answer.save()  # pyright: ignore[reportAttributeAccessIssue]
     except RemoteError as error:
         logger.debug("a request failed on the server", exc_info=error)
         raise ValueError(_reason(model, str(error))) from None
@@ -187,6 +187,7 @@ def _send(model: CausalLM, work: Callable[..., Answer], arguments: Sequence[Any]
 
 def _reason(model: CausalLM, description: str) -> str:
     """Why a request failed on the server, in a sentence; with the versions there, if they are not those here."""
+    assert model.remote is not None
     last = ([line for line in description.splitlines() if line.strip()] or ["for no given reason"])[-1].strip()
     if last.startswith("ValueError: "):
         return last.removeprefix("ValueError: ")
@@ -210,6 +211,7 @@ def serve(model: CausalLM) -> Served:
         ValueError: if the slow path does not reproduce the model that the server runs.
         ConnectionError: as `ask`.
     """
+    assert model.remote is not None
     if model.remote.served is None:
         from .model import judge_slow_path, served_model
 

@@ -109,7 +109,7 @@ def selective_scan(
 def _kernel() -> Callable | None:
     """`selective_scan_fn` of mamba_ssm, None where it is not installed or not allowed (in a server's sandbox)."""
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
     except Exception:  # a broken build fails in ways of its own
         return None
     return selective_scan_fn
@@ -182,7 +182,7 @@ class Recomputed(torch.autograd.Function):
             wanted = [tensor for tensor, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
             found = iter(torch.autograd.grad(_stepwise(*arguments), wanted, (d_y, d_last), create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-        return _gradients(*arguments, d_y, d_last, for_A=ctx.needs_input_grad[2])
+        return _gradients(*arguments, d_y=d_y, d_last=d_last, for_A=ctx.needs_input_grad[2])
 
 
 def _gradients(x, delta, A, B, C, initial, d_y, d_last, *, for_A: bool):

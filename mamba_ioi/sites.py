@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,11 @@ from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
 from .stages import ConvStages, ScanStages, Stages, cast
+
+if TYPE_CHECKING:
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+AnyStages = TypeVar("AnyStages", bound=Stages)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The descriptors
@@ -62,7 +68,7 @@ def _wait(mediator: Mediator, write_back: WriteBack) -> None:
             return request(cls, kind, location, *rest)
 
         event.flushes = True
-        Mediator.event = classmethod(event)
+        Mediator.event = classmethod(event)  # pyright: ignore[reportAttributeAccessIssue]
     mediator.transform = write_back
 
 
@@ -74,13 +80,17 @@ class Site(eproperty):
     run goes through the view, so that its ``.grad`` is there.
     """
 
+    key: str
+    _preprocess: Callable
+    _transform: Callable
+
     def __init__(self, key: str, description: str) -> None:
         eproperty.__init__(self, key=key, description=description)
 
     def __reduce__(self):
         return _rebuild_site, (self.key, self.description, self._preprocess, self._transform)
 
-    def __get__(self, obj, owner=None):
+    def __get__(self, obj: Any, owner: Any = None):
         if obj is None:
             return self
         location = self._location(obj)
@@ -96,7 +106,7 @@ class Site(eproperty):
         _wait(mediator, WriteBack(back, view, self, location, occurrence))
         return view
 
-    def __set__(self, obj, value) -> None:
+    def __set__(self, obj: Any, value: Any) -> None:
         _open_source(obj, self.key)
         raw = Mediator.value(self._location(obj))
         Mediator.swap(self._location(obj), self._transform(obj, value, raw))
@@ -107,12 +117,14 @@ class Site(eproperty):
         return self._transform(obj, view, raw)
 
 
-def _rebuild_site(key, description, preprocess, transform) -> Site:
+def _rebuild_site(key, description, preprocess, transform) -> eproperty:
     return Site(key, description)(preprocess).transform(transform)
 
 
 class StageSite(eproperty):
     """A value inside one of the mixer's operations: a stage of its `ConvStages` or `ScanStages`."""
+
+    name: str
 
     def __init__(self, stages: type[Stages], description: str) -> None:
         eproperty.__init__(self, key=f"{stages.OPERATION}.input", description=description)
@@ -121,20 +133,20 @@ class StageSite(eproperty):
     def __reduce__(self):
         return _rebuild_stage_site, (self.stages, self.description, self._preprocess)
 
-    def __get__(self, obj, owner=None):
+    def __get__(self, obj: Any, owner: Any = None):
         if obj is None:
             return self
         return open_stages(obj, self.stages).get(self.name)
 
-    def __set__(self, obj, value) -> None:
+    def __set__(self, obj: Any, value: Any) -> None:
         open_stages(obj, self.stages).set(self.name, value)
 
 
-def _rebuild_stage_site(stages, description, preprocess) -> StageSite:
+def _rebuild_stage_site(stages, description, preprocess) -> eproperty:
     return StageSite(stages, description)(preprocess)
 
 
-def open_stages(mixer: Envoy, cls: type[Stages]) -> Stages:
+def open_stages(mixer: Envoy, cls: type[AnyStages]) -> AnyStages:
     """An operation of the mixer, opened for reading and editing; what was edited takes effect as the trace moves on.
 
     The operation is then skipped in favour of our own, except in a batch of several invokes, where it runs and each
@@ -151,14 +163,14 @@ def open_stages(mixer: Envoy, cls: type[Stages]) -> Stages:
         return waiting.view
     _open_source(mixer, cls.OPERATION)
     args, kwargs = Mediator.value(f"{operation}.input")
-    stages = cls(args, kwargs)
+    stages = cls(args, kwargs)  # pyright: ignore[reportCallIssue]
     if batching:
         stages.own = True
     _wait(mediator, WriteBack(stages.finish, stages, cls, target, occurrence))
     return stages
 
 
-def take_over(mixer: Envoy, cls: type[Stages]) -> Stages:
+def take_over(mixer: Envoy, cls: type[AnyStages]) -> AnyStages:
     """Open an operation, and let our own take its place whatever is edited: it is the faster one."""
     stages = open_stages(mixer, cls)
     stages.own = True
@@ -173,6 +185,8 @@ def take_over(mixer: Envoy, cls: type[Stages]) -> Stages:
 class MixerEnvoy(Envoy):
     """A `MambaMixer`, with everything between its input projection and its output projection named."""
 
+    _module: MambaMixer
+
     @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
     def gate(self, value) -> Float[Tensor, "B L E"]:
         """The gate, before silu: rows E to 2E of in_proj's output."""
@@ -185,10 +199,12 @@ class MixerEnvoy(Envoy):
     @StageSite(ConvStages, description="the conv's terms for taps -3, -2, -1, 0")
     def conv_slice(self, value) -> Float[Tensor, "B L E K"]:
         """The conv's terms at each output position, bias excluded: their sum plus the bias is ``conv``."""
+        ...
 
     @StageSite(ConvStages, description="the conv's output before silu, bias included")
     def conv(self, value) -> Float[Tensor, "B L E"]:
         """The conv's output before silu, bias included."""
+        ...
 
     @Site(key=f"{ConvStages.OPERATION}.output", description="the scan's input: the conv's output after silu")
     def ssm_input(self, value) -> Float[Tensor, "B L E"]:
@@ -229,42 +245,52 @@ class MixerEnvoy(Envoy):
     @StageSite(ScanStages, description="A = -exp(A_log)")
     def A(self, value) -> Float[Tensor, "E N"]:
         """A of the recurrence, the same at every position and for every row."""
+        ...
 
     @StageSite(ScanStages, description="the time step before softplus, bias included")
     def delta_2(self, value) -> Float[Tensor, "B L E"]:
         """The time step before softplus: dt_proj's output, bias included."""
+        ...
 
     @StageSite(ScanStages, description="the time step after softplus")
     def delta(self, value) -> Float[Tensor, "B L E"]:
         """The time step, after softplus."""
+        ...
 
     @StageSite(ScanStages, description="exp(delta A)")
     def A_bar(self, value) -> Float[Tensor, "B L E N"]:
         """The discretized A."""
+        ...
 
     @StageSite(ScanStages, description="delta B")
     def B_bar(self, value) -> Float[Tensor, "B L E N"]:
         """The discretized B."""
+        ...
 
     @StageSite(ScanStages, description="the state before the first position")
     def h_start(self, value) -> Float[Tensor, "B E N"]:
         """The state before the first position: zeros, unless it is written."""
+        ...
 
     @StageSite(ScanStages, description="the state; where it is edited, later states follow")
     def h(self, value) -> Float[Tensor, "B L E N"]:
         """The state after each position. Positions whose value is changed are held; the states after them follow."""
+        ...
 
     @StageSite(ScanStages, description="C h")
     def y(self, value) -> Float[Tensor, "B L E"]:
         """The state read out by C."""
+        ...
 
     @StageSite(ScanStages, description="y + x D")
     def ssm_output(self, value) -> Float[Tensor, "B L E"]:
         """The scan's output with the skip connection D."""
+        ...
 
     @StageSite(ScanStages, description="ssm_output silu(gate): what out_proj receives")
     def after_skip(self, value) -> Float[Tensor, "B L E"]:
         """The gated output, which out_proj receives."""
+        ...
 
     def scan(self, patch: Mapping[int, Tensor] | Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
         """Run the slow scan in place of the model's own and return every state, ``[B, L, E, N]``.
@@ -295,6 +321,8 @@ class MixerEnvoy(Envoy):
 class Conv1dEnvoy(Envoy):
     """The mixer's ``conv1d``, which transformers never calls: served where the convolution is really computed."""
 
+    parent: Any  # a MixerEnvoy
+
     @property
     def output(self) -> Float[Tensor, "B E L"]:
         """The conv's output before silu, bias included, channels first (the site ``conv``, transposed)."""
@@ -316,6 +344,8 @@ class Conv1dEnvoy(Envoy):
 
 class DtProjEnvoy(Envoy):
     """The mixer's ``dt_proj``, which transformers never calls: served where its product is really computed."""
+
+    parent: Any  # a MixerEnvoy
 
     @property
     def output(self) -> Float[Tensor, "B L E"]:

@@ -89,6 +89,8 @@ class ConvStages(Stages):
 
     OPERATION = "source.causal_conv1d_fn_0"
     ORDER = ("conv_slice", "conv")
+    x: Tensor
+    weight: Tensor
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         Stages.__init__(self)
@@ -246,7 +248,7 @@ class ScanStages(Stages):
         return output.clone() if self.z is None else output * F.silu(self.z.transpose(1, 2).to(self.dtype))
 
 
-def patch_function(patch, length: int) -> tuple[PatchFn, set[int] | None]:
+def patch_function(patch: Mapping[int, Tensor] | PatchFn, length: int) -> tuple[PatchFn, set[int] | None]:
     """A mapping position -> state, or a callable ``(position, h) -> h``, as a callable, and the positions it changes.
 
     Raises:

@@ -178,7 +178,7 @@ def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[E
         site, layer = ref.site, ref.layer
         if site.name == "embed":
             site, layer = SITES["resid_pre"], 0
-        if site.owner == "model" or not site.by_position:
+        if layer is None or not site.by_position:
             raise ValueError(
                 f"a sweep changes sites inside the layers that have positions, and embed; not {site.name!r}"
             )
@@ -234,6 +234,7 @@ def _logits(
         found += zip(share, answer["logits"].split([len(item.rows) for item in share]), strict=True)
         if model.remote is not None:
             bar.update(len(answer["logits"]))
+    assert plain is not None  # at least one request was answered
     results = plain.expand(len(interventions), *plain.shape).clone()
     for item, run in found:
         results[item.intervention, item.rows.cpu()] = run
@@ -337,7 +338,7 @@ class Chunk:
         segment, states = self.prompts.tokens[:, self.position : position], self.states
         model = self.model
         with torch.no_grad(), model.trace(segment):
-            ends = carry(model, states).save()
+            ends = carry(model, states).save()  # pyright: ignore[reportAttributeAccessIssue]
         self.states, self.position = ends, position
 
     def _run_from(self, start: int, items: Sequence[Item], values: SourceValues) -> Float[Tensor, "R K"]:
@@ -356,7 +357,7 @@ class Chunk:
         dummy = self.prompts.tokens[:1, start:]
         model = self.model
         with torch.no_grad(), model.trace(dummy):
-            logits = run_job(model, job).save()
+            logits = run_job(model, job).save()  # pyright: ignore[reportAttributeAccessIssue]
         logits = logits.gather(1, self.prompts.read[rows]).to(self.plain).cpu()
         found = {id(entry.item): logits[entry.rows] for entry in order}
         return torch.cat([found[id(item)] for item in items])
@@ -370,7 +371,7 @@ class Chunk:
                 if edit.value is None:
                     positions = range(length) if edit.change.positions is None else edit.change.positions
                     wanted |= {(edit.layer, edit.change.site.name, p) for p in positions if p >= start}
-        if not wanted:
+        if not wanted or self.prompts.source is None:
             return {}
         keys = {key: f"blocks.{key[0]}.hook_{key[1]}.{key[2]}" for key in sorted(wanted)}
         found = cache(self.model, self.prompts.source, list(keys.values()))

@@ -177,7 +177,7 @@ def attribute(
     visitor = Attributed(graph, alpha, corrupt, None if live else clean)
     answers, corrupt_answers = batch.answers, batch.corrupt_answers
     with torch.enable_grad(), model.trace(batch.clean):
-        scores = attributed(model, visitor, batch.last, answers, corrupt_answers, weights).save()
+        scores = attributed(model, visitor, batch.last, answers, corrupt_answers, weights).save()  # pyright: ignore[reportAttributeAccessIssue]
     return scores.double().cpu()
 
 
@@ -238,7 +238,7 @@ class Attributed(Pass):
         start, width, scores = self.graph.inside(layer).start, self.graph.width, self.scores
         there = self.corrupt.inner[layer]
         here = {} if self.clean is None else self.clean.inner[layer]
-        gate = mixer.gate
+        gate: Tensor = mixer.gate
         conv = take_over(mixer, ConvStages)
         convolved, weight = conv.get("conv"), conv.weight.detach()
         came = here.get("conv_input", conv.x.detach().transpose(1, 2))

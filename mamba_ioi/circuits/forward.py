@@ -47,7 +47,7 @@ class Pass:
         """Whether the layer need not run, because `leave` does not need what it adds."""
         return False
 
-    def leave(self, layer: int, resid: Tensor, added: Tensor | None) -> Tensor:
+    def leave(self, layer: int, resid: Tensor, added) -> Tensor:
         """The residual stream after a layer that adds ``added`` (None if it was skipped)."""
         return resid + added
 
@@ -160,7 +160,7 @@ def record(model, tokens: Int[Tensor, "B L"], read: Int[Tensor, "B"], *, fine: b
         require_fine(model)
     visitor = Record(fine)
     with torch.no_grad(), model.trace(tokens):
-        found = recorded(model, visitor, read).save()
+        found = recorded(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
     return Run(*found)
 
 

@@ -42,12 +42,12 @@ class Resampled(Pass):
         device, dtype = corrupt.sources[0].device, corrupt.sources[0].dtype
         self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
         inner = [keep[:, :, graph.inside(j)] for j in range(graph.n_layers if graph.fine else 0)]
-        self.inner = [narrow(weights).to(device, dtype) if (weights != 1).any() else None for weights in inner]
+        self.inner: list = [narrow(weights).to(device, dtype) if (weights != 1).any() else None for weights in inner]
         anywhere = Graph(graph.n_layers, graph.fine)
         used = anywhere.prune((keep != 0).amax((0, 1, 3))[:, None])
         self.live = [bool(used[graph.into(j)].any()) for j in range(graph.n_layers)]
         self.base = torch.zeros_like(corrupt.sources[0])
-        self.differences: list[Tensor | None] = []
+        self.differences: list = []  # a tensor each, or None where a layer was skipped
 
     def embed(self, value):
         corrupt = self.corrupt.sources[0]
@@ -169,6 +169,6 @@ def resampled_logits(
     candidates, share = keep.shape[0], bool(model.is_mamba)
     visitor = Resampled(graph, keep.float(), corrupt, share)
     with torch.no_grad(), model.trace(tokens if share else tokens.repeat(candidates, 1)):
-        logits = stream(model, visitor, read).save()
+        logits = stream(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
     logits = logits.unflatten(0, (-1, batch))
     return logits.expand(candidates, -1, -1)

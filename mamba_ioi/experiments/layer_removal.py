@@ -230,7 +230,7 @@ def _run_without(
                 layers[i].output = (after, *output[1:]) if whole else after
         head.input = head.input[rows, read].unsqueeze(1)
         logits = head.output[:, 0].save()
-        inputs = found.save()
+        inputs = found.save()  # pyright: ignore[reportAttributeAccessIssue]
     return list(logits.cpu().float().split(size)), inputs
 
 
@@ -244,5 +244,5 @@ def _gives_tuples(model: CausalLM) -> bool:
     """Whether the blocks return a tuple that begins with the residual stream, as some architectures' do."""
     found = False
     with torch.no_grad(), model.trace(torch.zeros(1, 2, dtype=torch.long, device=model.device)):
-        found = isinstance(model.layers[0].output, tuple).save()
+        found = isinstance(model.layers[0].output, tuple).save()  # pyright: ignore[reportAttributeAccessIssue]
     return found
