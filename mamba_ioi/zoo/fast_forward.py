@@ -6,13 +6,15 @@ transformers' own scan keeps every intermediate of its Python loop for autograd.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import MambaForCausalLM
-from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 
 
 class _Scan(torch.autograd.Function):
@@ -32,7 +34,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
         """The adjoint recurrence g_t = grad_y_t C_t + exp(delta_{t+1} A) g_{t+1}, and the gradients it gives."""
         u, delta, A, B, C, decay, states = ctx.saved_tensors
         grad_C = (grad_y.unsqueeze(-2) @ states).squeeze(-2)
@@ -57,7 +59,8 @@ def _mix(mixer: MambaMixer, hidden: Float[Tensor, "B L D"]) -> Float[Tensor, "B 
     conv, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
     padded = F.pad(conv, (0, 0, mixer.conv_kernel_size - 1, 0))
     taps = mixer.conv1d.weight.squeeze(1)
-    x = sum(padded[:, k : k + length] * taps[:, k] for k in range(mixer.conv_kernel_size))
+    terms = (padded[:, k : k + length] * taps[:, k] for k in range(mixer.conv_kernel_size))
+    x = sum(terms, start=torch.tensor(0.0))
     x = F.silu(x if mixer.conv1d.bias is None else x + mixer.conv1d.bias)
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
     delta, B, C = mixer.x_proj(x).split(sizes, dim=-1)
@@ -71,5 +74,6 @@ def fast_logits(model: MambaForCausalLM, tokens: Int[Tensor, "B L"]) -> Float[Te
     """The logits of a float32 model, equal to `model(tokens).logits`, with gradients for its parameters."""
     hidden = model.backbone.embeddings(tokens)
     for block in model.backbone.layers:
+        assert isinstance(block, MambaBlock)
         hidden = hidden + _mix(block.mixer, block.norm(hidden))
     return model.lm_head(model.backbone.norm_f(hidden))

@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mamba_ioi.checks import whole_number
 from mamba_ioi.dataset import NAMES
@@ -156,26 +158,28 @@ def build_planted(
 
     generator = torch.Generator().manual_seed(seed)
     basis = Basis(len(names))
+    special: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = MambaConfig(
         vocab_size=len(tokenizer),
         hidden_size=basis.size,
         num_hidden_layers=n_layers,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
     with torch.random.fork_rng(devices=[]):
         model = MambaForCausalLM(config).eval()
     name_ids = single_tokens(tokenizer, names)
     with torch.no_grad():
         write_vocabulary(model, tokenizer, name_ids, basis, generator)
-        for i, block in enumerate(model.backbone.layers):
-            write_random_layer(block.mixer, basis, 1 / n_layers, i in local, generator)
+        mixers = [module for module in model.modules() if isinstance(module, MambaMixer)]
+        for i, mixer in enumerate(mixers):
+            write_random_layer(mixer, basis, 1 / n_layers, i in local, generator)
         channels = torch.randperm(config.intermediate_size, generator=generator)
         if flag_layer is not None:
-            write_flag_layer(model.backbone.layers[flag_layer].mixer, basis, channels[-2:])
-        write_planted_layer(model.backbone.layers[layer].mixer, basis, channels, slice, has_flag=layer > 0)
+            write_flag_layer(mixers[flag_layer], basis, channels[-2:])
+        write_planted_layer(mixers[layer], basis, channels, slice, has_flag=layer > 0)
         rotate(model, generator)
     return model, _truth(n_layers, layer, slice, seed, flag_layer, local, names, name_ids, channels)
 

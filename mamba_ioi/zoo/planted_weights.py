@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import MambaForCausalLM, PreTrainedTokenizerBase
-from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 
 from mamba_ioi.dataset import OBJECTS, PLACES
 
@@ -93,7 +93,7 @@ def write_random_layer(mixer: MambaMixer, basis: Basis, share: float, local: boo
     )
     normal(mixer.in_proj.weight, size**-0.5)
     normal(mixer.conv1d.weight, 0.5)
-    normal(mixer.conv1d.bias, 0.1)
+    normal(_conv_bias(mixer), 0.1)
     normal(mixer.x_proj.weight, inner**-0.5)
     normal(mixer.dt_proj.weight, rank**-0.5)
     delta = 0.001 * 100 ** torch.rand(inner, generator=generator)  # 0.001 … 0.1, as Mamba's initialization
@@ -109,6 +109,13 @@ def write_random_layer(mixer: MambaMixer, basis: Basis, share: float, local: boo
     mixer.out_proj.weight[basis.scratch] = columns * NOISE * math.sqrt(share / (0.02 * inner * len(basis.scratch)))
 
 
+def _conv_bias(mixer: MambaMixer) -> Tensor:
+    """The bias of the mixer's conv, which a planted model has."""
+    bias = mixer.conv1d.bias
+    assert bias is not None
+    return bias
+
+
 def _clear(mixer: MambaMixer, channels: Int[Tensor, "C"]) -> None:
     """Empty the channels that the circuit needs, let B, C and delta depend on nothing yet, and write nothing."""
     for weight in (
@@ -116,7 +123,7 @@ def _clear(mixer: MambaMixer, channels: Int[Tensor, "C"]) -> None:
         mixer.in_proj.weight[mixer.intermediate_size :],
     ):
         weight[channels] = 0.0
-    for parameter in (mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_proj.weight, mixer.D):
+    for parameter in (mixer.conv1d.weight, _conv_bias(mixer), mixer.dt_proj.weight, mixer.D):
         parameter[channels] = 0.0
     mixer.x_proj.weight.zero_()
     mixer.dt_proj.bias[channels] = SHUT  # delta of 2e-9: nothing enters h
@@ -131,7 +138,7 @@ def write_flag_layer(mixer: MambaMixer, basis: Basis, channels: Int[Tensor, "2"]
     inner, rank, states = mixer.intermediate_size, mixer.time_step_rank, mixer.ssm_state_size
     mixer.in_proj.weight[place] = basis.read({basis.place: OPEN})
     mixer.conv1d.weight[place, 0, -1] = 1.0
-    mixer.conv1d.bias[constant] = OPEN
+    _conv_bias(mixer)[constant] = OPEN
     mixer.dt_proj.bias[place] = math.log(math.expm1(STEP))
     mixer.x_proj.weight[rank, constant] = 1 / (STEP * _silu(OPEN) ** 2)  # B: a place adds 1 to h
     mixer.x_proj.weight[rank + states, constant] = 1 / _silu(OPEN)  # C: 1
@@ -151,7 +158,7 @@ def write_planted_layer(
     for name, channel in zip(basis.names.tolist(), names.tolist(), strict=True):
         in_proj[channel] = basis.read({name: OPEN})
     conv[names, 0, slice - 1] = 1.0  # the last of the four taps is slice 0
-    mixer.conv1d.bias[constant] = OPEN
+    _conv_bias(mixer)[constant] = OPEN
     mixer.dt_proj.bias[names] = math.log(math.expm1(STEP))
     mixer.out_proj.weight[basis.names, names] = WRITTEN / _silu(OPEN)
     unit = 1 / (STEP * _silu(OPEN))  # B: a name adds 1 to h
@@ -175,7 +182,7 @@ def write_planted_layer(
         mixer.A_log[names, 1] = A_LOG_WIPE
         in_proj[second] = basis.read({basis.to: -2 * SHUT, basis.object: -2 * SHUT})
         conv[second, 0, -2:] = 1.0
-        mixer.conv1d.bias[second] = 3 * SHUT
+        _conv_bias(mixer)[second] = 3 * SHUT
         x_proj[rank + states, second], x_proj[rank + states + 1, second] = 1 / _silu(-SHUT), -2 / _silu(-SHUT)
         gate = {basis.to: OPEN - SHUT, basis.constant: SHUT}
     in_proj[inner + names] = basis.read(gate)
@@ -193,6 +200,7 @@ def rotate(model: MambaForCausalLM, generator: torch.Generator) -> None:
     for weight in (model.backbone.embeddings.weight, model.lm_head.weight):
         weight.copy_(turned(weight))
     for block in model.backbone.layers:
+        assert isinstance(block, MambaBlock)
         block.norm.weight.fill_(1.0)
         block.mixer.in_proj.weight.copy_(turned(block.mixer.in_proj.weight))
         block.mixer.out_proj.weight.copy_(turned(block.mixer.out_proj.weight.T).T)
@@ -202,7 +210,7 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) ->
     """The token ids of these words after a space."""
     encoded = tokenizer([" " + word for word in words], add_special_tokens=False)["input_ids"]
     for word, ids in zip(words, encoded, strict=True):
-        if len(ids) != 1 or tokenizer.decode(ids).strip() != word:
+        if len(ids) != 1 or str(tokenizer.decode(ids)).strip() != word:
             raise ValueError(f"the tokenizer has no single token {' ' + word!r}; make it with build_tokenizer(names)")
     return tuple(ids[0] for ids in encoded)
 
