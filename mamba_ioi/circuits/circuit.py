@@ -102,7 +102,7 @@ class Circuit:
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"layers are 0 to {self.n_layers - 1}, not {layer}")
         leaving = [edge for edge in self.edges if edge[0] == str(layer) and "." not in edge[1]]
-        return self.without(edge for edge in leaving if edge[2] != self.length - 1)
+        return self.without(edge for edge in leaving if edge[-1] != self.length - 1)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the circuit as JSON; the file is complete before it takes its name."""

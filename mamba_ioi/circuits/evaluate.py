@@ -84,9 +84,12 @@ def evaluate(
     mask = graph.mask(circuit.edges)
     order = rank(torch.zeros(mask.shape), "random", random_seed)
     found = bench.measure(torch.stack([mask, prefix_mask(graph, order, len(circuit))]))
-    counts = {"n_edges": len(circuit), "n_rows": bench.n_rows}
-    own, random = (found.means(i) | found.intervals(i) | counts for i in (0, 1))
-    return Evaluation(**own, random=Evaluation(**random))
+
+    def evaluation(i: int, random: Evaluation | None = None) -> Evaluation:
+        counts = {"n_edges": len(circuit), "n_rows": bench.n_rows}
+        return Evaluation(**found.means(i), **found.intervals(i), **counts, random=random)
+
+    return evaluation(0, random=evaluation(1))
 
 
 def last_position_only(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from ..result import Result, replace_files
 from .circuit import Circuit
 from .graph import EMBED, OUTPUT, Edge, layer_of
 from .search import scored_graph
-
-_LAYER = re.compile(r"\d+|embed|output")
 
 
 def to_mib(path: str | os.PathLike[str], circuit: Circuit, *, d_model: int, scores: Result | None = None) -> Path:
@@ -41,7 +38,8 @@ def to_mib(path: str | os.PathLike[str], circuit: Circuit, *, d_model: int, scor
             raise ValueError("the MIB format needs scores without positions and without nodes inside layers")
         known = dict(zip(graph.pairs, values.flatten().tolist(), strict=True))
     elif "score" in circuit.table:
-        known = {(row.src, row.dst): row.score for row in circuit.table.itertuples()}
+        columns = (circuit.table[name] for name in ("src", "dst", "score"))
+        known = {(src, dst): score for src, dst, score in zip(*columns, strict=True)}
     kept = set(circuit.edges)
     nodes = {_mib_name(node): False for node in [*graph.sources(graph.n_layers), OUTPUT]}
     edges = {}
@@ -78,10 +76,11 @@ def to_dot(circuit: Circuit, *, labels: Sequence[str] | None = None, hide: Colle
     for node in hide:
         layer_of(node)
     shown = [edge for edge in circuit.edges if not {edge[0].split(".")[0], edge[1].split(".")[0]} & set(hide)]
-    split = {layer_of(edge[0]) for edge in shown if "." in edge[0] or "." in edge[1]}
+    layers = (layer_of(edge[0]) for edge in shown if "." in edge[0] or "." in edge[1])
+    split = {layer for layer in layers if layer is not None}
     lines = ["digraph circuit {", "  rankdir=TB;", '  node [shape=box, style=rounded, fontname="Helvetica"];']
     for layer in sorted(split):
-        inside = {name for edge in shown for name in _ends(edge, split) if _LAYER.match(name)[0] == str(layer)}
+        inside = {name for edge in shown for name in _ends(edge, split) if layer_of(name.split()[0]) == layer}
         names = " ".join(f'"{name}";' for name in sorted(inside))
         lines.append(f'  subgraph "cluster_{layer}" {{ label="{layer}"; {names} }}')
     for (src, dst), positions in _by_pair(shown, split).items():
@@ -93,7 +92,7 @@ def to_dot(circuit: Circuit, *, labels: Sequence[str] | None = None, hide: Colle
     return "\n".join([*lines, "}", ""])
 
 
-def _by_pair(edges: Sequence[Edge], split: set[int | None]) -> dict[tuple[str, str], list[int]]:
+def _by_pair(edges: Sequence[Edge], split: set[int]) -> dict[tuple[str, str], list[int]]:
     """The positions of each drawn edge."""
     found: dict[tuple[str, str], list[int]] = {}
     for edge in edges:
@@ -101,7 +100,7 @@ def _by_pair(edges: Sequence[Edge], split: set[int | None]) -> dict[tuple[str, s
     return found
 
 
-def _ends(edge: Edge, split: set[int | None]) -> tuple[str, str]:
+def _ends(edge: Edge, split: set[int]) -> tuple[str, str]:
     """The names of an edge's ends as drawn: a layer that is split has an input and an output of its own."""
     src, dst = edge[:2]
     inwards, outwards = "." in dst, "." in src

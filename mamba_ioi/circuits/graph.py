@@ -104,7 +104,8 @@ class Graph:
         if len(positional) > 1:
             raise ValueError("edges are either all (src, dst) or all (src, dst, position)")
         fine = any("." in node for edge in edges for node in edge[:2])
-        length = 1 + max(edge[2] for edge in edges) if edges and positional == {True} else None
+        positions = [edge[2] for edge in edges if len(edge) == 3]
+        length = 1 + max(positions) if positions else None
         return cls(n_layers, fine, length)
 
     @property
