@@ -58,7 +58,7 @@ def circuit_html(result: Result, *, hide: Collection[str] | None = None, use_dot
     hidden = [node for node in nodes_of(edges) if node not in kept and _base(node) in hide]
     size = [layout.width + 2 * MARGIN, layout.height + 2 * MARGIN]
     model = result.meta.get("model")
-    template = Template(resources.files(__package__).joinpath("circuit.html").read_text(encoding="utf-8"))
+    template = Template(resources.files("mamba_ioi.figures").joinpath("circuit.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=html.escape(" · ".join(part for part in ("Circuit", model) if part)),
         note=html.escape(circuit_note(result)),

@@ -149,11 +149,11 @@ def name_positions(positions: Sequence[int], labels: Sequence[str] | None = None
         labels: the name of every position (`IOIDataset.position_labels`); their numbers if not given.
     """
     names = [labels[p] if labels else str(p) for p in positions]
-    slots = [int(name[1:]) if re.fullmatch(r"n\d", name) else None for name in names]
+    slots = [int(name[1:]) if re.fullmatch(r"n\d", name) else np.nan for name in names]
     words, i = [], 0
     while i < len(names):
         j = i
-        while j + 1 < len(names) and None not in (slots[i], slots[j + 1]) and slots[j + 1] == slots[j] + 1:
+        while j + 1 < len(names) and slots[j + 1] == slots[j] + 1:
             j += 1
         words += [f"{names[i]}–{names[j]}"] if j - i >= 2 else names[i : j + 1]
         i = j + 1

@@ -57,7 +57,7 @@ def circuit_tables(result: Result) -> Figure:
     """
     rows = traffic_table(kept_edges(result), result.meta.get("position_labels"))
     texts = [
-        [row.node, *(textwrap.wrap(text, COLUMN_CHARACTERS) or ["–"] for text in (row.receives, row.sends))]
+        [row.node, *(textwrap.wrap(str(text), COLUMN_CHARACTERS) or ["–"] for text in (row.receives, row.sends))]
         for row in rows.itertuples()
     ]
     heights = [max(len(receives), len(sends)) * LINE + 0.08 for _, receives, sends in texts]

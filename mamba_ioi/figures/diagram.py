@@ -175,11 +175,12 @@ class Diagram:
 
     def arrow(self, *points: tuple[float, float]) -> None:
         """Straight lines through the points with a head at the last one."""
+        start, end = points[-2:]
         if len(points) > 2:
             self.line(*points[:-1])
         head = FancyArrowPatch(
-            points[-2],
-            points[-1],
+            start,
+            end,
             arrowstyle="-|>,head_length=0.45,head_width=0.22",
             mutation_scale=12,
             shrinkA=0,

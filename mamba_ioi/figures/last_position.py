@@ -27,7 +27,8 @@ def last_position_only(result: Result) -> Figure:
     words = {"whole": "whole circuit", "cut": f"{of}: only its edges\nat the last position"}
     if table["n_edges"].nunique() == 1:
         words["cut"] += ": it has no others"
-    names = [f"{words.get(row.circuit, row.circuit)}\n({row.n_edges} edges)" for row in table.itertuples()]
+    rows = zip(table["circuit"], table["n_edges"], strict=True)
+    names = [f"{words.get(circuit, circuit)}\n({n_edges} edges)" for circuit, n_edges in rows]
     figure = new_figure(7.6, 3.1)
     for axis, column, title in zip(figure.subplots(1, 2), ("accuracy", "nld"), ("accuracy", "mean NLD"), strict=True):
         values = table[column]

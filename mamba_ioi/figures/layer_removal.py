@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.ticker import MultipleLocator
@@ -44,7 +44,7 @@ def layer_removal(result: Result) -> Figure:
     layers = removed["layer"].to_numpy()
     figure = new_figure(max(6.0, 1.6 + 0.21 * len(layers)), 3.6)
     axes = figure.subplots()
-    whiskers = {"elinewidth": 0.8, "capsize": 1.5}
+    whiskers: dict[str, Any] = {"elinewidth": 0.8, "capsize": 1.5}
     axes.bar(
         layers - 0.05,
         removed["probability"],

@@ -41,7 +41,7 @@ def name_steering(result: Result) -> Figure:
             `meta["arguments"]["layer"]` is named in the title.
     """
     require(result, "method", "source_slot", "target_slot", "success")
-    panels = {method: panel for method, panel in result.table.groupby("method", sort=False)}
+    panels = {str(method): panel for method, panel in result.table.groupby("method", sort=False)}
     order = [method for method in METHODS if method in panels] + [m for m in panels if m not in METHODS]
     figure = new_figure(3.5 * len(order) + 0.8, 3.9)
     axes = figure.subplots(1, len(order), squeeze=False)[0]

@@ -62,7 +62,7 @@ def resample_ablation(result: Result) -> Figure:
     return figure
 
 
-def _panel_title(corruption: str, panel) -> str:
+def _panel_title(corruption: object, panel) -> str:
     """The corruption with a real arrow, and how many prompts the mean is over."""
     title = str(corruption).replace("->", "→")
     return f"{title}\nn = {panel['n'].iloc[0]}" if "n" in panel.columns else title

@@ -7,7 +7,7 @@ import os
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import pandas as pd
+    from matplotlib.typing import RcKeyType
 
     from mamba_ioi.result import Result
 
 DPI = 200
 HEADING_ADVANCE = 0.086
 """Mean width of a character of the heading, in inches."""
-RC = {
+RC: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9,
@@ -64,7 +65,7 @@ class PlainFigure(Figure):
 
 def new_figure(width: float, height: float, **options) -> PlainFigure:
     """An empty white figure of `width` × `height` inches, laid out by matplotlib's constrained layout."""
-    options = {"layout": "constrained"} | options
+    options.setdefault("layout", "constrained")
     figure = PlainFigure(figsize=(width, height), **options)
     FigureCanvasAgg(figure)
     return figure

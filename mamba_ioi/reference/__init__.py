@@ -34,7 +34,7 @@ __all__ = [
 
 @cache
 def _read(name: str) -> dict[str, Any]:
-    return json.loads(resources.files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
 
 
 def numbers() -> dict[str, Any]:
@@ -103,7 +103,7 @@ def positional_edges() -> tuple[tuple[str, str, int], ...]:
     for label, layers in data["from_39"].items():
         edges |= {("39", str(layer), at[label]) for layer in layers}
     graph = Graph(data["n_layers"], length=max(at.values()) + 1)
-    return graph.edges(graph.mask(edges))
+    return tuple(edge for edge in graph.edges(graph.mask(edges)) if len(edge) == 3)
 
 
 def compare_scores(scores: Result) -> pd.DataFrame:

@@ -119,7 +119,7 @@ def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[
 
 def _environment(name: str) -> Environment:
     """Jinja with one template, in which every value is escaped for the template's language."""
-    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    text = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     options |= {"keep_trailing_newline": True, "loader": DictLoader({name: text})}
     if name == PAGE:

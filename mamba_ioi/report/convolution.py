@@ -32,7 +32,7 @@ def after_name(table: pd.DataFrame) -> pd.Series:
     return table["position"] - table["corruption"].map(names).astype(float)
 
 
-def tap_name(tap: int) -> str:
+def tap_name(tap: Any) -> str:
     """``−1``, ``0``."""
     return str(int(tap)).replace("-", "−")
 

@@ -100,8 +100,8 @@ def _command(group: dict[str, Any], *, whole: bool) -> str:
     if not whole:
         words += ["--only", ",".join(group["figures"])]
     for option in ("pairs", "seed", "layer"):
-        values = allowed[option] or {None}
-        value = None if None in values else min(values)
+        values = allowed[option]
+        value = min(values) if values and None not in values else None
         if value is not None and not (option == "seed" and value == SEED):
             words += [f"--{option}", str(value)]
     if request.get("dtype"):
@@ -116,7 +116,7 @@ def _sizes(results: Results) -> str:
     if table is None:
         layers = _all(results.values(), "n_layers")
         return f"n_layers {', '.join(layers)}" if layers else ""
-    return ", ".join(f"{row.size} {shown(int(row.value))}" for row in table.itertuples())
+    return ", ".join(f"{size} {shown(int(value))}" for size, value in zip(table["size"], table["value"], strict=True))
 
 
 def _packages(results: Iterable[Result]) -> list[str]:

@@ -31,6 +31,16 @@ def steering(results: Results, paper: dict[str, Any] | None) -> Finding:
     def theirs(method: str, source: int, target: int) -> float | None:
         return known[method][target - 1][source - 1] if method in known else None
 
+    def cell(row: Any) -> Number:
+        return Number(
+            f"{METHODS.get(row.method, row.method)}, slot {row.source_slot}'s mean into slot {row.target_slot}",
+            row.success,
+            row.low,
+            row.high,
+            int(row.n),
+            theirs(row.method, int(row.source_slot), int(row.target_slot)),
+        )
+
     blocks: dict[tuple[str, str], Number] = {}
     for method, name in METHODS.items():
         for block, (sources, targets) in BLOCKS.items():
@@ -38,7 +48,8 @@ def steering(results: Results, paper: dict[str, Any] | None) -> Finding:
             n = int(cells["n"].sum())
             mean = (cells["success"] * cells["n"]).sum() / n if n else float("nan")
             papers = [theirs(method, source, target) for source in sources for target in targets]
-            paper_mean = sum(papers) / len(papers) if known else None
+            given = [paper for paper in papers if paper is not None]
+            paper_mean = sum(given) / len(given) if given else None
             what = f"{name}, {block} (mean of {plural(len(cells), 'cell')})"
             blocks[method, block] = Number(what, mean, n=n, paper=paper_mean)
     main, *others = [blocks["subtract_add", block] for block in BLOCKS]
@@ -56,17 +67,7 @@ def steering(results: Results, paper: dict[str, Any] | None) -> Finding:
     if not holds:
         weak = main.value < HALF
         sentence += " Steering at that one position is weak." if weak else f" That is less than {STEERED}."
-    every = tuple(
-        Number(
-            f"{METHODS.get(row.method, row.method)}, slot {row.source_slot}'s mean into slot {row.target_slot}",
-            row.success,
-            row.low,
-            row.high,
-            int(row.n),
-            theirs(row.method, int(row.source_slot), int(row.target_slot)),
-        )
-        for row in table.itertuples()
-    )
+    every = tuple(map(cell, table.itertuples()))
     rule = f"subtract and add wins in at least {STEERED} of the tests within slots 1 to 3"
     return Finding("fig9", holds, sentence, rule, tuple(blocks.values()), every)
 
