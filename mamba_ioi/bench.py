@@ -86,7 +86,7 @@ def mamba_370m(layers: int = 48, dtype: torch.dtype = torch.float32, device: str
         time_step_rank=64,
         residual_in_fp32=True,
     )
-    module = MambaForCausalLM(config).eval().to(device=device, dtype=dtype)
+    module = MambaForCausalLM(config).eval().to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
     return wrap(module, load_model("tiny").tokenizer, model_id="mamba-370m shape, random weights")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _ORIGINAL_KEYS = (
@@ -37,7 +37,7 @@ def _load_transformers(source: str, revision: str | None) -> nn.Module:
     cls = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if config.architectures and cls not in config.architectures:
         raise ValueError(f"it is a {', '.join(config.architectures)}, of the type {config.model_type}")
-    module, info = AutoModelForCausalLM.from_pretrained(
+    module, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
     )
     for key, found, wanted in info["mismatched_keys"]:
@@ -104,7 +104,7 @@ def _load_original(source: str, revision: str | None, config: dict) -> MambaForC
     state = {key.replace("backbone.embedding.", "backbone.embeddings."): value for key, value in weights.items()}
     if hf.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["backbone.embeddings.weight"])
-    module.to(a_log.dtype).load_state_dict(state)
+    module.to(a_log.dtype).load_state_dict(state)  # pyright: ignore[reportArgumentType]
     return module
 
 

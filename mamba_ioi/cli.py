@@ -219,9 +219,9 @@ def _tell(outcome: Outcome) -> None:
 
 def _account(outcomes: Sequence[Outcome], out: Path) -> int:
     """Say what failed and how much is there; the exit status."""
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    for outcome in failed:
-        _complain(f"{outcome.figure} failed: {type(outcome.error).__name__}: {_sentence(outcome.error)}")
+    failed = [(outcome.figure, outcome.error) for outcome in outcomes if outcome.error is not None]
+    for figure, error in failed:
+        _complain(f"{figure} failed: {type(error).__name__}: {_sentence(error)}")
     figures = [outcome for outcome in outcomes if outcome.figure in MAKERS]
     _say(f"{sum(outcome.error is None for outcome in figures)} of {len(figures)} figures are in {out}")
     return 1 if failed else 0

@@ -291,7 +291,8 @@ def _trace(source: nn.Module | str, tokenizer, is_mamba: bool, **kwargs) -> Mamb
     if is_mamba:
         kwargs["envoys"] = envoys()
     stand_in = empty_tokenizer() if tokenizer is None else tokenizer
-    model = (MambaModel if is_mamba else CausalLM)(source, task="text-generation", tokenizer=stand_in, **kwargs)
+    cls = MambaModel if is_mamba else CausalLM
+    model = cls(source, task="text-generation", tokenizer=stand_in, **kwargs)  # pyright: ignore[reportCallIssue]
     model.tokenizer = tokenizer
     if is_mamba:
         refuse_other_operations(model)
@@ -414,7 +415,7 @@ def _main_sites(
             found[hook + "resid_post"] = layer.output
         found["hook_norm"] = model.backbone.norm_f.output
         found["hook_logits"] = model.lm_head.output
-        found = found.save()
+        found = found.save()  # pyright: ignore[reportAttributeAccessIssue]
     return found
 
 
@@ -436,10 +437,10 @@ def _wrap_remote(source: str, revision: str | None, target: bool | str) -> Mamba
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    given, dtype = dtype, getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if given is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype {given!r} is not one of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}")
-    return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}")
+    return found
 
 
 def _as_device(device: str | torch.device | None) -> torch.device:

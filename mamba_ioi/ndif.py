@@ -7,7 +7,6 @@ import logging
 import re
 import socket
 import time
-from typing import TYPE_CHECKING
 
 import httpx
 import websocket
@@ -16,10 +15,7 @@ from nnsight.ndif import EnvComparison, get_local_env
 from nnsight.schema.response import Status
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from .remote import public_url
-
-if TYPE_CHECKING:
-    from .remote import Traffic
+from .remote import Traffic, public_url
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +104,8 @@ class Backend(RemoteBackend):
                 return result
 
     def _note_retry(self, state: RetryCallState) -> None:
-        logger.warning("%s; trying again in %.0f s", state.outcome.exception(), state.next_action.sleep)
+        if state.outcome and state.next_action:
+            logger.warning("%s; trying again in %.0f s", state.outcome.exception(), state.next_action.sleep)
 
     def fault(self, error: Exception) -> Exception:
         """The error to raise instead, in one sentence."""
@@ -180,7 +177,7 @@ def get(host: str, path: str, *, api_key: str | None = None):
         ConnectionError: if it cannot be reached, or is not ready.
         ValueError: if it is no NDIF server.
     """
-    backend = Backend("", host, None, quiet=True, env={})
+    backend = Backend("", host, Traffic(), quiet=True, env={})
     try:
         response = httpx.get(
             f"{backend.host}{path}",

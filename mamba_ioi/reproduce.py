@@ -91,8 +91,6 @@ def reproduce(
         missing = [figure for figure in figures if found[figure] is None]
         model = None
         if missing:
-            from .remote import answers_in
-
             model, usable = prepare(settings, missing)
             if model.remote is not None:
                 _refuse_other_precision(out, found, model)
@@ -106,6 +104,8 @@ def reproduce(
             done, result = "drawn again from its result", found[figure]
             try:
                 if result is None:
+                    from .remote import answers_in
+
                     with answers_in(model, out / RESULTS / figure / ANSWERS):
                         settings = with_layer(figure, model, settings)
                         result, done = compute(figure, model, settings, asked[figure]), "computed"
@@ -216,16 +216,18 @@ def model_identity(settings: Settings) -> dict[str, Any]:
     """What all figures of one folder must share: the model, its weights, their precision, the version of mamba_ioi."""
     from . import __version__
 
+    remote = None
     if settings.remote:
         from .remote import Remote
 
+        remote = str(Remote(settings.remote))
     folder = _PACKAGED if settings.model == "tiny" else Path(os.path.expanduser(settings.model))
     local = settings.model != "planted" and folder.is_dir()
     return {
         "model": folder.resolve().name if local else settings.model,
         "weights": _digest(folder) if local else None,
         "dtype": settings.dtype,
-        "remote": str(Remote(settings.remote)) if settings.remote else None,
+        "remote": remote,
         "mamba_ioi": __version__,
     }
 

@@ -191,7 +191,7 @@ def note_precisions(*made: object) -> None:
         *made: results, and models that compute now; anything else has no known precision.
     """
     dtypes = {one.meta.get("dtype") if isinstance(one, Result) else _text(getattr(one, "dtype", None)) for one in made}
-    if len(known := sorted(dtypes - {None})) > 1:
+    if len(known := sorted(dtype for dtype in dtypes if dtype is not None)) > 1:
         logger.warning("computed in %s: they differ by the rounding of the coarser one", " and in ".join(known))
 
 

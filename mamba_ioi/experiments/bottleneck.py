@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..sweep import Resample
@@ -40,7 +42,7 @@ def bottleneck(model: MambaModel, data: IOIDataset, *, progress: bool = False) -
     typical = [
         effects[:, rows_of(data.corruptions, corruption)].median(1).values for corruption in corruptions_of(data)
     ]
-    return layers[int(sum(typical).argmax())]
+    return layers[int(sum(typical, start=torch.tensor(0.0)).argmax())]
 
 
 def default_layer(model: MambaModel, *, seed: int, progress: bool = False) -> int:

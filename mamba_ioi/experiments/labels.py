@@ -28,6 +28,7 @@ def token_labels(data: IOIDataset, tokenizer: PreTrainedTokenizerBase | None, co
     letters = _slot_letters(corruption)
     shared = [_shared_token(data, tokenizer, position) for position in range(data.clean_tokens.shape[1])]
     same_names = all(shared[position] for position in data.name_positions[0].tolist())
+    assert data.position_labels is not None  # aligned rows have them
     found = []
     for name, token in zip(data.position_labels, shared, strict=True):
         if name in letters and not same_names:
@@ -44,7 +45,7 @@ def _shared_token(data: IOIDataset, tokenizer: PreTrainedTokenizerBase | None, p
         return None
     if position == 0:
         return "BOS"
-    one, other = (tokenizer.decode([int(tokens[0])]).strip() for tokens in (clean, corrupt))
+    one, other = (str(tokenizer.decode([int(tokens[0])])).strip() for tokens in (clean, corrupt))
     return one if one == other else f"{one}->{other}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -113,7 +113,7 @@ def _agreement(
     cells: Sequence[tuple[int, int]],
     effects: Float[Tensor, "I B"],
     description: str | None,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """How the estimates rank some cells, beside how they rank when they are measured."""
     some = torch.linspace(0, len(cells) - 1, min(len(cells), MEASURED_CELLS)).round().long()
     rows = torch.linspace(0, len(data) - 1, min(len(data), MEASURED_ROWS)).round().long()

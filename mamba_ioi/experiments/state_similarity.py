@@ -89,7 +89,7 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     bos = BOS if BOS in tokenizer.get_vocab() else tokenizer.bos_token
     if bos is None:
         raise ValueError(f"the tokenizer has neither {BOS} nor a BOS token of its own, with which every prompt begins")
-    return text if text.startswith(bos) else bos + text
+    return text if text.startswith(str(bos)) else f"{bos}{text}"
 
 
 def example_prompts(tokenizer: PreTrainedTokenizerBase, *, seed: int = 27) -> list[str]:
