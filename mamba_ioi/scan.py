@@ -23,8 +23,11 @@ PatchFn = Callable[[int, Tensor], Tensor]
 
 _KERNEL_DEVICE = "cuda"
 
-_BLOCK = 2**18
-"""How many elements of the states are worked on at once, about: few enough for a core's cache."""
+_BLOCK = 2**19
+"""How many elements of the states are worked on at once, about: few enough for the cores' caches."""
+
+_LOG2_E = 1.4426950408889634
+"""exp(a) is 2^(a log2 e): on CPUs torch's exp2 takes less than half the time of its exp."""
 
 _HELD = 2**22
 """How many elements of the states, over all positions, the backward pass holds at once, about."""
@@ -100,7 +103,7 @@ def selective_scan(
         y, last = kernel(u, step, A, b, c, return_last_state=True)
         return y.transpose(1, 2), last
     if initial is None:
-        initial = x.new_zeros(x.shape[0], x.shape[2], A.shape[-1])
+        initial = x.new_zeros(x.shape[0], A.shape[-1], x.shape[2]).transpose(1, 2)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, A, B, C, initial)):
         return Recomputed.apply(x, delta, A, B, C, initial)
     return _in_place(x, delta, A, B, C, initial)
@@ -153,16 +156,16 @@ def _stepwise(x, delta, A, B, C, initial):
 
 def _in_place(x, delta, A, B, C, initial):
     size = max(1, _BLOCK // A.numel()) if x.device.type == "cpu" else len(x)
-    delta, rate = delta.contiguous(), A.T.contiguous()  # channels innermost in all that follows; h is [B, N, E]
-    weighted, y = delta * x, torch.empty_like(delta)
+    delta, rate = delta.contiguous(), A.T.contiguous() * _LOG2_E  # channels innermost in all that follows: h [B, N, E]
+    y = delta * x  # what flows in at each position, until its output takes the place
     h = initial.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     for start in range(0, len(x), size):
         part = slice(start, start + size)
-        step, inflow, b, c, state, out = delta[part], weighted[part], B[part], C[part], h[part], y[part]
+        step, b, c, state, out = delta[part], B[part], C[part], h[part], y[part]
         decay = torch.empty_like(state)
         for t in range(x.shape[1]):
-            torch.mul(step[:, t, None, :], rate, out=decay).exp_()
-            state.mul_(decay).addcmul_(inflow[:, t, None, :], b[:, t, :, None])
+            torch.mul(step[:, t, None, :], rate, out=decay).exp2_()
+            state.mul_(decay).addcmul_(out[:, t, None, :], b[:, t, :, None])
             out[:, t] = torch.matmul(c[:, t, None, :], state).squeeze(1)
     return y, h.transpose(1, 2)
 
@@ -190,7 +193,7 @@ def _gradients(x, delta, A, B, C, initial, d_y, d_last, *, for_A: bool):
     rows, length, _ = x.shape
     size = max(1, min(rows, _BLOCK // A.numel(), _HELD // (length * A.numel())))
     x, delta, d_y, rate = x.contiguous(), delta.contiguous(), d_y.contiguous(), A.T.contiguous()  # as in `_in_place`
-    weighted = delta * x
+    weighted, rate_2 = delta * x, rate * _LOG2_E
     held, decays = (x.new_empty(length + k, size, *rate.shape) for k in (1, 0))
     d_weighted, d_delta, d_B, d_C = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
     d_A, d_h = torch.zeros_like(rate), d_last.transpose(1, 2).clone(memory_format=torch.contiguous_format)
@@ -200,7 +203,7 @@ def _gradients(x, delta, A, B, C, initial, d_y, d_last, *, for_A: bool):
         h, decay, work = held[:, : len(d)], decays[:, : len(d)], torch.empty_like(d)
         h[0].copy_(initial[part].transpose(1, 2))
         for t in range(length):
-            torch.mul(step[:, t, None, :], rate, out=decay[t]).exp_()
+            torch.mul(step[:, t, None, :], rate_2, out=decay[t]).exp2_()
             torch.mul(h[t], decay[t], out=h[t + 1]).addcmul_(inflow[:, t, None, :], b[:, t, :, None])
         for t in reversed(range(length)):
             d_C[part, t] = torch.matmul(h[t + 1], g[:, t, :, None]).squeeze(-1)
