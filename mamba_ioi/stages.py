@@ -44,6 +44,16 @@ class Stages:
             self._store(name, getattr(self, f"_{name}")())
         return self.values[name]
 
+    def take(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A stage's value for a later one to be made from, and where that may be written.
+
+        That is into the value itself if nobody was given it, and else (None), as under gradients, into new memory.
+        """
+        if name in self.values or torch.is_grad_enabled():
+            return self.get(name), None
+        value = getattr(self, f"_{name}")()
+        return value, value
+
     def set(self, name: str, value: Tensor | float) -> None:
         """Replace the stage's value, broadcast to its shape."""
         current = self.get(name)
@@ -100,7 +110,8 @@ class ConvStages(Stages):
         _refuse_narrowed(self.weight, self.x)
 
     def result(self) -> Tensor:
-        return F.silu(self.get("conv")).to(self.x.dtype).transpose(1, 2)
+        conv, spare = self.take("conv")
+        return F.silu(conv, inplace=spare is not None).to(self.x.dtype).transpose(1, 2)
 
     def _conv_slice(self) -> Tensor:
         return conv_terms(self.x, self.weight, self.before)
@@ -164,7 +175,7 @@ class ScanStages(Stages):
         self._replace_states(patch, positions)
 
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
-        output = self.get("after_skip").transpose(1, 2)
+        output = self.take("after_skip")[0].transpose(1, 2)
         if not self.return_last_state:
             return output
         if self.last is None:  # the outputs were given from outside
@@ -201,7 +212,7 @@ class ScanStages(Stages):
         return dt.clone() if self.bias is None else dt + self.bias.to(self.dtype)
 
     def _delta(self) -> Tensor:
-        return F.softplus(self.get("delta_2"))
+        return F.softplus(self.take("delta_2")[0])
 
     def _A_bar(self) -> Tensor:
         return discretize_A(self.get("delta"), self.get("A"))
@@ -232,7 +243,7 @@ class ScanStages(Stages):
             states = self.values["h"] if known else self._h()
             self.last = states[:, -1]
             return read_out(states, self.C)
-        inputs = self.x, self.get("delta"), self.get("A"), self.B, self.C
+        inputs = self.x, self.take("delta")[0], self.take("A")[0], self.B, self.C
         if self.patch is None:
             y, self.last = selective_scan(*inputs, initial=self.values.get("h_start", self.initial))
         else:
@@ -240,12 +251,16 @@ class ScanStages(Stages):
         return y
 
     def _ssm_output(self) -> Tensor:
-        y = self.get("y")
-        return y.clone() if self.D is None else y + self.x * self.D.to(self.dtype)
+        y, spare = self.take("y")
+        if self.D is None:
+            return y.clone() if spare is None else y
+        return torch.addcmul(y, self.x, self.D.to(self.dtype), out=spare)
 
     def _after_skip(self) -> Tensor:
-        output = self.get("ssm_output")
-        return output.clone() if self.z is None else output * F.silu(self.z.transpose(1, 2).to(self.dtype))
+        output, spare = self.take("ssm_output")
+        if self.z is None:
+            return output.clone() if spare is None else output
+        return torch.mul(output, F.silu(self.z.transpose(1, 2).to(self.dtype)), out=spare)
 
 
 def patch_function(patch: Mapping[int, Tensor] | PatchFn, length: int) -> tuple[PatchFn, set[int] | None]:
