@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .patching import Change
+from .patching import Change, leave_out
 from .sites import SITES, take_over
 from .stages import ConvStages, ScanStages, cast
 
@@ -160,6 +160,7 @@ def carry(model, states):
         taps = model.d_conv - 1
         tail = torch.nn.functional.pad(tail, (max(0, taps - tail.shape[-1]), 0))
         ends.append((scan.last, tail[..., tail.shape[-1] - taps :].clone()))
+    leave_out(model, model.n_layers)
     return ends
 
 

@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mamba_ioi.circuits import Graph
-from mamba_ioi.circuits.forward import record
-from mamba_ioi.circuits.resample import resampled_logits
+from mamba_ioi.circuits.forward import beginning, record
+from mamba_ioi.circuits.resample import know, resampled_logits
 from mamba_ioi.model import MambaModel, wrap
 
 from . import plain_circuits as plain
@@ -105,6 +105,45 @@ def test_each_row_is_read_at_its_own_position(model: MambaModel) -> None:
     found = resampled_logits(model, graph, TOKENS[0], last, run, keep(graph, [cut]))[0]
     expected = plain.mamba_run(model._module, TOKENS[0], last, corrupt, cut).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH)], ids=str)
+@pytest.mark.parametrize("parted", [1, 2, 5, LENGTH - 1])
+def test_runs_begin_where_the_prompts_part(model: MambaModel, graph: Graph, parted: int) -> None:
+    corrupt = torch.cat([TOKENS[0][:, :parted], TOKENS[1][:, parted:]], dim=1)
+    whole = record(model, corrupt, LAST, fine=graph.fine)
+    begins = beginning(model, corrupt, parted)
+    run = record(model, corrupt, LAST, begins, fine=graph.fine)
+    torch.testing.assert_close(run.logits, whole.logits, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(run.sources, whole.sources, strict=True):
+        torch.testing.assert_close(got, expected[:, parted:], rtol=1e-5, atol=1e-5)
+    sets = cuts(graph, 10)
+    found, expected = (resampled_logits(model, graph, TOKENS[0], LAST, one, keep(graph, sets)) for one in (run, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH)], ids=str)
+def test_candidates_go_on_from_a_known_circuit(graph: Graph) -> None:
+    model = wrap(random_mamba(seed=2), None, model_id="random")
+    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(len(graph.pairs), graph.width, generator=generator) < 0.7
+    known = know(model, graph, TOKENS[0], run, mask)
+    ran = []
+    for layer in range(N):
+        model._module.backbone.layers[layer].mixer.in_proj.register_forward_hook(lambda *_, i=layer: ran.append(i))
+    for layer in range(N + 1):
+        nodes = [graph.into(layer)] if layer == N else [graph.into(layer), graph.inside(layer)]
+        for edges in filter(lambda edges: edges.stop > edges.start, nodes):
+            candidates = mask.repeat(3, 1, 1)
+            candidates[0, edges] = True  # more than the known circuit has
+            candidates[1, edges] = False
+            candidates[2, edges.start :] = torch.rand(candidates[2, edges.start :].shape, generator=generator) < 0.6
+            ran.clear()
+            found = resampled_logits(model, graph, TOKENS[0], LAST, run, candidates[:, None], known)
+            assert all(i >= layer for i in ran)
+            expected = resampled_logits(model, graph, TOKENS[0], LAST, run, candidates[:, None])
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def others() -> dict:

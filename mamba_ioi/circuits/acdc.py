@@ -129,6 +129,7 @@ class Search:
         self.mask = mask.clone()
         self.effects = torch.full(mask.shape, math.nan, dtype=torch.float64)
         self.tested = self.runs = 0
+        bench.know(mask)  # edges are tested backwards: below the node at hand the circuit is still this one
         self.nld = self._run([self.mask])[0]
 
     def test(self, group: list[int], exact: bool) -> None:

@@ -24,8 +24,9 @@ layers nothing is interpolated on its own, so coarse scores are the same with an
 four slices' scores of a layer sum to that of ``conv -> ssm``; ``in -> skip`` and ``skip -> out`` are one value, and
 score the same.
 
-A batch costs a forward each for the clean and the corrupt run, and a forward and a backward a step. As each gradient
-arrives it is contracted with the sources' differences: no [src, dst, D] tensor is ever held.
+A batch costs a forward each for the clean and the corrupt run, and a forward and a backward a step; a Mamba's begin
+at the position where the prompts part, before which every difference is zero. As each gradient arrives it is
+contracted with the sources' differences: no [src, dst, D] tensor is ever held.
 """
 
 from __future__ import annotations
@@ -45,10 +46,9 @@ from ..dataset import IOIDataset
 from ..memory import backward_bytes, fitting_rows
 from ..remote import ask, require_gradients
 from ..result import Result
-from ..sites import open_stages, take_over
-from ..stages import ConvStages, ScanStages, conv_terms
+from ..stages import conv_terms
 from .circuit import edge_table
-from .forward import Pass, Run, record, require_fine, stream
+from .forward import Pass, Run, beginning, record, require_fine, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .pairs import Pairs, answer_difference
 
@@ -99,9 +99,10 @@ def eap(
     pairs = Pairs.of(model, data, positional=positional)
     graph = Graph(model.n_layers, fine, pairs.length if positional else None)
     total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
-    rows = fitting_rows(model, backward_bytes(model, pairs.length), MOST_ROWS) if batch_rows is None else batch_rows
+    row = backward_bytes(model, pairs.length - int(pairs.start[0]))
+    rows = fitting_rows(model, row, MOST_ROWS) if batch_rows is None else batch_rows
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
-    batches = list(pairs.batches(rows))
+    batches = list(pairs.chunks(rows))
     with frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
         note = bar.update if model.remote is None else None
         for batch in batches:
@@ -149,14 +150,17 @@ def attributed_batch(
     note: Callable[[], object] | None,
 ) -> dict[str, Float[Tensor, "n_pairs width"]]:
     """A batch's share of the ``scores``, which are over ``n_rows`` rows; here or on a server that has gradients."""
-    batch = batch.to(model.device)
-    clean = record(model, batch.clean, batch.last, fine=graph.fine)
-    corrupt = record(model, batch.corrupt, batch.last, fine=graph.fine)
-    _, spread = batch.scale(clean.logits, corrupt.logits, absolute=absolute)
-    weights = 1 / (spread * n_rows * len(alphas))
     total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
+    parts = []
+    for part in batch.to(model.device).batches(len(batch)):
+        begins = beginning(model, part.clean, int(part.start[0]))
+        runs = [record(model, ids, part.last, begins, fine=graph.fine) for ids in (part.clean, part.corrupt)]
+        _, spread = part.scale(*(one.logits for one in runs), absolute=absolute)
+        parts.append((part, *runs, 1 / (spread * n_rows * len(alphas))))
     for alpha in alphas:
-        total += attribute(model, graph, batch, clean, corrupt, weights, alpha, variant)
+        for part, clean, corrupt, weights in parts:
+            scores = attribute(model, graph, part, clean, corrupt, weights, alpha, variant)
+            total[:, -scores.shape[1] :] += scores
         if note is not None:
             note()
     return {"scores": total}
@@ -172,11 +176,14 @@ def attribute(
     alpha: float,
     variant: str,
 ) -> Float[Tensor, "n_pairs width"]:
-    """One step's scores: one forward, one backward. ``weights`` turn each row's logit difference into its share."""
+    """One step's scores, at the positions from where the runs begin: one forward, one backward.
+
+    ``weights`` turn each row's logit difference into its share.
+    """
     live = variant == "paper"
     visitor = Attributed(graph, alpha, corrupt, None if live else clean)
     answers, corrupt_answers = batch.answers, batch.corrupt_answers
-    with torch.enable_grad(), model.trace(batch.clean):
+    with torch.enable_grad(), model.trace(batch.clean[:, corrupt.begins.position :]):
         scores = attributed(model, visitor, batch.last, answers, corrupt_answers, weights).save()  # pyright: ignore[reportAttributeAccessIssue]
     return scores.double().cpu()
 
@@ -201,8 +208,10 @@ class Attributed(Pass):
     """
 
     def __init__(self, graph: Graph, alpha: float, corrupt: Run, clean: Run | None) -> None:
+        Pass.__init__(self, corrupt.begins)
         self.graph, self.alpha, self.corrupt, self.clean = graph, alpha, corrupt, clean
-        self.scores = corrupt.sources[0].new_zeros(len(graph.pairs), graph.width)
+        self.width = 1 if graph.length is None else corrupt.sources[0].shape[1]
+        self.scores = corrupt.sources[0].new_zeros(len(graph.pairs), self.width)
         self.differences: list[Tensor] = []
         self.base = corrupt.sources[0]
 
@@ -216,7 +225,7 @@ class Attributed(Pass):
 
     def enter(self, layer, resid):
         value = resid.clone() if self.clean is not None else torch.lerp(resid, self.base, self.alpha)
-        start, width = self.graph.into(layer).start, self.graph.width
+        start, width = self.graph.into(layer).start, self.width
         scores, differences = self.scores, self.differences
 
         def contract(gradient: Tensor) -> None:
@@ -233,16 +242,16 @@ class Attributed(Pass):
 
     def inside(self, layer, mixer):
         if not self.graph.fine:
-            take_over(mixer, ConvStages)
+            self.conv(layer, mixer)
             return
-        start, width, scores = self.graph.inside(layer).start, self.graph.width, self.scores
+        start, width, scores = self.graph.inside(layer).start, self.width, self.scores
         there = self.corrupt.inner[layer]
         here = {} if self.clean is None else self.clean.inner[layer]
         gate: Tensor = mixer.gate
-        conv = take_over(mixer, ConvStages)
+        conv = self.conv(layer, mixer)
         convolved, weight = conv.get("conv"), conv.weight.detach()
         came = here.get("conv_input", conv.x.detach().transpose(1, 2))
-        scan = open_stages(mixer, ScanStages)
+        scan = self.scan(layer, mixer)
         output = scan.get("ssm_output")
         d_gate = there["gate"] - here.get("gate", gate.detach())
         d_output = there["ssm_output"] - here.get("ssm_output", output.detach())

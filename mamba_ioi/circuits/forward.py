@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..sites import open_stages, take_over
+from ..continuation import carry
+from ..sites import take_over
 from ..stages import ConvStages, ScanStages
 
 _FINAL_NORMS = (
@@ -28,8 +29,39 @@ _FINAL_NORMS = (
 _HEADS = ("lm_head", "embed_out")
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where runs of some prompts begin.
+
+    Attributes:
+        position: the first position that is run.
+        states: of each layer, what the positions before leave behind for each prompt: the state h ``[B, E, N]`` and the
+            conv's last inputs ``[B, E, K - 1]``; None at position 0.
+    """
+
+    position: int = 0
+    states: list[tuple[Tensor, Tensor]] | None = None
+
+
+def beginning(model, tokens: Int[Tensor, "B L"], position: int) -> Beginning:
+    """Run the positions of a Mamba's prompts before ``position``."""
+    if not position:
+        return Beginning()
+    nothing = [(None, None)] * model.n_layers
+    with torch.no_grad(), model.trace(tokens[:, :position]):
+        states = carry(model, nothing).save()  # pyright: ignore[reportAttributeAccessIssue]
+    return Beginning(position, states)
+
+
 class Pass:
-    """What a run does at each node. This one changes nothing; the others change what they say."""
+    """What a run does at each node. This one changes nothing; the others change what they say.
+
+    Args:
+        begins: where the run begins; the values at its nodes are those from there on.
+    """
+
+    def __init__(self, begins: Beginning) -> None:
+        self.begins = begins
 
     def embed(self, value: Tensor) -> Tensor:
         """The embedding as the residual stream begins with it, ``[B, L, D]``."""
@@ -40,8 +72,27 @@ class Pass:
         return resid
 
     def inside(self, layer: int, mixer) -> None:
-        """What to do in a Mamba layer, between its input projection and its output projection: at least its conv."""
-        take_over(mixer, ConvStages)
+        """What to do in a Mamba layer, between its input projection and its output projection: at least `conv`."""
+        self.conv(layer, mixer)
+
+    def conv(self, layer: int, mixer) -> ConvStages:
+        """Open the layer's conv, which goes on from where the run begins."""
+        conv = take_over(mixer, ConvStages)
+        conv.before = self._left(layer, 1, conv.x)
+        return conv
+
+    def scan(self, layer: int, mixer) -> ScanStages:
+        """Open the layer's scan, which goes on from where the run begins."""
+        scan = take_over(mixer, ScanStages)
+        scan.initial = self._left(layer, 0, scan.x)
+        return scan
+
+    def _left(self, layer: int, which: int, x: Tensor) -> Tensor | None:
+        """What earlier positions left in a layer, for each row of its input ``x``."""
+        if self.begins.states is None:
+            return None
+        left = self.begins.states[layer][which]
+        return left.repeat(len(x) // len(left), 1, 1)
 
     def skipped(self, layer: int) -> bool:
         """Whether the layer need not run, because `leave` does not need what it adds."""
@@ -56,14 +107,15 @@ def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows 
     """The body of a trace: run the model node by node.
 
     Args:
-        model: a `CausalLM`, in a trace.
+        model: a `CausalLM`, in a trace of the positions from where the visitor begins.
         visitor: what to do at each node. It may hand on more rows than the trace began with (a Mamba's only), each
             block of ``B`` rows the same prompts again.
-        read: the position to read logits at, per prompt.
+        read: the position of the prompt to read logits at, per prompt.
 
     Returns:
         The logits, ``[rows, V]``.
     """
+    read = read - visitor.begins.position
     blocks = model.layers
     first = blocks[0].input
     length, dtype = first.shape[1], first.dtype
@@ -79,7 +131,7 @@ def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows 
             args, kwargs = block.inputs
             block.inputs = ((value.flatten(0, -3), *args[1:]), {**kwargs, "attention_mask": None})
             visitor.inside(layer, block.mixer)
-            take_over(block.mixer, ScanStages)
+            visitor.scan(layer, block.mixer)
             added = block.mixer.out_proj.output
         else:
             flat = value.flatten(0, -3).to(dtype)
@@ -108,15 +160,17 @@ def find(model, paths: tuple[str, ...]):
 
 @dataclass(frozen=True)
 class Run:
-    """What every node gave in one unpatched run.
+    """What every node gave in one run, at the positions from where it began.
 
     Attributes:
+        begins: where that is.
         sources: what embed and each layer add to the residual stream, n_layers + 1 times ``[B, L, D]``.
         inner: for each layer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (in_proj's conv
             branch), ``conv``, ``gate``, ``ssm_output``. Empty if not asked for.
         logits: at each row's read position, ``[B, V]``.
     """
 
+    begins: Beginning
     sources: list[Float[Tensor, "B L D"]]
     inner: list[dict[str, Float[Tensor, "B L E"]]]
     logits: Float[Tensor, "B V"]
@@ -125,7 +179,8 @@ class Run:
 class Record(Pass):
     """Keep what every node gives."""
 
-    def __init__(self, fine: bool) -> None:
+    def __init__(self, begins: Beginning, fine: bool) -> None:
+        Pass.__init__(self, begins)
         self.fine = fine
         self.sources: list[Tensor] = []
         self.inner: list[dict[str, Tensor]] = []
@@ -135,33 +190,30 @@ class Record(Pass):
         return value
 
     def inside(self, layer, mixer):
-        if self.fine:
-            self.inner.append(inner_values(mixer))
-        else:
-            take_over(mixer, ConvStages)
+        if not self.fine:
+            self.conv(layer, mixer)
+            return
+        gate = mixer.gate
+        conv = self.conv(layer, mixer)
+        values = {"gate": gate, "conv_input": conv.x.transpose(1, 2), "conv": conv.get("conv")}
+        values["ssm_output"] = self.scan(layer, mixer).get("ssm_output")
+        self.inner.append(values)
 
     def leave(self, layer, resid, added):
         self.sources.append(added)
         return resid + added
 
 
-def inner_values(mixer) -> dict[str, Tensor]:
-    """The values of a layer's inner nodes, as the run has them."""
-    gate = mixer.gate
-    conv = take_over(mixer, ConvStages)
-    values = {"gate": gate, "conv_input": conv.x.transpose(1, 2), "conv": conv.get("conv")}
-    values["ssm_output"] = open_stages(mixer, ScanStages).get("ssm_output")
-    return values
-
-
-def record(model, tokens: Int[Tensor, "B L"], read: Int[Tensor, "B"], *, fine: bool = False) -> Run:
-    """Run the model on the tokens and keep what every node gives."""
+def record(
+    model, tokens: Int[Tensor, "B L"], read: Int[Tensor, "B"], begins: Beginning | None = None, *, fine: bool = False
+) -> Run:
+    """Run the model on the tokens, from where the run begins, and keep what every node gives."""
     if fine:
         require_fine(model)
-    visitor = Record(fine)
-    with torch.no_grad(), model.trace(tokens):
+    visitor = Record(begins or Beginning(), fine)
+    with torch.no_grad(), model.trace(tokens[:, visitor.begins.position :]):
         found = recorded(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
-    return Run(*found)
+    return Run(visitor.begins, *found)
 
 
 def recorded(model, visitor: Record, read: Tensor) -> tuple:

@@ -15,10 +15,10 @@ from ..metrics import accuracy, kl_divergence
 from ..remote import ask
 from ..result import bootstrap_interval
 from .circuit import Circuit
-from .forward import Run, record, require_fine
+from .forward import Run, beginning, record, require_fine
 from .graph import Graph
 from .pairs import Pairs
-from .resample import resampled_logits
+from .resample import Known, know, resampled_logits
 
 MOST_ROWS = 128
 MANY = 8
@@ -92,28 +92,55 @@ class Bench:
         self.batch_rows = batch_rows or fitting_rows(model, row_bytes(model, graph, pairs.length, together), MOST_ROWS)
         self.n_rows = len(pairs)
         self.pairs, self.rows = pairs, max(1, self.batch_rows // together)
-        self.runs = None
+        self.runs = self.known = None
         if model.remote is None:
-            self.runs = [reference_runs(model, graph, batch) for batch in pairs.batches(self.rows)]
+            self.runs = [References.of(model, graph, batch, None) for batch in pairs.batches(self.rows)]
+
+    def know(self, mask: Bool[Tensor, "n_pairs W"]) -> None:
+        """Keep a circuit's run, for candidates that are like it in the edges into the first layers to go on from."""
+        self.known = mask
+        for batch, runs in zip(self.pairs.batches(self.rows), self.runs or (), strict=False):
+            runs.known = know(self.model, self.graph, batch.clean, runs.corrupt, mask)
 
     def measure(self, masks: Bool[Tensor, "C n_pairs W"]) -> Measures:
         """Run candidate circuits, with everything outside each of them resampled."""
         at_once = len(masks) if self.runs is not None else max(1, REQUEST_ROWS // self.n_rows)
-        pieces = [self.pairs] if self.runs is not None else list(self.pairs.batches(REQUEST_ROWS))
+        pieces = [self.pairs] if self.runs is not None else list(self.pairs.chunks(REQUEST_ROWS))
+        limits = self.rows, self.batch_rows
         columns = []
         for pairs in pieces:
             parts = [
-                ask(self.model, measured, self.graph, pairs, some, self.rows, self.batch_rows, self.absolute, self.runs)
+                ask(self.model, measured, self.graph, pairs, some, self.known, *limits, self.absolute, self.runs)
                 for some in masks.split(at_once)
             ]
             columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        return Measures(**{name: torch.cat([column[name] for column in columns], dim=1) for name in columns[0]})
+        place = torch.argsort(self.pairs.order).cpu()
+        return Measures(
+            **{name: torch.cat([column[name] for column in columns], dim=1)[:, place] for name in columns[0]}
+        )
 
 
-def reference_runs(model, graph: Graph, batch: Pairs) -> tuple[Run, Tensor]:
-    """The corrupt run, which resampled values come from, and the clean run's logits [B, V]."""
-    corrupt = record(model, batch.corrupt, batch.last, fine=graph.fine)
-    return corrupt, record(model, batch.clean, batch.last).logits
+@dataclass
+class References:
+    """The runs that candidate circuits on a batch of prompts are made from and measured against.
+
+    Attributes:
+        corrupt: the run that resampled values come from.
+        clean: the clean run's logits ``[B, V]``.
+        known: a circuit's run to go on from, or None.
+    """
+
+    corrupt: Run
+    clean: Tensor
+    known: Known | None
+
+    @classmethod
+    def of(cls, model, graph: Graph, batch: Pairs, known: Bool[Tensor, "n_pairs W"] | None) -> References:
+        """Run them, from the position where the first row's prompts part."""
+        begins = beginning(model, batch.clean, int(batch.start[0]))
+        corrupt = record(model, batch.corrupt, batch.last, begins, fine=graph.fine)
+        clean = record(model, batch.clean, batch.last, begins).logits
+        return cls(corrupt, clean, None if known is None else know(model, graph, batch.clean, corrupt, known))
 
 
 def measured(
@@ -121,10 +148,11 @@ def measured(
     graph: Graph,
     pairs: Pairs,
     masks: Bool[Tensor, "C n_pairs W"],
+    known: Bool[Tensor, "n_pairs W"] | None,
     rows: int,
     batch_rows: int,
     absolute: bool,
-    runs: list[tuple[Run, Tensor]] | None,
+    runs: list[References] | None,
 ) -> dict[str, Float[Tensor, "C B"]]:
     """`Measures` of candidate circuits by name, here or on a server, where only they leave it.
 
@@ -133,19 +161,20 @@ def measured(
         graph: the circuits' graph.
         pairs: the prompts.
         masks: the circuits.
+        known: a circuit whose run they may go on from.
         rows: how many prompts share a forward.
         batch_rows: how many rows, candidates times prompts, run at once.
         absolute: as `Bench` has it.
-        runs: `reference_runs` of each batch of prompts; None to run them.
+        runs: those of each batch of prompts; None to run them.
     """
     columns: dict[str, list[Tensor]] = {}
     for index, batch in enumerate(pairs.to(model.device).batches(rows)):
-        corrupt, clean = reference_runs(model, graph, batch) if runs is None else runs[index]
-        batch = batch.to(clean.device)
+        there = References.of(model, graph, batch, known) if runs is None else runs[index]
+        batch = batch.to(there.clean.device)
         parts: dict[str, list[Tensor]] = {}
         for some in masks.split(max(1, batch_rows // len(batch))):
-            logits = resampled_logits(model, graph, batch.clean, batch.last, corrupt, some[:, None])
-            for name, values in task_metrics(batch, logits, clean, corrupt.logits, absolute).items():
+            logits = resampled_logits(model, graph, batch.clean, batch.last, there.corrupt, some[:, None], there.known)
+            for name, values in task_metrics(batch, logits, there.clean, there.corrupt.logits, absolute).items():
                 parts.setdefault(name, []).append(values)
         for name, values in parts.items():
             columns.setdefault(name, []).append(torch.cat(values))
@@ -168,10 +197,10 @@ def task_metrics(
 
 
 def row_bytes(model, graph: Graph, length: int, together: int) -> int:
-    """What a row, a candidate on a prompt, needs: its forward and sources, and a share of the corrupt run."""
+    """What a row, a candidate on a prompt, needs: its forward and sources, a share of the corrupt and the known run."""
     sources = stream_bytes(model, length)
     inner = 16 * model.n_layers * length * inner_width(model) if graph.fine else 0
-    return forward_bytes(model, length) + sources + (sources + inner) // together
+    return forward_bytes(model, length) + sources + (2 * sources + inner) // together
 
 
 def graph_for(circuit: Circuit, data: IOIDataset, model) -> Graph:

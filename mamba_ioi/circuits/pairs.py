@@ -27,6 +27,9 @@ class Pairs:
         answers: the clean prompts' answers, ``[B]``.
         corrupt_answers: the corrupt prompts' answers, ``[B]``.
         candidates: the names of each pair, ``[B, 4]``, padded with -1.
+        start: the position that runs of a row can begin at, ``[B]``, ascending: where the two prompts part, since up to
+            there any circuit's run is the clean one; 0 where the model is no Mamba.
+        order: the dataset's row that each one is, ``[B]``.
     """
 
     clean: Int[Tensor, "B L"]
@@ -35,10 +38,12 @@ class Pairs:
     answers: Int[Tensor, "B"]
     corrupt_answers: Int[Tensor, "B"]
     candidates: Int[Tensor, "B 4"]
+    start: Int[Tensor, "B"]
+    order: Int[Tensor, "B"]
 
     @classmethod
     def of(cls, model, data: IOIDataset, *, positional: bool = False) -> Pairs:
-        """The dataset's rows, on the model's device.
+        """The dataset's rows, on the model's device, those that begin earlier first.
 
         Padding after the longest prompt's last token is cut off.
 
@@ -69,8 +74,14 @@ class Pairs:
                 "positions in every row: generate the data with templates='aligned'"
             )
         length = int(last.max()) + 1
-        found = clean[:, :length], corrupt[:, :length], last, data.answers, data.corrupt_answers, data.candidates
-        return cls(*found).to(model.device)
+        clean, corrupt = clean[:, :length], corrupt[:, :length]
+        parted = torch.where(clean != corrupt, torch.arange(length), length).amin(1)
+        start = torch.minimum(parted, last) if model.is_mamba else torch.zeros_like(last)
+        order = torch.argsort(start, stable=True)
+        found = cls(
+            clean, corrupt, last, data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))
+        )
+        return found[order].to(model.device)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -84,11 +95,29 @@ class Pairs:
         """The same on a device."""
         return Pairs(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
-    def batches(self, rows: int) -> Iterator[Pairs]:
+    def __getitem__(self, rows: slice | Int[Tensor, "rows"]) -> Pairs:
+        return Pairs(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def chunks(self, rows: int) -> Iterator[Pairs]:
         """The pairs in order, at most ``rows`` at a time."""
         rows = whole_number(rows, "batch_rows", least=1)
-        for start in range(0, len(self), rows):
-            yield Pairs(*(getattr(self, name)[start : start + rows] for name in self.__dataclass_fields__))
+        for first in range(0, len(self), rows):
+            yield self[first : first + rows]
+
+    def batches(self, rows: int) -> Iterator[Pairs]:
+        """The pairs in order, at most ``rows`` at a time, to be run from the first one's start.
+
+        Rows that begin later are a batch of their own where that leaves out more than a whole prompt's positions.
+        """
+        starts, counts = (part.tolist() for part in self.start.unique_consecutive(return_counts=True))
+        cuts, begun, row = [0], starts[0], 0
+        for start, count in zip(starts, counts, strict=True):
+            if count * (start - begun) > self.length:
+                cuts.append(row)
+                begun = start
+            row += count
+        for first, stop in zip(cuts, [*cuts[1:], len(self)], strict=True):
+            yield from self[first:stop].chunks(rows)
 
     def scale(
         self, clean: Float[Tensor, "B V"], corrupt: Float[Tensor, "B V"], *, absolute: bool

@@ -5,7 +5,8 @@ With the sources' values of the same run (paper, Equation 11),
     input_j = resid_j - sum_i (1 - keep_ij) d_i = corrupt_resid_j + sum_i keep_ij d_i,    d_i = output_i - corrupt_i
 
 so any set of edges is resampled at once. Inner nodes of a Mamba layer blend their own value with the corrupt run's.
-Layers on no path from embed to output of any candidate are skipped.
+Layers on no path from embed to output of any candidate are skipped, and so are those below the first node at which any
+candidate differs from a circuit whose run is known. Positions before the prompts part are those of the corrupt run.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..sites import take_over
-from ..stages import ConvStages, conv_terms
+from ..stages import conv_terms
 from .forward import Pass, Run, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 
@@ -34,10 +34,21 @@ class Resampled(Pass):
             each row's own, or 1; W is L in a positional graph, or 1.
         corrupt: the run that resampled values come from, on B prompts.
         share: whether candidates share what they have in common (only a Mamba's number of rows may change on the way).
+        known: what each node gave in a circuit that every candidate is like in the edges into the first layers.
+        first: the first layer that has to be run; n_layers if they differ in the edges into the output alone.
     """
 
-    def __init__(self, graph: Graph, keep: Float[Tensor, "C R n_pairs W"], corrupt: Run, share: bool = True) -> None:
-        self.graph, self.corrupt, self.share = graph, corrupt, share
+    def __init__(
+        self,
+        graph: Graph,
+        keep: Float[Tensor, "C R n_pairs W"],
+        corrupt: Run,
+        share: bool = True,
+        known: list[Float[Tensor, "B L D"]] | None = None,
+        first: int = 0,
+    ) -> None:
+        Pass.__init__(self, corrupt.begins)
+        self.graph, self.corrupt, self.share, self.known, self.first = graph, corrupt, share, known, first
         self.candidates = keep.shape[0]
         device, dtype = corrupt.sources[0].device, corrupt.sources[0].dtype
         self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
@@ -46,6 +57,7 @@ class Resampled(Pass):
         anywhere = Graph(graph.n_layers, graph.fine)
         used = anywhere.prune((keep != 0).amax((0, 1, 3))[:, None])
         self.live = [bool(used[graph.into(j)].any()) for j in range(graph.n_layers)]
+        self.wanted = {source for mix in self.mixes[first:] for source, _ in mix.terms}
         self.base = torch.zeros_like(corrupt.sources[0])
         self.differences: list = []  # a tensor each, or None where a layer was skipped
 
@@ -67,18 +79,20 @@ class Resampled(Pass):
         return value if self.share else value.expand(self.candidates, *value.shape[1:])
 
     def skipped(self, layer):
-        return not self.live[layer]
+        return layer < self.first or not self.live[layer]
 
     def leave(self, layer, resid, added):
         corrupt = self.corrupt.sources[layer + 1]
         self.base = self.base + corrupt
-        self.differences.append(None if added is None else added - corrupt)
+        if self.known is not None and layer < self.first:
+            added = self.known[layer + 1][None]
+        self.differences.append(None if added is None or layer + 1 not in self.wanted else added - corrupt)
         return resid + (corrupt if added is None else added)
 
     def inside(self, layer, mixer):
         weights = self.inner[layer] if self.inner else None
         if weights is None:
-            take_over(mixer, ConvStages)
+            self.conv(layer, mixer)
             return
         corrupt = self.corrupt.inner[layer]
 
@@ -91,7 +105,7 @@ class Resampled(Pass):
         if (skip != 1).any():
             mixer.gate = blend("gate", mixer.gate, skip)
         slices = weights[:, :, SLICE]
-        conv = take_over(mixer, ConvStages)
+        conv = self.conv(layer, mixer)
         if (slices != 1).any() or (weights[:, :, SSM] != 1).any():
             live = conv.get("conv")
             if (slices != 1).any():
@@ -101,7 +115,8 @@ class Resampled(Pass):
                 live = live + (terms * share).sum(-1).flatten(0, 1)
             conv.set("conv", blend("conv", live, weights[:, :, SSM]))
         if (weights[:, :, SSM_OUT] != 1).any():
-            mixer.ssm_output = blend("ssm_output", mixer.ssm_output, weights[:, :, SSM_OUT])
+            scan = self.scan(layer, mixer)
+            scan.set("ssm_output", blend("ssm_output", scan.get("ssm_output"), weights[:, :, SSM_OUT]))
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,7 @@ def resampled_logits(
     read: Int[Tensor, "B"],
     corrupt: Run,
     keep: Float[Tensor, "C R n_pairs W"] | Bool[Tensor, "C R n_pairs W"],
+    known: Known | None = None,
 ) -> Float[Tensor, "C B V"]:
     """The logits of C candidate circuits in one forward, everything outside each of them resampled.
 
@@ -148,12 +164,81 @@ def resampled_logits(
         graph: which edges there are.
         tokens: the prompts that run.
         read: the position to read logits at, per prompt.
-        corrupt: `record` of the prompts that resampled values come from (with ``fine`` if the graph is).
+        corrupt: `record` of the prompts that resampled values come from (with ``fine`` if the graph is), which begins
+            no later than the prompts part.
         keep: which edges are kept: a bool, or a share. R is B (each row its own circuit) or 1, W is L or 1.
+        known: `know` of a circuit on the same prompts: the layers below those where the candidates differ from it are
+            not run.
 
     Raises:
         ValueError: if the weights fit neither graph nor prompts.
     """
+    weights = _weights(graph, tokens, corrupt, keep)
+    sources, first = (None, 0) if known is None else (known.sources, first_difference(graph, keep, known.mask))
+    candidates, share = keep.shape[0], bool(model.is_mamba)
+    visitor = Resampled(graph, weights, corrupt, share, sources, first)
+    ids = tokens[:, corrupt.begins.position :]
+    with torch.no_grad(), model.trace(ids if share else ids.repeat(candidates, 1)):
+        logits = stream(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
+    logits = logits.unflatten(0, (-1, len(tokens)))
+    return logits.expand(candidates, -1, -1)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A circuit, and what embed and each layer added to the residual stream in its run, n_layers + 1 times."""
+
+    mask: Bool[Tensor, "n_pairs W"]
+    sources: list[Float[Tensor, "B L D"]]
+
+
+class Knowing(Resampled):
+    """Resample one circuit's edges and keep what every node gives: all layers run, on a path from embed or not."""
+
+    def embed(self, value):
+        value = Resampled.embed(self, value)
+        self.given = [value[0]]
+        return value
+
+    def skipped(self, layer):
+        return False
+
+    def leave(self, layer, resid, added):
+        self.given.append(added[0])
+        return Resampled.leave(self, layer, resid, added)
+
+
+def know(model, graph: Graph, tokens: Int[Tensor, "B L"], corrupt: Run, mask: Bool[Tensor, "n_pairs W"]) -> Known:
+    """Run one circuit, for candidates that are like it in the edges into the first layers to go on from."""
+    keep, read = _weights(graph, tokens, corrupt, mask[None, None]), torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+    visitor = Knowing(graph, keep, corrupt)
+    with torch.no_grad(), model.trace(tokens[:, corrupt.begins.position :]):
+        found = given(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
+    return Known(mask, found)
+
+
+def given(model, visitor: Knowing, read: Tensor) -> list[Tensor]:
+    """The body of `know`'s trace."""
+    stream(model, visitor, read)
+    return visitor.given
+
+
+def first_difference(
+    graph: Graph, keep: Float[Tensor, "C R n_pairs W"] | Bool[Tensor, "C R n_pairs W"], mask: Bool[Tensor, "n_pairs W"]
+) -> int:
+    """The first layer with an edge into it or inside it that any candidate keeps and the circuit does not, or reversed.
+
+    n_layers if only edges into the output differ, or none.
+    """
+    unlike = (keep != mask.to(keep)).flatten(0, 1).any(0).any(1)
+    for layer in range(graph.n_layers):
+        if unlike[graph.into(layer)].any() or unlike[graph.inside(layer)].any():
+            return layer
+    return graph.n_layers
+
+
+def _weights(graph: Graph, tokens: Tensor, corrupt: Run, keep: Tensor) -> Float[Tensor, "C R n_pairs w"]:
+    """The weights at the positions that run, if they fit graph and prompts."""
     batch, length = tokens.shape
     rows, pairs, width = keep.shape[1:]
     if rows not in (1, batch) or pairs != len(graph.pairs) or width != graph.width or width not in (1, length):
@@ -161,14 +246,8 @@ def resampled_logits(
             f"weights of shape {tuple(keep.shape)} do not fit {len(graph.pairs)} edges, {graph.width} positions, "
             f"{batch} rows and prompts of length {length}"
         )
-    if corrupt.sources[0].shape[:2] != tokens.shape:
-        raise ValueError(
-            f"clean and corrupt prompts must have one shape, not {tuple(tokens.shape)} and "
-            f"{tuple(corrupt.sources[0].shape[:2])}"
-        )
-    candidates, share = keep.shape[0], bool(model.is_mamba)
-    visitor = Resampled(graph, keep.float(), corrupt, share)
-    with torch.no_grad(), model.trace(tokens if share else tokens.repeat(candidates, 1)):
-        logits = stream(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
-    logits = logits.unflatten(0, (-1, batch))
-    return logits.expand(candidates, -1, -1)
+    start, (others, left) = corrupt.begins.position, corrupt.sources[0].shape[:2]
+    if (others, start + left) != tokens.shape:
+        there = others, start + left
+        raise ValueError(f"clean and corrupt prompts must have one shape, not {tuple(tokens.shape)} and {there}")
+    return keep[..., start if width > 1 else 0 :].float()
