@@ -27,7 +27,7 @@ from .patching import run
 from .sweep import Readout, Resample, sweep
 
 SECONDS = 5.0
-"""Works are timed again for as long as this, since a short one is easily disturbed."""
+"""A work is timed again until its times add up to this, since a short one is easily disturbed."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,15 @@ def mamba_370m(layers: int = 48, dtype: torch.dtype = torch.float32, device: str
 
 
 def timed(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """The smallest time of each piece of work in seconds, the pieces taken in turn, short ones for `SECONDS`."""
+    """The smallest time of each piece of work in seconds, the pieces taken in turn, each at least for `SECONDS`."""
     times: list[list[float]] = [[] for _ in works]
-    begun = time.perf_counter()
-    while len(times[-1]) < repeats or (time.perf_counter() - begun < SECONDS and len(times[-1]) < 50):
-        for mine, work in zip(times, works, strict=True):
+    while wanting := [i for i, mine in enumerate(times) if len(mine) < repeats or sum(mine) < SECONDS]:
+        for i in wanting:
             start = time.perf_counter()
-            work()
+            works[i]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            mine.append(time.perf_counter() - start)
+            times[i].append(time.perf_counter() - start)
     return [min(mine) for mine in times]
 
 
@@ -186,7 +185,7 @@ def gradients(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line]:
     """EAP with 5 steps, coarse, and positional and fine; and the memory that the process has come to."""
     data = pairs(model, max(2, prompts // 5))
     plain, coarse, full = timed(
-        1,
+        repeats,
         lambda: [run(model, data.clean_tokens) for _ in range(5)],
         lambda: eap(model, data, steps=5),
         lambda: eap(model, data, steps=5, positional=True, fine=True),
@@ -202,6 +201,7 @@ def tested_edges(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line
     data = pairs(model, max(2, prompts // 4))
     graph = Graph(model.n_layers)
     circuits = Bench(model, data, graph, together=MANY)
+    circuits.know(torch.ones(len(graph.pairs), graph.width, dtype=torch.bool))
     nodes = sorted({round(node) for node in np.linspace(0, model.n_layers, 5)})
     costs = []
     for node in nodes:

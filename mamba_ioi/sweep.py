@@ -14,6 +14,7 @@ the source run's activations stay there, and the few logits of the readout come 
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .continuation import Edit, Item, Job, SourceValues, carry, entries, run_job
 from .dataset import IOIDataset
-from .memory import fitting_rows, forward_bytes, stream_bytes
+from .memory import budget, fitting_rows, forward_bytes, stream_bytes
 from .model import MambaModel
 from .patching import Change, Patch, Plan, cache, check_patch, forward, read_positions, resolve
 from .remote import ask
@@ -122,17 +123,17 @@ def sweep(
                 f"source tokens have the shape of tokens, {tuple(tokens.shape)}, not {tuple(source.shape)}"
             )
     edits = [_edits(model, tokens, changes, source) for changes in interventions]
-    budget = Budget.of(model, tokens.shape[1])
+    limits = Budget.of(model, tokens.shape[1])
     shape = len(interventions), *readout.tokens.shape
     parts = []
     with tqdm(total=shape[0] * shape[1], desc=description, unit="run", disable=description is None) as bar:
-        for start in range(0, shape[1], budget.prompts):
-            part = slice(start, start + budget.prompts)
+        for start in range(0, shape[1], limits.prompts):
+            part = slice(start, start + limits.prompts)
             prompts = Prompts(
                 tokens[part], None if source is None else source[part], readout.last[part], readout.tokens[part]
             )
             own = [[edit.rows(part, shape[1]) for edit in changes] for changes in edits]
-            parts.append(_logits(model, prompts, own, budget, bar))
+            parts.append(_logits(model, prompts, own, limits, bar))
     return torch.cat(parts, dim=1) if parts else torch.empty(shape)
 
 
@@ -143,21 +144,24 @@ class Budget:
     Attributes:
         prompts: rows of the clean run (residual streams and states of every layer).
         rows: rows of one patched forward.
+        values: bytes of the source run's values to hold at once; at least those of the runs from one position are.
         request: rows of all patched forwards that one request to a server asks for; None where there is no server.
     """
 
     prompts: int
     rows: int
+    values: int
     request: int | None = None
 
     @classmethod
     def of(cls, model: MambaModel, length: int) -> Budget:
-        """Divide the memory: half for what is held of the prompts, half for the forward."""
+        """Divide the memory: 0.4 for what is held of the prompts, as much for the forward, the rest for values."""
         states = model.d_inner * (model.d_state + model.d_conv)
         held = 2 * stream_bytes(model, length) + 4 * model.n_layers * (states + 2 * length * model.d_inner)
         return cls(
-            prompts=fitting_rows(model, held, MOST_ROWS, share=0.5),
-            rows=fitting_rows(model, forward_bytes(model, length), MOST_ROWS, share=0.5),
+            prompts=fitting_rows(model, held, MOST_ROWS, share=0.4),
+            rows=fitting_rows(model, forward_bytes(model, length), MOST_ROWS, share=0.4),
+            values=budget(model) // 5,
             request=None if model.remote is None else REQUEST_ROWS,
         )
 
@@ -212,17 +216,18 @@ class Prompts:
 
 
 def _logits(
-    model: MambaModel, prompts: Prompts, interventions: Sequence[Sequence[Edit]], budget: Budget, bar: tqdm
+    model: MambaModel, prompts: Prompts, interventions: Sequence[Sequence[Edit]], limits: Budget, bar: tqdm
 ) -> Float[Tensor, "I B K"]:
     """The logits of every intervention on some prompts, here or by requests of bounded size to a server."""
-    items = _pieces(_items(prompts, interventions), budget.rows)
+    items = _pieces(_items(prompts, interventions), limits.rows)
     bar.update(len(interventions) * len(prompts.tokens) - sum(len(item.rows) for item in items))
-    waiting = [items] if budget.request is None else _batches(items, budget.request)[::-1]
+    waiting = [items] if limits.request is None else _batches(items, limits.request)[::-1]
+    note = bar.update if model.remote is None else None
     plain, found = None, []
     while waiting:
         share = waiting.pop()
         try:
-            answer = ask(model, run_items, prompts, share, budget.rows, bar.update if model.remote is None else None)
+            answer = ask(model, run_items, prompts, share, limits.rows, limits.values, note)
         except TimeoutError:
             count = sum(len(item.rows) for item in share)
             if count < 2:
@@ -279,7 +284,12 @@ def _pieces(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def run_items(
-    model: MambaModel, prompts: Prompts, items: Sequence[Item], limit: int, note: Callable[[int], object] | None
+    model: MambaModel,
+    prompts: Prompts,
+    items: Sequence[Item],
+    limit: int,
+    room: int,
+    note: Callable[[int], object] | None,
 ) -> dict[str, Tensor]:
     """Run the prompts once, and patched runs that go on from that run; this is what travels to a server.
 
@@ -288,6 +298,7 @@ def run_items(
         prompts: the prompts.
         items: the patched runs, ordered by start and layer.
         limit: how many rows run at once.
+        room: how many bytes of the source run's values are held at once, about.
         note: called with the number of rows that were run.
 
     Returns:
@@ -295,8 +306,13 @@ def run_items(
     """
     chunk = Chunk(model, prompts)
     found = [chunk.plain[:0].cpu()]
-    for start, together in groupby(items, key=lambda item: item.start):
-        found += chunk.run(start, [item.to(chunk.plain.device) for item in together], limit, note)
+    runs = [list(together) for _, together in groupby(items, key=lambda item: item.start)]
+    values: SourceValues = {}
+    for index, together in enumerate(runs):
+        if not chunk.wanted(together) <= values.keys():
+            values = {}
+            values = chunk.source_values(runs[index:], room)
+        found += chunk.run(together[0].start, [item.to(chunk.plain.device) for item in together], limit, values, note)
     return {"plain": chunk.plain.cpu(), "logits": torch.cat(found)}
 
 
@@ -319,17 +335,45 @@ class Chunk:
         self.states: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * model.n_layers
 
     def run(
-        self, start: int, items: Sequence[Item], limit: int, note: Callable[[int], object] | None
+        self, start: int, items: Sequence[Item], limit: int, values: SourceValues, note: Callable[[int], object] | None
     ) -> list[Float[Tensor, "rows K"]]:
         """The logits of items that start at one position, at or after that of the call before."""
         self._advance(start)
-        values = self._source_values(start, items)
         found = []
         for together in _batches(items, limit):
             found.append(self._run_from(start, together, values))
             if note is not None:
                 note(len(found[-1]))
         return found
+
+    def wanted(self, items: Sequence[Item]) -> set[tuple[int, str, int]]:
+        """Every (layer, site, position) that items resample, from where they start on."""
+        positions = range(self.prompts.tokens.shape[1])
+        return {
+            (edit.layer, edit.change.site.name, p)
+            for item in items
+            for edit in item.edits
+            if edit.value is None
+            for p in (positions if edit.change.positions is None else edit.change.positions)
+            if p >= item.start
+        }
+
+    def source_values(self, runs: Sequence[Sequence[Item]], room: int) -> SourceValues:
+        """The source run's values that the first of the runs want, and those after it as far as there is room."""
+        source = self.prompts.source
+        if source is None:
+            return {}
+        sizes = {"B": len(source), "L": 1, **self.model.sizes()}
+        keys: set[tuple[int, str, int]] = set()
+        for items in runs:
+            more = self.wanted(items) - keys
+            room -= sum(4 * math.prod(sizes[letter] for letter in SITES[name].shape) for _, name, _ in more)
+            if keys and room < 0:
+                break
+            keys |= more
+        aliases = {key: f"blocks.{key[0]}.hook_{key[1]}.{key[2]}" for key in sorted(keys)}
+        found = cache(self.model, source, list(aliases.values()))
+        return {key: found[alias] for key, alias in aliases.items()}
 
     def _advance(self, position: int) -> None:
         """Bring the clean run's states to those before ``position``."""
@@ -361,21 +405,6 @@ class Chunk:
         logits = logits.gather(1, self.prompts.read[rows]).to(self.plain).cpu()
         found = {id(entry.item): logits[entry.rows] for entry in order}
         return torch.cat([found[id(item)] for item in items])
-
-    def _source_values(self, start: int, items: Sequence[Item]) -> SourceValues:
-        """The source run's value at every (layer, site, position from ``start`` on) that an item resamples."""
-        wanted = set()
-        length = self.prompts.tokens.shape[1]
-        for item in items:
-            for edit in item.edits:
-                if edit.value is None:
-                    positions = range(length) if edit.change.positions is None else edit.change.positions
-                    wanted |= {(edit.layer, edit.change.site.name, p) for p in positions if p >= start}
-        if not wanted or self.prompts.source is None:
-            return {}
-        keys = {key: f"blocks.{key[0]}.hook_{key[1]}.{key[2]}" for key in sorted(wanted)}
-        found = cache(self.model, self.prompts.source, list(keys.values()))
-        return {key: found[alias] for key, alias in keys.items()}
 
 
 def _batches(items: Sequence[Item], limit: int) -> list[list[Item]]:

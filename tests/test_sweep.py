@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -136,7 +138,7 @@ def test_the_memory_changes_no_result(small, prompts, memory, monkeypatch):
     monkeypatch.setattr(small, "memory", memory)
     check(small, prompts, cells)
     if memory == 1:
-        assert Budget.of(small, 9) == Budget(1, 1)
+        assert Budget.of(small, 9) == Budget(1, 1, 0)
 
 
 def test_nothing_runs_where_the_prompts_have_not_parted(small, prompts, monkeypatch):
@@ -151,6 +153,20 @@ def test_nothing_runs_where_the_prompts_have_not_parted(small, prompts, monkeypa
     # Row by row: from the position where it parts to its last one.
     expected = sum(max(0, end - start + 1) for start, end in zip([0, 2, 2, 5, 8, 3], [8, 8, 7, 8, 8, 6], strict=True))
     assert sum(rows for _, rows in started) == expected
+
+
+@pytest.mark.parametrize(("positions", "runs"), [(9, 1), (5, 2), (0, 9)])
+def test_the_source_prompts_run_once_where_their_values_fit(small, prompts, positions, runs, monkeypatch):
+    import mamba_ioi.sweep as module
+
+    clean, source, last = prompts
+    asked, cache_ = [], module.cache
+    monkeypatch.setattr(module, "cache", lambda model, ids, sites: asked.append(sites) or cache_(model, ids, sites))
+    budget = replace(Budget.of(small, 9), values=positions * 3 * 7 * 24 * 4 * 4)  # layers, rows, E, N, bytes
+    monkeypatch.setattr(Budget, "of", lambda *_: budget)
+    cells = [[Resample("h", layer, position)] for layer in range(3) for position in range(9)]
+    sweep(small, clean, cells, readout(last), source=source)
+    assert len(asked) == runs and sum(map(len, asked)) == len(cells)
 
 
 def test_length_one_and_float64():
