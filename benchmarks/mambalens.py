@@ -1,13 +1,14 @@
-r"""Every named activation and every patch of mamba_ioi, compared with MambaLens on random weights.
+r"""Every named activation and every patch of mamba_ioi, compared with MambaLens on random weights; and their speed.
 
-MambaLens 0.0.4 needs older packages than mamba_ioi, so the comparison is one file with two roles. The first runs where
-MambaLens is installed and writes a reference file; the second runs where mamba_ioi is and compares:
+MambaLens 0.0.4 needs older packages than mamba_ioi, so the comparison is one file with several roles. `reference` runs
+where MambaLens is installed and writes a reference file; `compare` and `race` run where mamba_ioi is:
 
     python3 -m venv mlens
     mlens/bin/pip install mamba-lens==0.0.4 "transformer-lens==2.16.1" "transformers<4.58" "numpy<2" "pyarrow<20" \
         "datasets<4" torch==2.13.0
     mlens/bin/python benchmarks/mambalens.py reference reference.npz
     python benchmarks/mambalens.py compare reference.npz
+    python benchmarks/mambalens.py race mlens/bin/python
 
 The reference file holds random weights in the original state-spaces layout, tokens, MambaLens's activation at every
 hook, and its logits under patches: one random value at one position for every hook of every layer, h at several
@@ -26,8 +27,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -368,6 +371,62 @@ def compare(path: Path, tolerance: float) -> bool:
     return not failed
 
 
+# ---------------------------------------------------------------------------------------------- speed
+
+
+@torch.no_grad()
+def serve(*, layers: int, prompts: int) -> None:
+    """Under MambaLens: for each hook's name read, run the shape of mamba-370m with that hook and print the seconds."""
+    config = {"d_model": 1024, "n_layer": layers, "vocab_size": 50280, "ssm_cfg": {}, "rms_norm": True,
+              "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}  # fmt: skip
+    model = load_mambalens(config, random_weights(config, seed=0))
+    tokens = torch.randint(500, (prompts, 20), generator=torch.Generator().manual_seed(0))
+    for line in sys.stdin:
+        started = time.perf_counter()
+        model.run_with_hooks(tokens, fwd_hooks=[(line.strip(), lambda value, hook: value.clone())])
+        print("seconds", time.perf_counter() - started, flush=True)
+
+
+def race(lens: Path, *, layers: int, prompts: int, rounds: int) -> None:
+    """Print what a cell and prompt of a resample sweep cost here, as a ratio to MambaLens's hooked forward of a prompt.
+
+    The two take turns on the same machine, and the smallest time of each counts. MambaLens runs the prompts anew for
+    every cell, whichever it is.
+    """
+    from mamba_ioi import bench
+    from mamba_ioi.sweep import Readout, Resample, sweep
+
+    command = [str(lens), __file__, "serve", "--layers", str(layers), "--prompts", str(prompts)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def theirs(hook: str) -> float:
+        worker.stdin.write(f"{hook}\n")
+        worker.stdin.flush()
+        answers = (line.split() for line in worker.stdout)  # MambaLens prints as well
+        return next(float(words[1]) for words in answers if words[:1] == ["seconds"])
+
+    model = bench.mamba_370m(layers)
+    data = bench.pairs(model, prompts)
+    readout, length = Readout.of(data), data.clean_tokens.shape[1]
+    every = range(0, layers, max(1, layers // 12))
+    for site, hook in (
+        ("layer_input", f"blocks.{layers // 2}.hook_layer_input"),
+        ("h", f"blocks.{layers // 2}.hook_h.9"),
+    ):
+        cells = [[Resample(site, layer, position)] for layer in every for position in range(length)]
+        mine, others = [], []
+        for _ in range(rounds):
+            others += [theirs(hook), theirs(hook)]
+            started = time.perf_counter()
+            sweep(model, data.clean_tokens, cells, readout, source=data.corrupt_tokens)
+            mine.append((time.perf_counter() - started) / len(cells))
+        ours, other = min(mine), min(others)
+        times = f"{ours:.3f} s a cell of {prompts} prompts, {other:.2f} s"
+        print(f"{site}: {ours / other:.4f} of MambaLens with {hook} ({times})")
+    worker.stdin.close()
+    worker.wait()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     roles = parser.add_subparsers(dest="role", required=True)
@@ -379,11 +438,18 @@ def main() -> int:
     comparison = roles.add_parser("compare", help="compare mamba_ioi with a reference file")
     comparison.add_argument("path", type=Path)
     comparison.add_argument("--tolerance", type=float, default=1e-5)
+    timing = roles.add_parser("race", help="set sweeps beside MambaLens on the shape of mamba-370m")
+    timing.add_argument("lens", type=Path, help="the Python where MambaLens is")
+    timing.add_argument("--rounds", type=int, default=2, help="2 unless told")
+    for one in (timing, roles.add_parser("serve", help="MambaLens's side of a race")):
+        one.add_argument("--layers", type=int, default=48, help="48 unless told")
+        one.add_argument("--prompts", type=int, default=8, help="8 unless told")
     arguments = vars(parser.parse_args())
 
-    if arguments.pop("role") == "compare":
+    role = arguments.pop("role")
+    if role == "compare":
         return 0 if compare(**arguments) else 1
-    write_reference(**arguments)
+    {"reference": write_reference, "race": race, "serve": serve}[role](**arguments)
     return 0
 
 

@@ -102,9 +102,8 @@ def selective_scan(
         u, step, b, c = (tensor.transpose(1, 2).contiguous() for tensor in (x, delta, B, C))
         y, last = kernel(u, step, A, b, c, return_last_state=True)
         return y.transpose(1, 2), last
-    if initial is None:
-        initial = x.new_zeros(x.shape[0], A.shape[-1], x.shape[2]).transpose(1, 2)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, A, B, C, initial)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, delta, A, B, C, initial)):
+        initial = x.new_zeros(x.shape[0], x.shape[2], A.shape[-1]) if initial is None else initial
         return Recomputed.apply(x, delta, A, B, C, initial)
     return _in_place(x, delta, A, B, C, initial)
 
@@ -158,7 +157,10 @@ def _in_place(x, delta, A, B, C, initial):
     size = max(1, _BLOCK // A.numel()) if x.device.type == "cpu" else len(x)
     delta, rate = delta.contiguous(), A.T.contiguous() * _LOG2_E  # channels innermost in all that follows: h [B, N, E]
     y = delta * x  # what flows in at each position, until its output takes the place
-    h = initial.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    if initial is None:
+        h = x.new_zeros(x.shape[0], *rate.shape)
+    else:
+        h = initial.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         step, b, c, state, out = delta[part], B[part], C[part], h[part], y[part]

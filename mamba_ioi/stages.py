@@ -208,8 +208,8 @@ class ScanStages(Stages):
         return self.A.to(self.dtype, copy=True)
 
     def _delta_2(self) -> Tensor:
-        dt = self.dt.transpose(1, 2).to(self.dtype)
-        return dt.clone() if self.bias is None else dt + self.bias.to(self.dtype)
+        dt = self.dt.transpose(1, 2).to(self.dtype).clone(memory_format=torch.contiguous_format)  # as the scan needs it
+        return dt if self.bias is None else dt.add_(self.bias.to(self.dtype))
 
     def _delta(self) -> Tensor:
         return F.softplus(self.take("delta_2")[0])
