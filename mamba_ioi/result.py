@@ -208,7 +208,7 @@ def package_versions() -> dict[str, str | None]:
 
 def bootstrap_interval(
     values: ArrayLike, *, n_resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Any, Any]:
     """Percentile bootstrap interval of the mean over the last axis (Efron & Tibshirani 1993, chapter 13).
 
     All leading entries share the same resamples, so that intervals of one table are drawn from the same prompts.
@@ -220,7 +220,7 @@ def bootstrap_interval(
         seed: of the resampling; the same values and seed give the same interval.
 
     Returns:
-        low [...], high [...]. With n = 1, both are the value itself.
+        low [...], high [...]: arrays, or numpy's floats for values [n]. With n = 1, both are the value itself.
 
     Raises:
         ValueError: no value, a value that is not finite, `level` outside (0, 1), or `n_resamples` < 1.

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 @pytest.fixture(autouse=True)
 def types(request: pytest.FixtureRequest) -> None:
-    """With ``-p beartype --jaxtyping-packages=mamba_ioi,beartype.beartype``: check no types where wrong ones are given.
+    """Where types are checked at run time (`tests.typed`), check none where wrong ones are given on purpose.
 
     That is in tests marked `untyped`, and in those that expect a `ValueError`, which is what a caller without these
     checks sees.

@@ -19,6 +19,7 @@ PAGES = {
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks])
 def test_the_python_runs_as_pasted(page, tmp_path, monkeypatch, capsys):
     """A page's blocks are one script, from top to bottom."""

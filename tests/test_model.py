@@ -139,6 +139,7 @@ class TestDirectory:
         assert load_model(tmp_path).dtype == torch.bfloat16
         assert load_model(tmp_path, dtype="float32").dtype == torch.float32
 
+    @pytest.mark.untyped
     @pytest.mark.parametrize("dtype", ["int8", "floaty", "Tensor", torch.int64, 32, "float8_e4m3fn", "torch.float32"])
     def test_bad_dtypes(self, saved, dtype):
         refused(saved, "is not one of float32", dtype=dtype)
@@ -147,6 +148,7 @@ class TestDirectory:
     def test_devices(self, saved, device):
         assert load_model(saved, device=device).device == torch.device("cpu")
 
+    @pytest.mark.untyped
     @pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "meta", 3.5])
     def test_bad_devices(self, saved, device):
         refused(saved, "device", device=device)
@@ -298,6 +300,7 @@ class TestOtherLanguageModels:
 class TestWhatIsRefused:
     """Nothing is loaded that is not on the disk as its config says."""
 
+    @pytest.mark.untyped
     def test_places(self, tmp_path, saved):
         refused(tmp_path / "absent", "there is no directory")
         refused("./absent", "there is no directory")

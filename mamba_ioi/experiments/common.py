@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -124,8 +123,8 @@ def corruptions_of(data: IOIDataset) -> list[str]:
     return sorted(set(data.corruptions), key=lambda corruption: (order.get(corruption, len(order)), corruption))
 
 
-def mean_with_interval(values: Float[Tensor, "*rows B"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean over the last axis and the ends of its bootstrap 95 % interval, each ``[*rows]``."""
+def mean_with_interval(values: Float[Tensor, "*rows B"]) -> tuple[Any, Any, Any]:
+    """The mean over the last axis and the ends of its bootstrap 95 % interval, each ``[*rows]``, as numpy has them."""
     array = values.double().cpu().numpy()
     return array.mean(-1), *bootstrap_interval(array)
 

@@ -120,7 +120,7 @@ def logits_without(
     candidates: Sequence[int],
     *,
     bar: tqdm | None = None,
-) -> Float[Tensor, "C+1 B K"]:
+) -> Float[Tensor, "runs B K"]:
     """The readout's logits with the layers of ``removed`` zero-ablated, alone and with each candidate in addition.
 
     The candidates share the layers below them: their runs start from the residual stream that the run without any
