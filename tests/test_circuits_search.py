@@ -62,6 +62,23 @@ def planted(request: pytest.FixtureRequest) -> tuple[MambaModel, IOIDataset]:
     return model, IOIDataset.generate(model.tokenizer, 10, seed=27)
 
 
+@pytest.mark.parametrize("batch_rows", [None, 1, 3])
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_are_those_of_the_data_wherever_they_begin(model: MambaModel, data, batch_rows, known: bool) -> None:
+    graph = Graph(3, True)
+    masks = torch.rand(3, len(graph.pairs), 1, generator=torch.Generator().manual_seed(1)) < 0.8
+    bench = Bench(model, data, graph, batch_rows=batch_rows)
+    assert len(set(bench.pairs.start.tolist())) > 1 and bench.pairs.order.tolist() != list(range(len(data)))
+    if known:
+        bench.know(masks[0])
+    found = bench.measure(masks)
+    for row in range(len(data)):
+        alone = Bench(model, data[row : row + 1], graph).measure(masks)
+        for name in ("nld", "kl", "logit_diff"):
+            got, expected = getattr(found, name)[:, row], getattr(alone, name)[:, 0]
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("variant", ["standard", "paper"])
 def test_scores_find_the_planted_edges(planted, fine: bool, variant: str) -> None:
