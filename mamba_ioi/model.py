@@ -252,7 +252,7 @@ def planted(n_layers: int = 6, layer: int = 3, slice: int = -1, n_names: int = 2
     Args:
         n_layers: how many layers it has.
         layer: the layer that does the task.
-        slice: the conv tap through which that layer takes the names: 0, -1 or -2.
+        slice: the conv tap through which that layer takes the names: 0, -1, -2 or -3.
         n_names: how many names it knows, drawn by the seed.
         seed: of the names and of the other layers' small, harmless weights.
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -72,12 +71,48 @@ def _wait(mediator: Mediator, write_back: WriteBack) -> None:
     mediator.transform = write_back
 
 
+class Views:
+    """What a worker holds of one location's value: the copies that its sites handed out, which may still be edited.
+
+    Attributes:
+        raw: the value as the model has it, or as it was assigned.
+        held: the site, its envoy, the copy, and the version of the copy that ``raw`` agrees with.
+    """
+
+    def __init__(self, raw) -> None:
+        self.raw = raw
+        self.held: list[tuple[Site, Envoy, Tensor, int]] = []
+
+    def read(self, site: Site, obj: Envoy) -> Tensor:
+        """A site's copy: the same one until it is assigned to."""
+        for other, _, view, _ in self.held:
+            if other is site:
+                return view
+        view = site._preprocess(obj, self.value())
+        self.held.append((site, obj, view, view._version))
+        return view
+
+    def assign(self, site: Site, obj: Envoy, value) -> None:
+        """Replace a site's part of the value."""
+        self.raw = site._transform(obj, value, self.value())
+        self.held = [(other, envoy, view, view._version) for other, envoy, view, _ in self.held if other is not site]
+
+    def value(self):
+        """The value with the copies that were edited written back, and those that carry gradients."""
+        raw = self.raw
+        for site, obj, view, version in self.held:
+            if view._version != version or view.requires_grad:
+                raw = site._transform(obj, view, raw)
+        return raw
+
+
 class Site(eproperty):
     """An `eproperty` that serves a copy, writes it back if it was edited, and can be shipped to a server.
 
     The decorated function maps what the model has at ``key`` to what the user sees; ``.transform`` maps an edited
     view back. Nothing is written back for a view that was only read, except where it carries gradients: then the
-    run goes through the view, so that its ``.grad`` is there.
+    run goes through the view, so that its ``.grad`` is there. Sites that share a location, such as B and C, can be read
+    one after another and edited then.
     """
 
     key: str
@@ -93,28 +128,24 @@ class Site(eproperty):
     def __get__(self, obj: Any, owner: Any = None):
         if obj is None:
             return self
+        return self._views(obj).read(self, obj)
+
+    def __set__(self, obj: Any, value: Any) -> None:
+        self._views(obj).assign(self, obj, value)
+
+    def _views(self, obj: Any) -> Views:
+        """What the worker holds at this site's location, to be written back before its next request elsewhere."""
         location = self._location(obj)
         mediator = Mediator.current(location)
         occurrence = mediator.wanted(location)
         waiting = mediator.transform
-        if waiting is not None and waiting.key == (self, location, occurrence):
+        place = None if waiting is None else (waiting.location, waiting.occurrence, type(waiting.view))
+        if waiting is not None and place == (location, occurrence, Views):
             return waiting.view
         _open_source(obj, self.key)
-        raw = Mediator.value(location)
-        view = self._preprocess(obj, raw)
-        back = partial(self._write_back, obj, view, view._version, raw)
-        _wait(mediator, WriteBack(back, view, self, location, occurrence))
-        return view
-
-    def __set__(self, obj: Any, value: Any) -> None:
-        _open_source(obj, self.key)
-        raw = Mediator.value(self._location(obj))
-        Mediator.swap(self._location(obj), self._transform(obj, value, raw))
-
-    def _write_back(self, obj, view: Tensor, version: int, raw):
-        if view._version == version and not view.requires_grad:
-            return raw
-        return self._transform(obj, view, raw)
+        views = Views(Mediator.value(location))
+        _wait(mediator, WriteBack(views.value, views, self, location, occurrence))
+        return views
 
 
 def _rebuild_site(key, description, preprocess, transform) -> eproperty:

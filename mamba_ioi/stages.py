@@ -20,26 +20,39 @@ from .scan import PatchFn, compute_dtype, discretize_A, discretize_B, held_scan,
 class Stages:
     """One operation of the mixer as a chain of named values, each computed from those before it when asked for.
 
-    A stage that is edited (in place or by assignment) is kept, and what comes after it is computed again from it.
+    A stage that is edited (in place or by assignment) is kept, and what is made from it is computed again. That holds
+    for a value that is out of date as well, because a stage before it was edited since it was handed out: if it is
+    edited then, it is as if it was assigned.
 
     Attributes:
         own: whether our own result replaces the model's even if nothing was edited.
+        given: the stages whose values were handed out.
+        stale: values that were handed out and are out of date: name, value, its version.
         OPERATION: the call in `MambaMixer.forward`, as nnsight names it.
-        ORDER: the values' names, each computed from those before it.
+        ORDER: the values' names, each after those that it is computed from.
+        INDEPENDENT: pairs of stages, of which the second comes later and does not depend on the first.
     """
 
     OPERATION: str
     ORDER: tuple[str, ...]
+    INDEPENDENT: tuple[tuple[str, str], ...] = ()
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
         self.kept: set[str] = set()
+        self.given: set[str] = set()
+        self.stale: list[tuple[str, Tensor, int]] = []
         self.own = False
 
     def get(self, name: str) -> Tensor:
         """The stage's value: the caller may edit it in place."""
         self._settle()
+        self.given.add(name)
+        return self._value(name)
+
+    def _value(self, name: str) -> Tensor:
+        """The stage's value, for a later one to be made from."""
         if name not in self.values:
             self._store(name, getattr(self, f"_{name}")())
         return self.values[name]
@@ -50,7 +63,7 @@ class Stages:
         That is into the value itself if nobody was given it, and else (None), as under gradients, into new memory.
         """
         if name in self.values or torch.is_grad_enabled():
-            return self.get(name), None
+            return self._value(name), None
         value = getattr(self, f"_{name}")()
         return value, value
 
@@ -71,10 +84,13 @@ class Stages:
         raise NotImplementedError
 
     def _settle(self) -> None:
-        """Take note of the values that were edited in place since they were handed out."""
-        for name in self.ORDER:
-            if name in self.values and self.values[name]._version != self.versions[name]:
-                self._edited(name, None, self.values[name])
+        """Take note of the values that were edited in place since they were handed out, the last stage first."""
+        held = [*self.stale, *((name, value, self.versions[name]) for name, value in self.values.items())]
+        edited = [(name, value) for name, value, version in held if value._version != version]
+        if edited:
+            self.stale = [one for one in self.stale if one[1]._version == one[2]]
+        for name, value in sorted(edited, key=lambda one: self.ORDER.index(one[0]), reverse=True):
+            self._edited(name, None, value)
 
     def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
         self._store(name, after)
@@ -86,8 +102,13 @@ class Stages:
 
     def _forget_after(self, name: str) -> None:
         for later in self.ORDER[self.ORDER.index(name) + 1 :]:
-            if later not in self.kept:
-                self.values.pop(later, None)
+            if later not in self.kept and later in self.values and (name, later) not in self.INDEPENDENT:
+                self._forget(later)
+
+    def _forget(self, name: str) -> None:
+        value = self.values.pop(name)
+        if name in self.given:
+            self.stale.append((name, value, self.versions[name]))
 
 
 class ConvStages(Stages):
@@ -133,10 +154,16 @@ class ScanStages(Stages):
         held: the positions that ``patch`` replaces; None if it may replace any.
         last: the state after the last position, once the outputs were computed.
         shown: the states handed out under gradients: a leaf's copy, whose gradient the live states feed.
+        unedited: the states that were handed out beside what they are made from, each with a copy of it.
     """
 
     OPERATION = "source.mamba_selective_scan_0"
     ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h_start", "h", "y", "ssm_output", "after_skip")
+    INDEPENDENT = (
+        *(("A", name) for name in ("delta_2", "delta", "B_bar", "h_start")),
+        *((name, "h_start") for name in ("delta_2", "delta", "A_bar", "B_bar")),
+        ("A_bar", "B_bar"),
+    )
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         Stages.__init__(self)
@@ -151,10 +178,19 @@ class ScanStages(Stages):
         self.held: set[int] | None = set()
         self.last: Tensor | None = None
         self.shown: Tensor | None = None
+        self.unedited: list[tuple[Tensor, Tensor]] = []
 
     def get(self, name: str) -> Tensor:
-        """The stage's value; ``h.grad`` is the total derivative, with what flows through later states."""
+        """The stage's value; ``h.grad`` is the total derivative, with what flows through later states.
+
+        Under gradients h is read before y and what follows: those that were read before it are no part of that.
+        """
         value = Stages.get(self, name)
+        before = self.ORDER[: self.ORDER.index("h")]
+        if "h" in self.given and "h" in self.values and self.given.intersection(before):
+            states = self.values["h"]  # which of them are edited can only be told while nothing before them is
+            if not any(known is states for known, _ in self.unedited):
+                self.unedited.append((states, states.detach().clone()))
         if name != "h" or not value.requires_grad or self.shown is not None:
             return value
         self.shown = shown = value.detach().requires_grad_().clone()
@@ -186,8 +222,11 @@ class ScanStages(Stages):
         if name != "h":
             return Stages._edited(self, name, before, after)
         in_place = before is None
-        self.values.pop("h")
-        before = self._h() if in_place else before
+        self.values.pop("h", None)
+        if in_place:
+            before = next((copy for known, copy in self.unedited if known is after), None)
+            before = self._h() if before is None else before
+            self.unedited = [one for one in self.unedited if one[0] is not after]
         held, changed = after.clone(), before != after
         positions = changed.transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
         self._replace_states(lambda t, h: torch.where(changed[:, t], held[:, t], h), positions)
@@ -201,7 +240,8 @@ class ScanStages(Stages):
         self.patch = patch if earlier is None else (lambda t, h: patch(t, earlier(t, h)))
         self.held = None if positions is None or self.held is None else self.held | set(positions)
         self.own = True
-        self.values.pop("h", None)
+        if "h" in self.values:
+            self._forget("h")
         self._forget_after("h")
 
     def _A(self) -> Tensor:
@@ -215,10 +255,10 @@ class ScanStages(Stages):
         return F.softplus(self.take("delta_2")[0])
 
     def _A_bar(self) -> Tensor:
-        return discretize_A(self.get("delta"), self.get("A"))
+        return discretize_A(self._value("delta"), self._value("A"))
 
     def _B_bar(self) -> Tensor:
-        return discretize_B(self.get("delta"), self.B)
+        return discretize_B(self._value("delta"), self.B)
 
     def _h_start(self) -> Tensor:
         if self.initial is not None:
@@ -227,13 +267,13 @@ class ScanStages(Stages):
         return zeros.requires_grad_(self.x.requires_grad).clone()
 
     def _h(self) -> Tensor:
-        delta, A = self.get("delta"), self.get("A")
+        delta, A = self._value("delta"), self._value("A")
         A_bar, B_bar = self.values.get("A_bar"), self.values.get("B_bar")
         return scan_states(
             self.x,
             lambda t: discretize_A(delta[:, t], A) if A_bar is None else A_bar[:, t],
             lambda t: discretize_B(delta[:, t], self.B[:, t]) if B_bar is None else B_bar[:, t],
-            initial=self.get("h_start"),
+            initial=self._value("h_start"),
             patch=self.patch,
         )
 
@@ -247,7 +287,7 @@ class ScanStages(Stages):
         if self.patch is None:
             y, self.last = selective_scan(*inputs, initial=self.values.get("h_start", self.initial))
         else:
-            y, self.last = held_scan(*inputs, initial=self.get("h_start"), patch=self.patch, positions=self.held)
+            y, self.last = held_scan(*inputs, initial=self._value("h_start"), patch=self.patch, positions=self.held)
         return y
 
     def _ssm_output(self) -> Tensor:

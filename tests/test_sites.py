@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from mamba_ioi.model import wrap
+from mamba_ioi.patching import cache
 from mamba_ioi.sites import SITES, owner
 
 from .conftest import random_mamba
@@ -448,3 +449,64 @@ def test_every_site_is_documented():
 
         cls = {"model": ModelSites, "layer": LayerEnvoy, "mixer": MixerEnvoy}[site.owner]
         assert getattr(cls, site.attribute).__doc__
+
+
+TOGETHER = [
+    *(("A", name) for name in ("delta_2", "delta", "B_bar", "y")),
+    *(("A_bar", "B_bar"), ("delta", "y"), ("y", "ssm_output"), ("delta_2", "after_skip"), ("conv_slice", "conv")),
+    *(("delta_1", "B"), ("B", "C"), ("C", "B"), ("C", "delta_1"), ("in_proj", "gate"), ("gate", "in_proj")),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), TOGETHER)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("between", [None, "first", "second"])
+def test_values_read_together_can_be_edited_afterwards(small, tokens, first, second, grad, between):
+    """Every edit counts, whatever was read before or between; what is edited is what the site then has."""
+    values = cache(small, tokens, [("skip" if name == "gate" else name, 1) for name in (first, second)])
+    new = {
+        name: value * factor for name, value, factor in zip((first, second), values.values(), (0.5, 0.25), strict=True)
+    }
+
+    def at(name):
+        return small.layers[1] if name == "in_proj" else small.layers[1].mixer
+
+    with torch.set_grad_enabled(grad), small.trace(tokens):
+        a, b = getattr(at(first), first), getattr(at(second), second)
+        a[...] = new[first]
+        if between is not None:
+            getattr(at(first if between == "first" else second), first if between == "first" else second)
+        b[...] = new[second]
+        both = small.lm_head.output.save()
+    with torch.no_grad(), small.trace(tokens):
+        setattr(at(first), first, new[first])
+        setattr(at(second), second, new[second])
+        expected = small.lm_head.output.save()
+    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), small.trace(tokens):
+        setattr(at(first), first, new[first])
+        alone = small.lm_head.output.save()
+    assert (expected - alone).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("order", ["delta h", "h delta", "assigned"])
+def test_states_edited_at_a_position_follow_what_they_are_made_from(small, tokens, order):
+    delta = cache(small, tokens, [("delta", 1)])["delta", 1]
+    with torch.no_grad(), small.trace(tokens):
+        mixer = small.layers[1].mixer
+        if order == "delta h":
+            step, h = mixer.delta, mixer.h
+        else:
+            h, step = mixer.h, mixer.delta
+        if order == "assigned":
+            mixer.delta = delta * 0.5
+        else:
+            step[...] = delta * 0.5
+        h[:, 5] = 0.0
+        found = small.lm_head.output.save()
+    with torch.no_grad(), small.trace(tokens):
+        mixer = small.layers[1].mixer
+        mixer.delta = delta * 0.5
+        mixer.scan({5: torch.zeros(())})
+        expected = small.lm_head.output.save()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
