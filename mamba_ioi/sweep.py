@@ -255,12 +255,14 @@ def _items(prompts: Prompts, interventions: Sequence[Sequence[Edit]]) -> list[It
     items = []
     for index, edits in enumerate(interventions):
         starts: dict[int, list[int]] = defaultdict(list)
+        given = any(edit.value is not None for edit in edits)  # then a resampled value is not the one that is there
+        from_row = [0] * batch if given else parted
         for row in range(batch):
-            start = min((edit.start(parted[row], length) for edit in edits), default=length)
+            start = min((edit.start(from_row[row], length) for edit in edits), default=length)
             if start <= last[row]:
                 starts[start].append(row)
         for start, rows in starts.items():
-            live = [edit for edit in edits if any(edit.start(parted[row], length) < length for row in rows)]
+            live = [edit for edit in edits if any(edit.start(from_row[row], length) < length for row in rows)]
             items.append(Item(index, start, torch.tensor(rows, device=tokens.device), live))
     return sorted(items, key=lambda item: (item.start, item.layer))
 

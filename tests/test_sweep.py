@@ -169,6 +169,16 @@ def test_the_source_prompts_run_once_where_their_values_fit(small, prompts, posi
     assert len(asked) == runs and sum(map(len, asked)) == len(cells)
 
 
+def test_a_resampled_value_counts_where_another_change_came_before(small, prompts):
+    """Up to where the prompts part the source run has the clean value, but the patched run has another."""
+    mixed = [
+        [Patch("resid_pre", 0, 3.0, [1]), Resample("layer_input", 2, [1, 2, 3])],
+        [Resample("conv", 1), Patch("embed", None, 0.5, 0)],
+        [Patch("h", 0, 0.0, [0]), Resample("h", 1, [4])],
+    ]
+    check(small, prompts, mixed)
+
+
 def test_length_one_and_float64():
     model = wrap(random_mamba(dtype=torch.float64), None, model_id="random")
     clean, source = torch.tensor([[3], [5]]), torch.tensor([[4], [5]])
