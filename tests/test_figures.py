@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import mamba_ioi
 from mamba_ioi import figures
+from mamba_ioi.circuits import Graph
 from mamba_ioi.figures import FIGURES, ModelSizes, residual_edges, save_figure
 from mamba_ioi.result import Result
 
@@ -131,6 +132,19 @@ def pca() -> Result:
     return make("name_pca", rows, "name slot pc1 pc2", explained_variance=[0.42, 0.18])
 
 
+def scores(experiment: str = "eap", n_layers: int = 48) -> Result:
+    """Of a fine graph with two positions: an edge of a position scores its index."""
+    edges = Graph(n_layers, True, 2).edges()
+    rows = [(*edge, float(index)) for index, edge in enumerate(edges)]
+    return make(experiment, rows, "src dst position score", n_layers, n_rows=40)
+
+
+def sizes() -> Result:
+    rows = [(name, share, share**2) for name in ("signed", "absolute", "random") for share in (0.01, 0.1, 0.5, 1.0)]
+    areas = {name: 0.5 for name in ("signed", "absolute", "random")}
+    return make("faithfulness", rows, "ranking fraction faithfulness", cpr=areas, cmd=areas, n_rows=40)
+
+
 def diagram(experiment: str) -> Result:
     table = residual_edges(4) if experiment == "residual_graph" else ModelSizes.of(SIZES).table()
     return Result.create(experiment, table, model=SimpleNamespace(model_id="tiny"), arguments={})
@@ -148,6 +162,9 @@ EXAMPLES = {
     "name_steering": steering,
     "name_pca": pca,
     "ssm_internals": lambda: diagram("ssm_internals"),
+    "eap": scores,
+    "exact_effects": lambda: scores("exact_effects"),
+    "faithfulness": sizes,
     **CIRCUIT_EXAMPLES,
 }
 
@@ -521,3 +538,28 @@ def test_figures_need_no_display_and_no_model():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("n_layers", [6, 48])
+def test_scores_are_shown_between_layers_and_summed_over_positions(n_layers):
+    result = scores(n_layers=n_layers)
+    figure = result.plot()
+    whole, clamped = heat_maps(figure)
+    nodes = ["embed", *map(str, range(n_layers)), "output"]
+    assert ticks(whole.yaxis) == nodes[:-1] and ticks(whole.xaxis) == nodes[1:]
+    summed = result.table.groupby(["src", "dst"])["score"].sum()
+    shown = np.ma.masked_invalid(cells(whole).reshape(n_layers + 1, -1))
+    for i, src in enumerate(nodes[:-1]):
+        for j, dst in enumerate(nodes[1:]):
+            assert np.ma.is_masked(shown[i, j]) if j < i else shown[i, j] == summed[src, dst]
+    assert "clamped" in clamped.get_title() and clamped.collections[0].norm.vmax < whole.collections[0].norm.vmax
+
+
+def test_faithfulness_has_a_line_a_ranking():
+    result = sizes()
+    axes = sizes().plot().axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 4]
+    assert [line.get_label().split()[0] for line in lines] == ["signed", "absolute", "random"]
+    for line, (_, rows) in zip(lines, result.table.groupby("ranking", sort=False), strict=True):
+        assert list(line.get_ydata()) == list(rows["faithfulness"])
+        assert "CPR 0.500, CMD 0.500" in line.get_label()

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from mamba_ioi.figures.architecture import architecture
 from mamba_ioi.figures.circuit_graph import circuit_graph
 from mamba_ioi.figures.circuit_html import circuit_html
-from mamba_ioi.figures.circuit_matrices import circuit_matrices, layer_parts
+from mamba_ioi.figures.circuit_matrices import circuit_matrices, edge_scores, layer_parts
 from mamba_ioi.figures.circuit_tables import circuit_tables
 from mamba_ioi.figures.companions import save_companions
 from mamba_ioi.figures.conv_slices import conv_slices
 from mamba_ioi.figures.cross_talk import cross_talk
 from mamba_ioi.figures.diagram import ModelSizes
+from mamba_ioi.figures.faithfulness import faithfulness
 from mamba_ioi.figures.last_position import last_position_only
 from mamba_ioi.figures.layer_removal import greedy_layer_removal, layer_removal
 from mamba_ioi.figures.name_steering import name_pca, name_steering
@@ -40,6 +41,8 @@ __all__ = [
     "conv_slices",
     "cross_talk",
     "draw",
+    "edge_scores",
+    "faithfulness",
     "greedy_layer_removal",
     "last_position_only",
     "layer_parts",
@@ -81,6 +84,9 @@ FIGURES: dict[str, Callable[[Result], Figure]] = {
     "name_steering": name_steering,
     "name_pca": name_pca,
     "ssm_internals": _ssm_internals,
+    "eap": edge_scores,
+    "exact_effects": edge_scores,
+    "faithfulness": faithfulness,
     "edge_matrices": circuit_matrices,
     "layer_parts": layer_parts,
     "positional_circuit": circuit_graph,

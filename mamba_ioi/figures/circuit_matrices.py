@@ -14,6 +14,8 @@ from mamba_ioi.figures.heatmap import DIVERGING, Scale, draw_cells
 from mamba_ioi.figures.style import GREY, new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -51,17 +53,46 @@ def circuit_matrices(result: Result) -> Figure:
     for blank in axes[1:, 0]:
         _agreement(blank, table)
     for row, (name, values) in zip(axes, panels, strict=True):
-        largest = float(values.abs().max()) or 1.0
-        for axis, bound, title in (
-            (row[1], largest, name),
-            (row[2], CLAMPED_SHARE * largest, f"{name.split(':')[0]}, clamped to ±{CLAMPED_SHARE:.0%} of the largest"),
-        ):
-            scale = Scale.symmetric(values.to_numpy(), "change of NLD", bound)
-            plain = Scale(scale.norm, "change of NLD", scale.extend)
-            _matrix(axis, table, values, nodes, plain.norm, DIVERGING, title)
-            plain.bar(figure, [axis], fraction=0.046, pad=0.02)
+        _whole_and_clamped(figure, row[1:], table, values, nodes, name)
     set_heading(figure, result, "The minimal circuit, attributions and effects", circuit_note(result))
     return figure
+
+
+@paper_style()
+def edge_scores(result: Result) -> Figure:
+    """Source × destination: every edge's score, and the same clamped. Red is needed; with positions, scores are summed.
+
+    Args:
+        result: columns src, dst, score, as `circuits.eap` and `circuits.exact_effects` have them; edges inside layers
+            are left out.
+    """
+    require(result, "src", "dst", "score")
+    inside = result.table["src"].str.contains(".", regex=False) | result.table["dst"].str.contains(".", regex=False)
+    table = result.table[~inside].groupby(["src", "dst"], as_index=False)["score"].sum()
+    nodes = in_order(set(table["src"]) | set(table["dst"]))
+    side = max(2.5, 0.115 * len(nodes) + 0.55)
+    figure = new_figure((side + 0.75) * 2, side + 1.05)
+    exact = result.meta["experiment"] == "exact_effects"
+    _whole_and_clamped(
+        figure, figure.subplots(1, 2), table, table["score"], nodes, "effect" if exact else "attribution"
+    )
+    rows = result.meta.get("n_rows")
+    heading = "Effects of resampling each edge" if exact else "Edge attribution patching"
+    set_heading(figure, result, heading, "" if rows is None else f"n = {rows}")
+    return figure
+
+
+def _whole_and_clamped(
+    figure: Figure, axes: Sequence[Axes], table: pd.DataFrame, values: pd.Series, nodes: list[str], name: str
+) -> None:
+    """Two panels: values with colours up to the largest, and up to a small share of it."""
+    largest = float(values.abs().max()) or 1.0
+    clamped = f"{name.split(':')[0]}, clamped to ±{CLAMPED_SHARE:.0%} of the largest"
+    for axis, bound, title in zip(axes, (largest, CLAMPED_SHARE * largest), (name, clamped), strict=True):
+        scale = Scale.symmetric(values.to_numpy(), "change of NLD", bound)
+        plain = Scale(scale.norm, "change of NLD", scale.extend)
+        _matrix(axis, table, values, nodes, plain.norm, DIVERGING, title)
+        plain.bar(figure, [axis], fraction=0.046, pad=0.02)
 
 
 def _matrix(
