@@ -62,12 +62,16 @@ def planted(request: pytest.FixtureRequest) -> tuple[MambaModel, IOIDataset]:
     return model, IOIDataset.generate(model.tokenizer, 10, seed=27)
 
 
-@pytest.mark.parametrize("batch_rows", [None, 1, 3])
+@pytest.mark.parametrize(("batch_rows", "memory"), [(None, None), (1, None), (3, None), (None, 1), (3, 1)])
 @pytest.mark.parametrize("known", [False, True])
-def test_rows_are_those_of_the_data_wherever_they_begin(model: MambaModel, data, batch_rows, known: bool) -> None:
+def test_rows_are_those_of_the_data_wherever_they_begin(
+    model: MambaModel, data, batch_rows, memory, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "memory", memory)
     graph = Graph(3, True)
     masks = torch.rand(3, len(graph.pairs), 1, generator=torch.Generator().manual_seed(1)) < 0.8
     bench = Bench(model, data, graph, batch_rows=batch_rows)
+    assert (bench.runs is None) == (memory == 1), "what is held fits into the memory"
     assert len(set(bench.pairs.start.tolist())) > 1 and bench.pairs.order.tolist() != list(range(len(data)))
     if known:
         bench.know(masks[0])

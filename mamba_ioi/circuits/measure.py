@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import whole_number
 from ..dataset import IOIDataset
-from ..memory import fitting_rows, forward_bytes, inner_width, stream_bytes
+from ..memory import budget, fitting_rows, forward_bytes, inner_width, stream_bytes
 from ..metrics import accuracy, kl_divergence
 from ..remote import ask
 from ..result import bootstrap_interval
@@ -58,7 +58,9 @@ class Measures:
 
 
 class Bench:
-    """Rows of data on which circuits of one graph are measured. Their clean and corrupt runs are computed once.
+    """Rows of data on which circuits of one graph are measured.
+
+    Their clean and corrupt runs are computed once where they fit into half of the memory, else for each measurement.
 
     Args:
         model: a model from `load_model`.
@@ -89,11 +91,13 @@ class Bench:
         if graph.length is not None and graph.length != pairs.length:
             raise ValueError(f"the circuit has {graph.length} positions, the prompts have {pairs.length}")
         self.model, self.graph, self.absolute = model, graph, absolute
-        self.batch_rows = batch_rows or fitting_rows(model, row_bytes(model, graph, pairs.length, together), MOST_ROWS)
+        row = row_bytes(model, graph, pairs.length, together)
+        self.batch_rows = batch_rows or fitting_rows(model, row, MOST_ROWS, share=0.5)
         self.n_rows = len(pairs)
         self.pairs, self.rows = pairs, max(1, self.batch_rows // together)
         self.runs = self.known = None
-        if model.remote is None:
+        held = len(pairs) * reference_bytes(model, graph, pairs.length)
+        if model.remote is None and held <= budget(model) // 2:
             self.runs = [References.of(model, graph, batch, None) for batch in pairs.batches(self.rows)]
 
     def know(self, mask: Bool[Tensor, "n_pairs W"]) -> None:
@@ -197,10 +201,16 @@ def task_metrics(
 
 
 def row_bytes(model, graph: Graph, length: int, together: int) -> int:
-    """What a row, a candidate on a prompt, needs: its forward and sources, a share of the corrupt and the known run."""
-    sources = stream_bytes(model, length)
+    """What a row, a candidate on a prompt, needs: its forward and sources, and a share of the prompt's references."""
+    references = reference_bytes(model, graph, length)
+    return forward_bytes(model, length) + stream_bytes(model, length) + references // together
+
+
+def reference_bytes(model, graph: Graph, length: int) -> int:
+    """What is held of a prompt: sources of the corrupt and of a known run, inner values, states where runs begin."""
     inner = 16 * model.n_layers * length * inner_width(model) if graph.fine else 0
-    return forward_bytes(model, length) + sources + (2 * sources + inner) // together
+    states = 4 * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.is_mamba else 0
+    return 2 * stream_bytes(model, length) + inner + states
 
 
 def graph_for(circuit: Circuit, data: IOIDataset, model) -> Graph:
