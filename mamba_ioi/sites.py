@@ -305,7 +305,10 @@ class MixerEnvoy(Envoy):
 
     @StageSite(ScanStages, description="the state; where it is edited, later states follow")
     def h(self, value) -> Float[Tensor, "B L E N"]:
-        """The state after each position. Positions whose value is changed are held; the states after them follow."""
+        """The state after each position. Positions whose value is changed are held; the states after them follow.
+
+        Under gradients read it before y, ssm_output and after_skip: what was read of these before it gets no gradient.
+        """
         ...
 
     @StageSite(ScanStages, description="C h")
