@@ -75,6 +75,12 @@ def relative_difference(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
 
 
+def configuration(layers: int, d_model: int, vocab: int) -> dict:
+    """The fields of the published checkpoints; the vocabulary is padded to a multiple of 8 there too."""
+    return {"d_model": d_model, "n_layer": layers, "vocab_size": vocab, "ssm_cfg": {}, "rms_norm": True,
+            "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}  # fmt: skip
+
+
 def random_weights(config: dict, seed: int) -> dict[str, Tensor]:
     """Weights in the original state-spaces layout; no parameter is zero, one, or equal over channels or states."""
     generator = torch.Generator().manual_seed(seed)
@@ -217,9 +223,7 @@ def choose_cases(acts: dict[str, Tensor], n_layers: int, length: int, seed: int)
 @torch.no_grad()
 def write_reference(path: Path, *, layers: int, d_model: int, vocab: int, batch: int, length: int, seed: int) -> None:
     """Run MambaLens on random weights and tokens, and write weights, activations and patched logits to `path`."""
-    # the fields of the published checkpoints; the vocabulary is padded to a multiple of 8 there too
-    config = {"d_model": d_model, "n_layer": layers, "vocab_size": vocab, "ssm_cfg": {}, "rms_norm": True,
-              "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}  # fmt: skip
+    config = configuration(layers, d_model, vocab)
     weights = random_weights(config, seed)
     tokens = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed + 2))
     model = load_mambalens(config, weights)
@@ -377,8 +381,7 @@ def compare(path: Path, tolerance: float) -> bool:
 @torch.no_grad()
 def serve(*, layers: int, prompts: int) -> None:
     """Under MambaLens: for each hook's name read, run the shape of mamba-370m with that hook and print the seconds."""
-    config = {"d_model": 1024, "n_layer": layers, "vocab_size": 50280, "ssm_cfg": {}, "rms_norm": True,
-              "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}  # fmt: skip
+    config = configuration(layers, 1024, 50280)
     model = load_mambalens(config, random_weights(config, seed=0))
     tokens = torch.randint(500, (prompts, 20), generator=torch.Generator().manual_seed(0))
     for line in sys.stdin:
