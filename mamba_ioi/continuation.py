@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .patching import Change, leave_out
@@ -43,6 +43,9 @@ class Edit:
             return min(positions)
         return min((position for position in positions if position >= parted), default=length)
 
+
+States = list[tuple[Tensor | None, Tensor | None]]
+"""Each layer's state h ``[B, E, N]`` and last conv inputs ``[B, E, K - 1]`` at some position; None at the first one."""
 
 SourceValues = dict[tuple[int, str, int], Tensor]
 """The source run's values by (layer, site, position), ``[prompts, ...]``."""
@@ -143,13 +146,26 @@ class Job:
     rows: Tensor
     entries: Sequence[Entry]
     resid: list[Tensor]
-    states: list[tuple[Tensor | None, Tensor | None]]
+    states: States
     values: SourceValues
     last: Tensor
 
 
-def carry(model, states):
+def parting(tokens: Int[Tensor, "B L"], source: Int[Tensor, "B L"]) -> Int[Tensor, "B"]:
+    """The first position at which each row's two prompts differ; L where they do not."""
+    length = tokens.shape[1]
+    return torch.where(tokens != source, torch.arange(length, device=tokens.device), length).amin(1)
+
+
+def carry(model, segment: Int[Tensor, "B l"], states: States) -> States:
     """Run a segment of the prompts from the states before it; each layer's state and last conv inputs after it."""
+    with torch.no_grad(), model.trace(segment):
+        ends = carried(model, states).save()  # pyright: ignore[reportAttributeAccessIssue]
+    return ends
+
+
+def carried(model, states: States) -> States:
+    """The body of `carry`'s trace."""
     ends = []
     for layer, (h, before) in zip(model.layers, states, strict=True):
         x = layer.in_proj.transpose(1, 2)

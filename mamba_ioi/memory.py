@@ -54,6 +54,11 @@ def stream_bytes(model, length: int) -> int:
     return _FLOAT * (model.n_layers + 1) * length * model.d_model
 
 
+def state_bytes(model) -> int:
+    """Every layer's state and last conv inputs at one position of a row; 0 where the model is no Mamba."""
+    return _FLOAT * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.is_mamba else 0
+
+
 def inner_width(model) -> int:
     """The width inside a block: d_inner, or four times d_model where the model is no Mamba."""
     return model.d_inner if model.is_mamba else 4 * model.d_model

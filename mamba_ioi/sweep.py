@@ -25,9 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .continuation import Edit, Item, Job, SourceValues, carry, entries, run_job
+from .continuation import Edit, Item, Job, SourceValues, States, carry, entries, parting, run_job
 from .dataset import IOIDataset
-from .memory import budget, fitting_rows, forward_bytes, stream_bytes
+from .memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
 from .model import MambaModel
 from .patching import Change, Patch, Plan, cache, check_patch, forward, read_positions, resolve
 from .remote import ask
@@ -156,8 +156,8 @@ class Budget:
     @classmethod
     def of(cls, model: MambaModel, length: int) -> Budget:
         """Divide the memory: 0.4 for what is held of the prompts, as much for the forward, the rest for values."""
-        states = model.d_inner * (model.d_state + model.d_conv)
-        held = 2 * stream_bytes(model, length) + 4 * model.n_layers * (states + 2 * length * model.d_inner)
+        inputs = 8 * model.n_layers * length * model.d_inner
+        held = 2 * stream_bytes(model, length) + state_bytes(model) + inputs
         return cls(
             prompts=fitting_rows(model, held, MOST_ROWS, share=0.4),
             rows=fitting_rows(model, forward_bytes(model, length), MOST_ROWS, share=0.4),
@@ -250,8 +250,7 @@ def _items(prompts: Prompts, interventions: Sequence[Sequence[Edit]]) -> list[It
     """The runs that differ from the clean one, by the position they start at and the first layer that changes."""
     tokens, source, last = prompts.tokens, prompts.source, prompts.last.tolist()
     batch, length = tokens.shape
-    differs = torch.ones_like(tokens, dtype=torch.bool) if source is None else tokens != source
-    parted = torch.where(differs, torch.arange(length, device=tokens.device), length).amin(1).tolist()
+    parted = [0] * batch if source is None else parting(tokens, source).tolist()
     items = []
     for index, edits in enumerate(interventions):
         starts: dict[int, list[int]] = defaultdict(list)
@@ -334,7 +333,7 @@ class Chunk:
         self.plain = logits.gather(1, self.prompts.read).to(compute_dtype(logits.dtype))
         self.resid = [found[ref.key] for ref in refs]
         self.position = 0  # the states are those before this position
-        self.states: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * model.n_layers
+        self.states: States = [(None, None)] * model.n_layers
 
     def run(
         self, start: int, items: Sequence[Item], limit: int, values: SourceValues, note: Callable[[int], object] | None
@@ -381,11 +380,8 @@ class Chunk:
         """Bring the clean run's states to those before ``position``."""
         if position == self.position:
             return
-        segment, states = self.prompts.tokens[:, self.position : position], self.states
-        model = self.model
-        with torch.no_grad(), model.trace(segment):
-            ends = carry(model, states).save()  # pyright: ignore[reportAttributeAccessIssue]
-        self.states, self.position = ends, position
+        segment = self.prompts.tokens[:, self.position : position]
+        self.states, self.position = carry(self.model, segment, self.states), position
 
     def _run_from(self, start: int, items: Sequence[Item], values: SourceValues) -> Float[Tensor, "R K"]:
         """The logits of a batch of items that start at one position."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..continuation import carry
+from ..continuation import States, carry
 from ..sites import take_over
 from ..stages import ConvStages, ScanStages
 
@@ -35,22 +35,18 @@ class Beginning:
 
     Attributes:
         position: the first position that is run.
-        states: of each layer, what the positions before leave behind for each prompt: the state h ``[B, E, N]`` and the
-            conv's last inputs ``[B, E, K - 1]``; None at position 0.
+        states: what the positions before leave behind in each layer, for each prompt; None at position 0.
     """
 
     position: int = 0
-    states: list[tuple[Tensor, Tensor]] | None = None
+    states: States | None = None
 
 
 def beginning(model, tokens: Int[Tensor, "B L"], position: int) -> Beginning:
     """Run the positions of a Mamba's prompts before ``position``."""
     if not position:
         return Beginning()
-    nothing = [(None, None)] * model.n_layers
-    with torch.no_grad(), model.trace(tokens[:, :position]):
-        states = carry(model, nothing).save()  # pyright: ignore[reportAttributeAccessIssue]
-    return Beginning(position, states)
+    return Beginning(position, carry(model, tokens[:, :position], [(None, None)] * model.n_layers))
 
 
 class Pass:
@@ -92,7 +88,7 @@ class Pass:
         if self.begins.states is None:
             return None
         left = self.begins.states[layer][which]
-        return left.repeat(len(x) // len(left), 1, 1)
+        return None if left is None else left.repeat(len(x) // len(left), 1, 1)
 
     def skipped(self, layer: int) -> bool:
         """Whether the layer need not run, because `leave` does not need what it adds."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import whole_number
 from ..dataset import IOIDataset
-from ..memory import budget, fitting_rows, forward_bytes, inner_width, stream_bytes
+from ..memory import budget, fitting_rows, forward_bytes, inner_width, state_bytes, stream_bytes
 from ..metrics import accuracy, kl_divergence
 from ..remote import ask
 from ..result import bootstrap_interval
@@ -209,8 +209,7 @@ def row_bytes(model, graph: Graph, length: int, together: int) -> int:
 def reference_bytes(model, graph: Graph, length: int) -> int:
     """What is held of a prompt: sources of the corrupt and of a known run, inner values, states where runs begin."""
     inner = 16 * model.n_layers * length * inner_width(model) if graph.fine else 0
-    states = 4 * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.is_mamba else 0
-    return 2 * stream_bytes(model, length) + inner + states
+    return 2 * stream_bytes(model, length) + inner + state_bytes(model)
 
 
 def graph_for(circuit: Circuit, data: IOIDataset, model) -> Graph:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import whole_number
+from ..continuation import parting
 from ..dataset import IOIDataset
 
 HELD_OUT_SEED = 28
@@ -75,8 +76,7 @@ class Pairs:
             )
         length = int(last.max()) + 1
         clean, corrupt = clean[:, :length], corrupt[:, :length]
-        parted = torch.where(clean != corrupt, torch.arange(length), length).amin(1)
-        start = torch.minimum(parted, last) if model.is_mamba else torch.zeros_like(last)
+        start = torch.minimum(parting(clean, corrupt), last) if model.is_mamba else torch.zeros_like(last)
         order = torch.argsort(start, stable=True)
         found = cls(
             clean, corrupt, last, data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))

@@ -42,7 +42,7 @@ def bottleneck(model: MambaModel, data: IOIDataset, *, progress: bool = False) -
     typical = [
         effects[:, rows_of(data.corruptions, corruption)].median(1).values for corruption in corruptions_of(data)
     ]
-    return layers[int(sum(typical, start=torch.tensor(0.0)).argmax())]
+    return layers[int(torch.stack(typical).sum(0).argmax())]
 
 
 def default_layer(model: MambaModel, *, seed: int, progress: bool = False) -> int:
