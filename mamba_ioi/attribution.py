@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .location import take_over
 from .memory import backward_bytes, fitting_rows
 from .metrics import normalized_logit_diff
 from .model import MambaModel
 from .patching import OPERATIONS, Plan, SiteRef, forward, read_positions, resolve
 from .remote import ask, require_gradients
-from .sites import SITES, owner, take_over
+from .sites import SITES, owner
 from .sweep import Readout
 
 MOST_ROWS = 64

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .location import take_over
 from .patching import Change, leave_out
-from .sites import SITES, take_over
+from .sites import SITES
 from .stages import ConvStages, ScanStages, cast
 
 
@@ -172,10 +173,9 @@ def carried(model, states: States) -> States:
         tail = x if before is None else torch.cat([before, x], dim=-1)
         continue_conv(layer.mixer, before)
         scan = continue_scan(layer.mixer, h)
-        scan.get("y")
         taps = model.d_conv - 1
         tail = torch.nn.functional.pad(tail, (max(0, taps - tail.shape[-1]), 0))
-        ends.append((scan.last, tail[..., tail.shape[-1] - taps :].clone()))
+        ends.append((scan.end(), tail[..., tail.shape[-1] - taps :].clone()))
     leave_out(model, model.n_layers)
     return ends
 

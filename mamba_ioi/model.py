@@ -16,7 +16,8 @@ from transformers import AutoConfig, MambaForCausalLM
 from transformers import __version__ as TRANSFORMERS
 
 from .checkpoints import empty_tokenizer, one_line, read_checkpoint, read_config, read_tokenizer, refuse_missing
-from .sites import ModelSites, envoys, missing_operations, open_stages
+from .location import take_over
+from .sites import ModelSites, envoys, missing_operations
 from .stages import ScanStages
 
 if TYPE_CHECKING:
@@ -104,11 +105,15 @@ class CausalLM(TransformersModel):
         if not self.is_mamba:
             raise ValueError(f"{what} need a Mamba; {self.model_id} is a {type(self._module).__name__}")
 
-    def trace(self, *inputs, **kwargs):
-        """nnsight's ``trace``, without the generation cache unless ``use_cache=True`` is given."""
-        kwargs.setdefault("use_cache", False)
+    def trace(self, *inputs, fn=None, **kwargs):
+        """nnsight's ``trace``, without the generation cache unless ``use_cache=True`` is given.
+
+        ``generate`` and ``pipe`` come here too, as ``fn``: they use the cache as transformers does.
+        """
+        if fn is None:
+            kwargs.setdefault("use_cache", False)
         kwargs.setdefault("remote", self.remote is not None and self.remote.target)
-        return TransformersModel.trace(self, *inputs, **kwargs)
+        return TransformersModel.trace(self, *inputs, fn=fn, **kwargs)
 
     def session(self, *args, **kwargs):
         """nnsight's ``session``: for a remote model, one request for all the traces in it."""
@@ -409,7 +414,7 @@ def _main_sites(
                 layer.mixer.conv_slice = layer.mixer.conv_slice
             found[hook + "ssm_input"] = layer.mixer.source.causal_conv1d_fn_0.output
             if slow:
-                open_stages(layer.mixer, ScanStages).own = True
+                take_over(layer.mixer, ScanStages)
             found[hook + "after_skip"] = layer.mixer.source.mamba_selective_scan_0.output
             found[hook + "out_proj"] = layer.mixer.out_proj.output
             found[hook + "resid_post"] = layer.output

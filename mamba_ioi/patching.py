@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .sites import SITES, SiteInfo, open_stages, owner, take_over
+from .location import StageSite, open_stages, take_over
+from .sites import SITES, SiteInfo, owner
 from .stages import ConvStages, ScanStages, cast
 
 if TYPE_CHECKING:
@@ -371,8 +372,16 @@ def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dic
             change_site(envoy, site, changes[name])
         for ref in reads:
             if ref.site is site:
-                value = getattr(envoy, site.attribute)
+                value = look_at(envoy, site)
                 found[ref.key] = value.detach() if ref.position is None else value.detach()[:, ref.position].clone()
+
+
+def look_at(envoy, site: SiteInfo) -> Tensor:
+    """The site's value, for a reader who does not change it."""
+    descriptor = getattr(type(envoy), site.attribute)
+    if isinstance(descriptor, StageSite):
+        return open_stages(envoy, descriptor.stages).peek(descriptor.name)
+    return getattr(envoy, site.attribute)
 
 
 def change_site(envoy, site: SiteInfo, changes: Sequence[Change]) -> None:

@@ -21,192 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from nnsight import Envoy
-from nnsight.intervention.eproperty import WriteBack, eproperty
-from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
-from .stages import ConvStages, ScanStages, Stages, cast
+from .location import Noted, OperationSite, Site, StageSite, open_stages
+from .stages import ConvStages, ScanStages, cast
 
 if TYPE_CHECKING:
     from transformers.models.mamba.modeling_mamba import MambaMixer
-
-AnyStages = TypeVar("AnyStages", bound=Stages)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The descriptors
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _open_source(obj: Envoy, key: str) -> None:
-    """Look into the mixer's operations before the run is inside it, whichever site of the layer is asked for.
-
-    A server's model may be one that nobody has looked into yet, and a mixer that already runs serves none of them. The
-    envoys' classes have no name here: they hold sites, which cannot be rebuilt on a server before this function is.
-    """
-    look_inside = getattr(type(obj), "look_inside", None)
-    if look_inside is not None:
-        Mediator.current(key).flush()
-        look_inside(obj)
-
-
-def _wait(mediator: Mediator, write_back: WriteBack) -> None:
-    """Leave an edit to be written back before the worker's next request.
-
-    In an NDIF sandbox a request is another function, which leaves out the writing back; here it gets that again.
-    """
-    request = Mediator.event.__func__
-    if request.__module__ != Mediator.__module__ and not hasattr(request, "flushes"):
-
-        def event(cls, kind, location, *rest):
-            cls.current(location).flush()
-            return request(cls, kind, location, *rest)
-
-        event.flushes = True
-        Mediator.event = classmethod(event)  # pyright: ignore[reportAttributeAccessIssue]
-    mediator.transform = write_back
-
-
-class Views:
-    """What a worker holds of one location's value: the copies that its sites handed out, which may still be edited.
-
-    Attributes:
-        raw: the value as the model has it, or as it was assigned.
-        held: the site, its envoy, the copy, and the version of the copy that ``raw`` agrees with.
-    """
-
-    def __init__(self, raw) -> None:
-        self.raw = raw
-        self.held: list[tuple[Site, Envoy, Tensor, int]] = []
-
-    def read(self, site: Site, obj: Envoy) -> Tensor:
-        """A site's copy: the same one until it is assigned to."""
-        for other, _, view, _ in self.held:
-            if other is site:
-                return view
-        view = site._preprocess(obj, self.value())
-        self.held.append((site, obj, view, view._version))
-        return view
-
-    def assign(self, site: Site, obj: Envoy, value) -> None:
-        """Replace a site's part of the value."""
-        self.raw = site._transform(obj, value, self.value())
-        self.held = [(other, envoy, view, view._version) for other, envoy, view, _ in self.held if other is not site]
-
-    def value(self):
-        """The value with the copies that were edited written back, and those that carry gradients."""
-        raw = self.raw
-        for site, obj, view, version in self.held:
-            if view._version != version or view.requires_grad:
-                raw = site._transform(obj, view, raw)
-        return raw
-
-
-class Site(eproperty):
-    """An `eproperty` that serves a copy, writes it back if it was edited, and can be shipped to a server.
-
-    The decorated function maps what the model has at ``key`` to what the user sees; ``.transform`` maps an edited
-    view back. Nothing is written back for a view that was only read, except where it carries gradients: then the
-    run goes through the view, so that its ``.grad`` is there. Sites that share a location, such as B and C, can be read
-    one after another and edited then.
-    """
-
-    key: str
-    _preprocess: Callable
-    _transform: Callable
-
-    def __init__(self, key: str, description: str) -> None:
-        eproperty.__init__(self, key=key, description=description)
-
-    def __reduce__(self):
-        return _rebuild_site, (self.key, self.description, self._preprocess, self._transform)
-
-    def __get__(self, obj: Any, owner: Any = None):
-        if obj is None:
-            return self
-        return self._views(obj).read(self, obj)
-
-    def __set__(self, obj: Any, value: Any) -> None:
-        self._views(obj).assign(self, obj, value)
-
-    def _views(self, obj: Any) -> Views:
-        """What the worker holds at this site's location, to be written back before its next request elsewhere."""
-        location = self._location(obj)
-        mediator = Mediator.current(location)
-        occurrence = mediator.wanted(location)
-        waiting = mediator.transform
-        place = None if waiting is None else (waiting.location, waiting.occurrence, type(waiting.view))
-        if waiting is not None and place == (location, occurrence, Views):
-            return waiting.view
-        _open_source(obj, self.key)
-        views = Views(Mediator.value(location))
-        _wait(mediator, WriteBack(views.value, views, self, location, occurrence))
-        return views
-
-
-def _rebuild_site(key, description, preprocess, transform) -> eproperty:
-    return Site(key, description)(preprocess).transform(transform)
-
-
-class StageSite(eproperty):
-    """A value inside one of the mixer's operations: a stage of its `ConvStages` or `ScanStages`."""
-
-    name: str
-
-    def __init__(self, stages: type[Stages], description: str) -> None:
-        eproperty.__init__(self, key=f"{stages.OPERATION}.input", description=description)
-        self.stages = stages
-
-    def __reduce__(self):
-        return _rebuild_stage_site, (self.stages, self.description, self._preprocess)
-
-    def __get__(self, obj: Any, owner: Any = None):
-        if obj is None:
-            return self
-        return open_stages(obj, self.stages).get(self.name)
-
-    def __set__(self, obj: Any, value: Any) -> None:
-        open_stages(obj, self.stages).set(self.name, value)
-
-
-def _rebuild_stage_site(stages, description, preprocess) -> eproperty:
-    return StageSite(stages, description)(preprocess)
-
-
-def open_stages(mixer: Envoy, cls: type[AnyStages]) -> AnyStages:
-    """An operation of the mixer, opened for reading and editing; what was edited takes effect as the trace moves on.
-
-    The operation is then skipped in favour of our own, except in a batch of several invokes, where it runs and each
-    invoke replaces its rows of the output.
-    """
-    operation = f"{mixer.path}.{cls.OPERATION}"
-    mediator = Mediator.current(operation)
-    batcher = mediator.interleaver.batcher
-    batching = batcher is not None and batcher.batching
-    target = f"{operation}.output" if batching else f"{operation}.skip"
-    occurrence = mediator.wanted(target)
-    waiting = mediator.transform
-    if waiting is not None and (waiting.location, waiting.occurrence) == (target, occurrence):
-        return waiting.view
-    _open_source(mixer, cls.OPERATION)
-    args, kwargs = Mediator.value(f"{operation}.input")
-    stages = cls(args, kwargs)  # pyright: ignore[reportCallIssue]
-    if batching:
-        stages.own = True
-    _wait(mediator, WriteBack(stages.finish, stages, cls, target, occurrence))
-    return stages
-
-
-def take_over(mixer: Envoy, cls: type[AnyStages]) -> AnyStages:
-    """Open an operation, and let our own take its place whatever is edited: it is the faster one."""
-    stages = open_stages(mixer, cls)
-    stages.own = True
-    return stages
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The envoys
@@ -217,6 +43,7 @@ class MixerEnvoy(Envoy):
     """A `MambaMixer`, with everything between its input projection and its output projection named."""
 
     _module: MambaMixer
+    is_mixer = True
 
     @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
     def gate(self, value) -> Float[Tensor, "B L E"]:
@@ -237,14 +64,16 @@ class MixerEnvoy(Envoy):
         """The conv's output before silu, bias included."""
         ...
 
-    @Site(key=f"{ConvStages.OPERATION}.output", description="the scan's input: the conv's output after silu")
+    @OperationSite(ConvStages, description="the scan's input: the conv's output after silu")
     def ssm_input(self, value) -> Float[Tensor, "B L E"]:
         """The scan's input x: the conv's output after silu."""
         return value.transpose(1, 2).clone()
 
     @ssm_input.transform
     def ssm_input(self, view, raw):
-        return cast(view, raw.transpose(1, 2)).transpose(1, 2)
+        earlier = raw.shape[-1] - view.shape[1]
+        view = view.transpose(1, 2)
+        return torch.cat([raw[..., :earlier], view], dim=-1) if earlier else view
 
     @Site(key="x_proj.output", description="the time step before dt_proj")
     def delta_1(self, value) -> Float[Tensor, "B L R"]:
@@ -350,6 +179,14 @@ class MixerEnvoy(Envoy):
         parts = list(self._split(raw))
         parts[index] = cast(view, parts[index])
         return torch.cat(parts, dim=-1)
+
+
+class InProjEnvoy(Envoy):
+    """The mixer's ``in_proj``: whoever looks into a mixer from here on knows which step of a generation it is at."""
+
+    input = Noted("input")
+    inputs = Noted("inputs")
+    output = Noted("output")
 
 
 class Conv1dEnvoy(Envoy):
@@ -500,6 +337,7 @@ def envoys() -> dict[type | str, type[Envoy]]:
     return {
         MambaMixer: MixerEnvoy,
         MambaBlock: LayerEnvoy,
+        "mixer.in_proj": InProjEnvoy,
         "mixer.conv1d": Conv1dEnvoy,
         "mixer.dt_proj": DtProjEnvoy,
     }
@@ -569,5 +407,6 @@ def owner(model, site: SiteInfo, layer: int | None) -> Envoy:
 def missing_operations(mixer: Envoy) -> list[str]:
     """The operations that the sites stand on and this mixer's forward does not have."""
     names = [operation.name for operation in mixer.source]
-    needed = (stages.OPERATION.removeprefix("source.") for stages in (ConvStages, ScanStages))
+    calls = (stages.operation(single) for stages in (ConvStages, ScanStages) for single in (False, True))
+    needed = [call.removeprefix("source.") for call in calls]
     return [operation for operation in needed if operation not in names]

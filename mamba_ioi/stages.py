@@ -7,6 +7,8 @@ methods travel as source and a bare ``super()`` does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,44 +19,104 @@ from torch import Tensor
 from .scan import PatchFn, compute_dtype, discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
 
 
+@dataclass(eq=False)
+class Handed:
+    """A stage's value that was handed out, and what it was then.
+
+    Attributes:
+        name: the stage.
+        value: the tensor that the reader has.
+        version: its version counter.
+        copy: its content.
+        graded: whether gradients were taken of it.
+    """
+
+    name: str
+    value: Tensor
+    version: int
+    copy: Tensor
+    graded: bool
+
+    @classmethod
+    def of(cls, name: str, value: Tensor) -> Handed:
+        """The value as it is now."""
+        return cls(name, value, version_of(value), value.detach().clone(), value.requires_grad)
+
+    def edited(self) -> bool:
+        """Whether the reader changed it."""
+        return version_of(self.value) != self.version or not same_bits(self.value, self.copy)
+
+
 class Stages:
     """One operation of the mixer as a chain of named values, each computed from those before it when asked for.
 
     A stage that is edited (in place or by assignment) is kept, and what is made from it is computed again. That holds
     for a value that is out of date as well, because a stage before it was edited since it was handed out: if it is
-    edited then, it is as if it was assigned.
+    edited then, it is as if it was assigned. A stage that becomes a leaf (``requires_grad_()``) after it was handed out
+    gets its total derivative, whatever else was read before.
 
     Attributes:
         own: whether our own result replaces the model's even if nothing was edited.
-        given: the stages whose values were handed out.
-        stale: values that were handed out and are out of date: name, value, its version.
-        OPERATION: the call in `MambaMixer.forward`, as nnsight names it.
+        handed: the values that were handed out and are up to date, by stage.
+        stale: those that are out of date.
+        leaves: the values that became leaves after they were handed out, by stage.
+        OPERATION: the call in the mixer's ``forward``, as nnsight names it.
+        STEP: the call in its place where a cache is continued by one token.
         ORDER: the values' names, each after those that it is computed from.
         INDEPENDENT: pairs of stages, of which the second comes later and does not depend on the first.
+
+    Args:
+        length: how many positions are run; None for all that the operation is given.
+        single: whether the operation is the one that continues a cache by one token.
+        runs: whether the model's own operation runs all the same (in a batch of several invokes).
     """
 
     OPERATION: str
+    STEP: str
     ORDER: tuple[str, ...]
+    x: Tensor
     INDEPENDENT: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, length: int | None = None, single: bool = False, runs: bool = False) -> None:
+        self.length, self.single, self.runs = length, single, runs
         self.values: dict[str, Tensor] = {}
-        self.versions: dict[str, int] = {}
+        self.handed: dict[str, Handed] = {}
+        self.stale: list[Handed] = []
+        self.leaves: dict[str, Tensor] = {}
         self.kept: set[str] = set()
-        self.given: set[str] = set()
-        self.stale: list[tuple[str, Tensor, int]] = []
-        self.own = False
+        self.own = runs
+
+    @classmethod
+    def operation(cls, single: bool) -> str:
+        """The call that computes these values, for a whole prompt or for one token more."""
+        return cls.STEP if single else cls.OPERATION
+
+    def exact(self):
+        """Our own conv and scan run in the precision of their inputs, and in float32 at least, under autocast too."""
+        kind = self.x.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def get(self, name: str) -> Tensor:
         """The stage's value: the caller may edit it in place."""
-        self._settle()
-        self.given.add(name)
-        return self._value(name)
+        with self.exact():
+            self._settle()
+            value = self.leaves[name] if name in self.leaves else self._value(name)
+            if name not in self.handed:
+                self.handed[name] = Handed.of(name, value)
+        return value
+
+    def peek(self, name: str) -> Tensor:
+        """The stage's value, for a caller who does not change it."""
+        with self.exact():
+            self._settle()
+            return self._value(name)
 
     def _value(self, name: str) -> Tensor:
         """The stage's value, for a later one to be made from."""
         if name not in self.values:
-            self._store(name, getattr(self, f"_{name}")())
+            value = getattr(self, f"_{name}")()
+            leaf = self.leaves.get(name)
+            self.values[name] = value if leaf is None else value + (leaf - leaf.detach())
         return self.values[name]
 
     def take(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -69,14 +131,17 @@ class Stages:
 
     def set(self, name: str, value: Tensor | float) -> None:
         """Replace the stage's value, broadcast to its shape."""
-        current = self.get(name)
-        self._edited(name, current, cast(value, current))
+        with self.exact():
+            self._settle()
+            current = self._value(name)
+            self._edited(name, current, cast(value, current), None)
 
     def finish(self):
         """What replaces the operation's result: ours, or the sign that the model's own is to be computed."""
-        self._settle()
-        if self.own or self.kept or any(value.requires_grad for value in self.values.values()):
-            return self.result()
+        with self.exact():
+            self._settle()
+            if self.own or self.kept or any(value.requires_grad for value in self.values.values()):
+                return self.result()
         return source.NO_SKIP  # by way of its module: a server compares it by identity with its own
 
     def result(self):
@@ -84,21 +149,38 @@ class Stages:
         raise NotImplementedError
 
     def _settle(self) -> None:
-        """Take note of the values that were edited in place since they were handed out, the last stage first."""
-        held = [*self.stale, *((name, value, self.versions[name]) for name, value in self.values.items())]
-        edited = [(name, value) for name, value, version in held if value._version != version]
-        if edited:
-            self.stale = [one for one in self.stale if one[1]._version == one[2]]
-        for name, value in sorted(edited, key=lambda one: self.ORDER.index(one[0]), reverse=True):
-            self._edited(name, None, value)
+        """Take note of what was done to the values since they were handed out, the last stage first."""
+        edited = [one for one in [*self.stale, *self.handed.values()] if one.edited()]
+        self.stale = [one for one in self.stale if one not in edited]
+        for one in sorted(edited, key=lambda one: self.ORDER.index(one.name), reverse=True):
+            if one.value.shape != one.copy.shape:
+                shapes = tuple(one.value.shape), tuple(one.copy.shape)
+                raise ValueError(f"{one.name} was given the shape {shapes[0]}; there it has {shapes[1]}")
+            self._edited(one.name, None, one.value, one.copy)
+            self.handed[one.name].graded = one.graded
+        for one in list(self.handed.values()):
+            if one.value.requires_grad and not one.graded:
+                one.graded = True
+                self._became_leaf(one.name, one.value)
 
-    def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
-        self._store(name, after)
+    def _edited(self, name: str, before: Tensor | None, after: Tensor, copy: Tensor | None) -> None:
+        """A stage has a new value: by assignment (``before`` is what it replaces), or edited in place (``copy`` is)."""
+        self.values[name] = after
+        self.handed.pop(name, None)
+        if before is None:
+            self.handed[name] = Handed.of(name, after)
         self.kept.add(name)
+        for later in self.ORDER[self.ORDER.index(name) :]:
+            self.leaves.pop(later, None)
         self._forget_after(name)
 
-    def _store(self, name: str, value: Tensor) -> None:
-        self.values[name], self.versions[name] = value, value._version
+    def _became_leaf(self, name: str, leaf: Tensor) -> None:
+        """Let gradients reach a value that asks for them after it was handed out, and what it is made of."""
+        self.own = True
+        if name not in self.kept:
+            self.leaves[name] = leaf
+            self.values.pop(name, None)
+        self._forget_after(name)
 
     def _forget_after(self, name: str) -> None:
         for later in self.ORDER[self.ORDER.index(name) + 1 :]:
@@ -106,9 +188,9 @@ class Stages:
                 self._forget(later)
 
     def _forget(self, name: str) -> None:
-        value = self.values.pop(name)
-        if name in self.given:
-            self.stale.append((name, value, self.versions[name]))
+        self.values.pop(name)
+        if name in self.handed and name not in self.leaves:
+            self.stale.append(self.handed.pop(name))
 
 
 class ConvStages(Stages):
@@ -116,23 +198,37 @@ class ConvStages(Stages):
 
     Attributes:
         before: the conv's input at the K - 1 positions before the first, ``[B, E, K - 1]``; zeros where None.
+        state: the cache's inputs of this layer's conv, ``[B, E, S]``, where one token continues it.
     """
 
     OPERATION = "source.causal_conv1d_fn_0"
+    STEP = "source.causal_conv1d_update_0"
     ORDER = ("conv_slice", "conv")
-    x: Tensor
     weight: Tensor
 
-    def __init__(self, args: tuple, kwargs: dict) -> None:
-        Stages.__init__(self)
-        self.x, self.weight = args[:2]
-        self.bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    def __init__(
+        self, args: tuple, kwargs: dict, length: int | None = None, single: bool = False, runs: bool = False
+    ) -> None:
+        Stages.__init__(self, length, single, runs)
+        self.state = args[1] if single else None
+        self.x, self.weight = args[0], args[1 + single]
+        self.bias = args[2 + single] if len(args) > 2 + single else kwargs.get("bias")
         self.before: Tensor | None = None
         _refuse_narrowed(self.weight, self.x)
+        taps = self.weight.shape[-1] - 1
+        if self.state is not None:
+            self.before = self.state[..., self.state.shape[-1] - taps :].clone()
+        elif length is not None and length < self.x.shape[-1]:  # the cache puts earlier inputs, or zeros, in front
+            earlier, self.x = self.x[..., :-length], self.x[..., -length:]
+            self.before = F.pad(earlier, (max(0, taps - earlier.shape[-1]), 0))[..., -taps:] if taps else None
+        self.in_front = args[0].shape[-1] - self.x.shape[-1]
 
     def result(self) -> Tensor:
+        if self.state is not None and not self.runs:
+            self.state.copy_(torch.cat([self.state, self.x], dim=-1)[..., -self.state.shape[-1] :])
         conv, spare = self.take("conv")
-        return F.silu(conv, inplace=spare is not None).to(self.x.dtype).transpose(1, 2)
+        output = F.silu(conv, inplace=spare is not None).to(self.x.dtype).transpose(1, 2)
+        return F.pad(output, (self.in_front, 0)) if self.in_front else output
 
     def _conv_slice(self) -> Tensor:
         return conv_terms(self.x, self.weight, self.before)
@@ -150,14 +246,15 @@ class ScanStages(Stages):
 
     Attributes:
         initial: the state before the first position, ``[B, E, N]``; zeros where None.
+        state: the cache's state of this layer, ``[B, E, N]``, where one token continues it.
         patch: what replaces states on the way, or None.
         held: the positions that ``patch`` replaces; None if it may replace any.
         last: the state after the last position, once the outputs were computed.
         shown: the states handed out under gradients: a leaf's copy, whose gradient the live states feed.
-        unedited: the states that were handed out beside what they are made from, each with a copy of it.
     """
 
     OPERATION = "source.mamba_selective_scan_0"
+    STEP = "source.mamba_selective_state_update_0"
     ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h_start", "h", "y", "ssm_output", "after_skip")
     INDEPENDENT = (
         *(("A", name) for name in ("delta_2", "delta", "B_bar", "h_start")),
@@ -165,38 +262,48 @@ class ScanStages(Stages):
         ("A_bar", "B_bar"),
     )
 
-    def __init__(self, args: tuple, kwargs: dict) -> None:
-        Stages.__init__(self)
-        x, self.dt, self.A, B, C = args[:5]
+    def __init__(
+        self, args: tuple, kwargs: dict, length: int | None = None, single: bool = False, runs: bool = False
+    ) -> None:
+        Stages.__init__(self, length, single, runs)
+        self.state, self.z = args[0] if single else None, kwargs.get("z")
+        x, self.dt, self.A, B, C = args[single : 5 + single]
+        self.D = args[5 + single] if len(args) > 5 + single else kwargs.get("D")
+        if single:  # one token, without the dimension of positions
+            x, self.dt, B, C = (tensor[..., None] for tensor in (x, self.dt, B, C))
+            self.z = None if self.z is None else self.z[..., None]
         _refuse_narrowed(self.A, x)
-        self.dtype = compute_dtype(x.dtype)
+        self.output_dtype, self.dtype = x.dtype, compute_dtype(x.dtype)
         self.x, self.B, self.C = (tensor.transpose(1, 2).to(self.dtype) for tensor in (x, B, C))
-        self.D, self.z, self.bias = kwargs.get("D"), kwargs.get("z"), kwargs.get("delta_bias")
+        self.bias = kwargs.get("dt_bias" if single else "delta_bias")
         self.return_last_state = kwargs.get("return_last_state", False)
-        self.initial: Tensor | None = None
+        self.initial: Tensor | None = None if self.state is None else self.state.to(self.dtype, copy=True)
         self.patch: PatchFn | None = None
         self.held: set[int] | None = set()
         self.last: Tensor | None = None
         self.shown: Tensor | None = None
-        self.unedited: list[tuple[Tensor, Tensor]] = []
 
     def get(self, name: str) -> Tensor:
         """The stage's value; ``h.grad`` is the total derivative, with what flows through later states.
 
         Under gradients h is read before y and what follows: those that were read before it are no part of that.
         """
-        value = Stages.get(self, name)
-        before = self.ORDER[: self.ORDER.index("h")]
-        if "h" in self.given and "h" in self.values and self.given.intersection(before):
-            states = self.values["h"]  # which of them are edited can only be told while nothing before them is
-            if not any(known is states for known, _ in self.unedited):
-                self.unedited.append((states, states.detach().clone()))
-        if name != "h" or not value.requires_grad or self.shown is not None:
-            return value
-        self.shown = shown = value.detach().requires_grad_().clone()
-        self._replace_states(lambda t, h: h + (shown[:, t] - shown[:, t].detach()), None)
-        self._store("h", shown)
-        return shown
+        if name == "h" and self.shown is None:
+            with self.exact():
+                self._settle()
+                if self._value("h").requires_grad:
+                    shown = self._value("h").detach().requires_grad_().clone()
+                    self._show(shown)
+                    self.handed["h"] = Handed.of("h", shown)
+        return Stages.get(self, name)
+
+    def end(self) -> Tensor:
+        """The state after the last position, which a later position goes on from."""
+        with self.exact():
+            self._settle()
+            if self.last is None:
+                self._value("y")
+            return self._h()[:, -1] if self.last is None else self.last  # None where y was given from outside
 
     def scan(self, patch) -> Tensor:
         """Replace states by ``patch`` (None, a mapping position -> state, or a callable) and return every state."""
@@ -207,39 +314,51 @@ class ScanStages(Stages):
 
     def hold(self, patch: PatchFn, positions: Iterable[int] | None) -> None:
         """Replace the states after ``positions`` (None: any) from now on, on top of those replaced before."""
-        self._settle()
-        self._replace_states(patch, positions)
+        with self.exact():
+            self._settle()
+            self._replace_states(patch, positions)
 
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
         output = self.take("after_skip")[0].transpose(1, 2)
-        if not self.return_last_state:
-            return output
-        if self.last is None:  # the outputs were given from outside
-            self.last = self._h()[:, -1]
-        return output, self.last
+        if self.state is not None:
+            self.state.copy_(self.end())
+            return output[..., 0].to(self.output_dtype)
+        return (output, self.end()) if self.return_last_state else output
 
-    def _edited(self, name: str, before: Tensor | None, after: Tensor) -> None:
+    def _edited(self, name: str, before: Tensor | None, after: Tensor, copy: Tensor | None) -> None:
         if name != "h":
-            return Stages._edited(self, name, before, after)
-        in_place = before is None
-        self.values.pop("h", None)
-        if in_place:
-            before = next((copy for known, copy in self.unedited if known is after), None)
-            before = self._h() if before is None else before
-            self.unedited = [one for one in self.unedited if one[0] is not after]
-        held, changed = after.clone(), before != after
+            self.last = None
+            return Stages._edited(self, name, before, after, copy)
+        known = copy if before is None else before
+        held, changed = after.clone(), known != after
         positions = changed.transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+        self.handed.pop("h", None)
         self._replace_states(lambda t, h: torch.where(changed[:, t], held[:, t], h), positions)
-        if in_place:  # the caller may go on editing what it holds
+        if before is None:  # the caller may go on editing what it holds
             with torch.no_grad():
                 after.detach().copy_(self._h())
-            self._store("h", after)
+            self.values["h"] = after
+            self.handed["h"] = Handed.of("h", after)
+
+    def _became_leaf(self, name: str, leaf: Tensor) -> None:
+        if name == "h":
+            self._show(leaf)
+        else:
+            Stages._became_leaf(self, name, leaf)
+
+    def _show(self, shown: Tensor) -> None:
+        """Let the live states feed the gradient of the states that were handed out."""
+        self.shown, handed = shown, self.handed.pop("h", None)
+        self._replace_states(lambda t, h: h + (shown[:, t] - shown[:, t].detach()), None)
+        self.values["h"] = shown
+        if handed is not None:
+            self.handed["h"] = handed
 
     def _replace_states(self, patch: PatchFn, positions: Iterable[int] | None) -> None:
         earlier = self.patch
         self.patch = patch if earlier is None else (lambda t, h: patch(t, earlier(t, h)))
         self.held = None if positions is None or self.held is None else self.held | set(positions)
-        self.own = True
+        self.own, self.last = True, None
         if "h" in self.values:
             self._forget("h")
         self._forget_after("h")
@@ -361,6 +480,22 @@ def _refuse_narrowed(parameter: Tensor, x: Float[Tensor, "B E L"]) -> None:
             f"the invokes' rows add up to d_inner ({x.shape[1]}), which nnsight cannot tell from the layer's "
             f"parameters: trace one row more or fewer"
         )
+
+
+def version_of(value: Tensor) -> int:
+    """A tensor's version counter; 0 where it has none, in inference mode."""
+    return 0 if value.is_inference() else value._version
+
+
+def same_bits(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, not-a-numbers included."""
+    if value.shape != other.shape or value.dtype != other.dtype:
+        return False
+    value, other = value.detach(), other.detach()
+    if not value.is_floating_point():
+        return torch.equal(value, other)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return torch.equal(value.view(bits), other.view(bits))
 
 
 def cast(value, like: Tensor) -> Tensor:

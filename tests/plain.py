@@ -54,6 +54,61 @@ def last_logits(module: nn.Module, tokens: Tensor, last: Tensor) -> Tensor:
     return logits
 
 
+def forward_by_hand(
+    module: MambaForCausalLM, ids: Tensor, edits: dict[tuple[str, int | None], Callable] | None = None
+) -> dict[str, Tensor]:
+    """Every site of every layer, computed from the weights by the paper's equations, in the precision of the weights.
+
+    Each value passes through ``edits[site, layer]`` (layer None outside the layers) before anything is made from it:
+    a callable of the value, which it must not change in place; of ``h``, a callable of the state and its position.
+    """
+    sizes, edits = module.config, edits or {}
+    acts: dict[str, Tensor] = {}
+
+    def site(name: str, layer: int | None, value: Tensor) -> Tensor:
+        if (name, layer) in edits and name != "h":
+            value = edits[name, layer](value)
+        acts[f"hook_{name}" if layer is None else f"blocks.{layer}.hook_{name}"] = value
+        return value
+
+    def norm(x, weight):
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + sizes.layer_norm_epsilon)
+
+    resid = site("embed", None, module.backbone.embeddings(ids))
+    for i, block in enumerate(module.backbone.layers):
+        mixer = block.mixer
+        E, N = mixer.A_log.shape
+        resid = site("resid_pre", i, resid)
+        normal = site("normalized_input", i, norm(site("layer_input", i, resid), block.norm.weight))
+        in_proj, gate = (normal @ mixer.in_proj.weight.T).split(E, -1)
+        in_proj, gate = site("in_proj", i, in_proj), site("skip", i, gate)
+        weight = mixer.conv1d.weight[:, 0]
+        taps = weight.shape[-1]
+        shifted = [F.pad(in_proj, (0, 0, k, 0))[:, : ids.shape[1]] for k in reversed(range(taps))]
+        terms = site("conv_slice", i, torch.stack([shifted[k] * weight[:, k] for k in range(taps)], -1))
+        conv = site("conv", i, terms.sum(-1) if mixer.conv1d.bias is None else terms.sum(-1) + mixer.conv1d.bias)
+        x = site("ssm_input", i, conv * torch.sigmoid(conv))
+        split = (x @ mixer.x_proj.weight.T).split([mixer.time_step_rank, N, N], -1)
+        delta_1, B, C = (site(name, i, value) for name, value in zip(("delta_1", "B", "C"), split, strict=True))
+        A = site("A", i, -torch.exp(mixer.A_log))
+        delta_2 = site("delta_2", i, delta_1 @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
+        delta = site("delta", i, torch.log1p(torch.exp(delta_2)))
+        A_bar = site("A_bar", i, torch.exp(torch.einsum("ble,en->blen", delta, A)))
+        B_bar = site("B_bar", i, torch.einsum("ble,bln->blen", delta, B))
+        h, states = site("h_start", i, x.new_zeros(ids.shape[0], E, N)), []
+        for t in range(ids.shape[1]):
+            h = A_bar[:, t] * h + B_bar[:, t] * x[:, t, :, None]
+            h = edits["h", i](h, t) if ("h", i) in edits else h
+            states.append(h)
+        y = site("y", i, torch.einsum("blen,bln->ble", site("h", i, torch.stack(states, 1)), C))
+        gated = site("ssm_output", i, y + mixer.D * x) * gate * torch.sigmoid(gate)
+        added = site("out_proj", i, site("after_skip", i, gated) @ mixer.out_proj.weight.T)
+        resid = site("resid_post", i, resid + added)
+    final = site("norm", None, norm(resid, module.backbone.norm_f.weight))
+    site("logits", None, final @ module.lm_head.weight.T)
+    return acts
+
+
 @torch.no_grad()
 def mixer_by_hand(mixer: nn.Module, hidden: Tensor, edits: dict[str, Edit]) -> Tensor:
     """A mixer's output, position by position, with values passed through ``edits`` by site.

@@ -13,8 +13,7 @@ from mamba_ioi.names import NAMES
 from mamba_ioi.sites import SITES
 
 from .conftest import random_mamba
-from .plain import edited, mixer_by_hand, prompt_tokenizer
-from .test_sites import plain_activations
+from .plain import edited, forward_by_hand, mixer_by_hand, prompt_tokenizer
 
 LAYER_SITES = [name for name, site in SITES.items() if site.owner != "model"]
 BY_POSITION = [name for name, site in SITES.items() if site.by_position]
@@ -24,7 +23,7 @@ BY_POSITION = [name for name, site in SITES.items() if site.by_position]
 def plain(small, tokens):
     """Every activation of the tokens by the equations."""
     with torch.no_grad():
-        return plain_activations(small._module, tokens)
+        return forward_by_hand(small._module, tokens)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from mamba_ioi.model import wrap
@@ -12,54 +11,10 @@ from mamba_ioi.patching import cache
 from mamba_ioi.sites import SITES, owner
 
 from .conftest import random_mamba
+from .plain import forward_by_hand
 
 LAYER_SITES = [name for name, site in SITES.items() if site.owner != "model"]
 IN_PLACE = [name for name, site in SITES.items() if site.by_position]
-
-
-def plain_activations(module, ids):
-    """Every site of every layer, computed from the weights by the paper's equations, without the library."""
-    sizes = module.config
-    acts, D = {}, sizes.hidden_size
-    resid = acts["hook_embed"] = module.backbone.embeddings(ids)
-
-    def norm(x, weight):
-        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + sizes.layer_norm_epsilon)
-
-    for i, block in enumerate(module.backbone.layers):
-        mixer, a = block.mixer, {}
-        E, N = mixer.A_log.shape
-        a["resid_pre"] = a["layer_input"] = resid
-        a["normalized_input"] = norm(resid, block.norm.weight)
-        a["in_proj"], a["skip"] = (a["normalized_input"] @ mixer.in_proj.weight.T).split(E, -1)
-        shifted = [F.pad(a["in_proj"], (0, 0, k, 0))[:, : ids.shape[1]] for k in (3, 2, 1, 0)]
-        weight = mixer.conv1d.weight[:, 0]
-        a["conv_slice"] = torch.stack([shifted[k] * weight[:, k] for k in range(4)], -1)
-        a["conv"] = a["conv_slice"].sum(-1) + mixer.conv1d.bias
-        a["ssm_input"] = x = a["conv"] * torch.sigmoid(a["conv"])
-        split = (x @ mixer.x_proj.weight.T).split([mixer.time_step_rank, N, N], -1)
-        a["delta_1"], a["B"], a["C"] = split
-        a["A"] = -torch.exp(mixer.A_log)
-        a["delta_2"] = a["delta_1"] @ mixer.dt_proj.weight.T + mixer.dt_proj.bias
-        a["delta"] = torch.log1p(torch.exp(a["delta_2"]))
-        a["A_bar"] = torch.exp(torch.einsum("ble,en->blen", a["delta"], a["A"]))
-        a["B_bar"] = torch.einsum("ble,bln->blen", a["delta"], a["B"])
-        h, states = torch.zeros(ids.shape[0], E, N), []
-        a["h_start"] = h
-        for t in range(ids.shape[1]):
-            h = a["A_bar"][:, t] * h + a["B_bar"][:, t] * x[:, t, :, None]
-            states.append(h)
-        a["h"] = torch.stack(states, 1)
-        a["y"] = torch.einsum("blen,bln->ble", a["h"], a["C"])
-        a["ssm_output"] = a["y"] + mixer.D * x
-        a["after_skip"] = a["ssm_output"] * a["skip"] * torch.sigmoid(a["skip"])
-        a["out_proj"] = a["after_skip"] @ mixer.out_proj.weight.T
-        resid = a["resid_post"] = resid + a["out_proj"]
-        acts |= {f"blocks.{i}.hook_{name}": value for name, value in a.items()}
-    acts["hook_norm"] = norm(resid, module.backbone.norm_f.weight)
-    acts["hook_logits"] = acts["hook_norm"] @ module.lm_head.weight.T
-    assert resid.shape[-1] == D
-    return acts
 
 
 def read(model, ids, name, layer=1):
@@ -77,7 +32,7 @@ def plain_logits(model, ids):
 
 @pytest.mark.parametrize("name", SITES)
 def test_reading(small, tokens, name):
-    expected = plain_activations(small._module, tokens)
+    expected = forward_by_hand(small._module, tokens)
     for layer in range(small.n_layers):
         key = f"hook_{name}" if SITES[name].owner == "model" else f"blocks.{layer}.hook_{name}"
         value = read(small, tokens, name, layer)
@@ -131,7 +86,7 @@ def test_a_change_at_a_position_moves_that_position_and_later_ones_only(small, t
 
 def test_nothing_before_a_patched_site_changes(small, tokens):
     """In the patched layer, sites upstream of the patch keep their values; those downstream do not."""
-    plain = plain_activations(small._module, tokens)
+    plain = forward_by_hand(small._module, tokens)
     upstream = {"conv_slice": ["gate"], "B": ["ssm_input"], "delta": ["delta_2", "A"], "y": ["h", "delta"]}
     for name, earlier in upstream.items():
         with torch.no_grad(), small.trace(tokens):
@@ -147,7 +102,7 @@ def test_nothing_before_a_patched_site_changes(small, tokens):
 
 
 def test_layer_input_reaches_this_layer_only(small, tokens):
-    plain = plain_activations(small._module, tokens)
+    plain = forward_by_hand(small._module, tokens)
     with torch.no_grad(), small.trace(tokens):
         small.layers[1].layer_input[:, 4] = 0.5
         contribution = small.layers[1].out_proj.clone().save()
@@ -161,7 +116,7 @@ def test_a_saved_value_is_not_changed_by_a_later_edit(small, tokens):
     with torch.no_grad(), small.trace(tokens):
         before = small.layers[0].resid_post.save()
         small.layers[1].resid_pre[:] = 0.0
-    torch.testing.assert_close(before, plain_activations(small._module, tokens)["blocks.0.hook_resid_post"].detach())
+    torch.testing.assert_close(before, forward_by_hand(small._module, tokens)["blocks.0.hook_resid_post"].detach())
 
 
 class TestScan:
@@ -175,7 +130,7 @@ class TestScan:
 
     def test_unpatched(self, small, tokens):
         h, logits = self.states(small, tokens)
-        expected = plain_activations(small._module, tokens)["blocks.1.hook_h"]
+        expected = forward_by_hand(small._module, tokens)["blocks.1.hook_h"]
         torch.testing.assert_close(h, expected.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits, plain_logits(small, tokens), rtol=0, atol=1e-5)
 
@@ -196,7 +151,7 @@ class TestScan:
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
     def test_states_follow_a_patched_one(self, small, tokens):
-        plain = plain_activations(small._module, tokens)
+        plain = forward_by_hand(small._module, tokens)
         value = torch.randn(4, 24, 4, generator=torch.Generator().manual_seed(3))
         h, logits = self.states(small, tokens, {3: value})
         A_bar, B_bar = plain["blocks.1.hook_A_bar"], plain["blocks.1.hook_B_bar"]
@@ -245,7 +200,7 @@ class TestScan:
             logits = small.lm_head.output.save()
         states, expected = self.states(small, tokens, {3: value, 7: 2 * value})
         torch.testing.assert_close(logits.detach(), expected, rtol=1e-5, atol=1e-5)
-        C = plain_activations(small._module, tokens)["blocks.1.hook_C"].detach()
+        C = forward_by_hand(small._module, tokens)["blocks.1.hook_C"].detach()
         torch.testing.assert_close(y[:, :7].detach(), (states * C[:, :, None]).sum(-1)[:, :7], rtol=1e-4, atol=1e-5)
 
     def test_own_states_change_nothing(self, small, tokens):
@@ -272,7 +227,7 @@ class TestScan:
             mixer.scan({3: value})
             mixer.y[:, 7] = 1.0
             y, delta = mixer.y.clone().save(), mixer.delta.clone().save()
-        plain = plain_activations(small._module, tokens)
+        plain = forward_by_hand(small._module, tokens)
         assert torch.equal(y[:, 7], torch.ones(4, 24))
         x, B, C = (plain[f"blocks.1.hook_{name}"] for name in ("ssm_input", "B", "C"))
         h = value
@@ -296,7 +251,7 @@ class TestModuleNames:
     def test_reading(self, small, tokens, name):
         with torch.no_grad(), small.trace(tokens):
             value = small.layers[1].mixer.get(name).output.save()
-        plain = {k.removeprefix("blocks.1.hook_"): v for k, v in plain_activations(small._module, tokens).items()}
+        plain = {k.removeprefix("blocks.1.hook_"): v for k, v in forward_by_hand(small._module, tokens).items()}
         plain["in_proj"] = torch.cat([plain["in_proj"], plain["skip"]], -1)
         plain["x_proj"] = torch.cat([plain["delta_1"], plain["B"], plain["C"]], -1)
         plain["conv1d"], plain["dt_proj"] = plain["conv"].mT, plain["delta_2"]
@@ -341,7 +296,7 @@ def test_all_sites_in_one_trace(small, tokens):
             site = SITES[name]
             values[name] = getattr(owner(small, site, 1), site.attribute).clone()
         out = values.save()
-    plain = plain_activations(small._module, tokens)
+    plain = forward_by_hand(small._module, tokens)
     for name, value in out.items():
         key = f"hook_{name}" if SITES[name].owner == "model" else f"blocks.1.hook_{name}"
         torch.testing.assert_close(value, plain[key].detach(), rtol=1e-5, atol=1e-5)

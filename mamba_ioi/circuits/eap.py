@@ -249,10 +249,10 @@ class Attributed(Pass):
         here = {} if self.clean is None else self.clean.inner[layer]
         gate: Tensor = mixer.gate
         conv = self.conv(layer, mixer)
-        convolved, weight = conv.get("conv"), conv.weight.detach()
+        convolved, weight = conv.peek("conv"), conv.weight.detach()
         came = here.get("conv_input", conv.x.detach().transpose(1, 2))
         scan = self.scan(layer, mixer)
-        output = scan.get("ssm_output")
+        output = scan.peek("ssm_output")
         d_gate = there["gate"] - here.get("gate", gate.detach())
         d_output = there["ssm_output"] - here.get("ssm_output", output.detach())
         d_input = there["conv_input"] - came

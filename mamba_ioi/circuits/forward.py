@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..continuation import States, carry
-from ..sites import take_over
+from ..location import take_over
 from ..stages import ConvStages, ScanStages
 
 _FINAL_NORMS = (
@@ -191,8 +191,8 @@ class Record(Pass):
             return
         gate = mixer.gate
         conv = self.conv(layer, mixer)
-        values = {"gate": gate, "conv_input": conv.x.transpose(1, 2), "conv": conv.get("conv")}
-        values["ssm_output"] = self.scan(layer, mixer).get("ssm_output")
+        values = {"gate": gate, "conv_input": conv.x.transpose(1, 2), "conv": conv.peek("conv")}
+        values["ssm_output"] = self.scan(layer, mixer).peek("ssm_output")
         self.inner.append(values)
 
     def leave(self, layer, resid, added):

@@ -107,7 +107,7 @@ class Resampled(Pass):
         slices = weights[:, :, SLICE]
         conv = self.conv(layer, mixer)
         if (slices != 1).any() or (weights[:, :, SSM] != 1).any():
-            live = conv.get("conv")
+            live = conv.peek("conv")
             if (slices != 1).any():
                 change = corrupt["conv_input"].transpose(1, 2) - conv.x.unflatten(0, (-1, corrupt["gate"].shape[0]))
                 terms = conv_terms(change.flatten(0, 1), conv.weight).unflatten(0, change.shape[:2])
@@ -116,7 +116,7 @@ class Resampled(Pass):
             conv.set("conv", blend("conv", live, weights[:, :, SSM]))
         if (weights[:, :, SSM_OUT] != 1).any():
             scan = self.scan(layer, mixer)
-            scan.set("ssm_output", blend("ssm_output", scan.get("ssm_output"), weights[:, :, SSM_OUT]))
+            scan.set("ssm_output", blend("ssm_output", scan.peek("ssm_output"), weights[:, :, SSM_OUT]))
 
 
 @dataclass(frozen=True)

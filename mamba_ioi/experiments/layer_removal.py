@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..dataset import IOIDataset
+from ..location import take_over
 from ..memory import fitting_rows, forward_bytes, stream_bytes
 from ..model import CausalLM
 from ..remote import ask
 from ..result import Result
-from ..sites import take_over
 from ..stages import ConvStages, ScanStages
 from ..sweep import Readout
 from .common import best_run, candidate_scores, check_data, mean_with_interval
