@@ -31,6 +31,7 @@ from .sweep import Readout
 MOST_ROWS = 64
 
 
+@torch.inference_mode(False)  # gradients are asked for here, whatever mode the caller is in
 def attributed_effects(
     model: MambaModel,
     tokens: Int[Tensor, "B L"],

@@ -183,6 +183,9 @@ class Views:
         raw = self.raw
         for site, obj, view, version in self.held:
             if self._edited(site, obj, view, version):
+                shape = tuple(site.see(obj, raw, self.visit).shape)
+                if view.shape != shape:
+                    raise ValueError(f"{site.name} was given the shape {tuple(view.shape)}; there it has {shape}")
                 raw = site._transform(obj, view.clone(), raw)  # the reader may go on with the copy
         return raw
 

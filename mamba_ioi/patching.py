@@ -404,7 +404,7 @@ def change_site(envoy, site: SiteInfo, changes: Sequence[Change]) -> None:
 
 def state_patch(value: Tensor | float, positions: list[int]):
     """The callable that holds the states at ``positions`` to ``value``, broadcastable to [B, len(positions), E, N]."""
-    value = torch.as_tensor(value)
+    value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     per_position = value.dim() >= 3 and value.shape[-3] > 1
     where = {position: index for index, position in enumerate(positions)}
 

@@ -119,12 +119,16 @@ class Stages:
             self.values[name] = value if leaf is None else value + (leaf - leaf.detach())
         return self.values[name]
 
+    def _known(self, name: str) -> Tensor | None:
+        """The stage's value if it was asked for before."""
+        return self._value(name) if name in self.values or name in self.leaves else None
+
     def take(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A stage's value for a later one to be made from, and where that may be written.
 
         That is into the value itself if nobody was given it, and else (None), as under gradients, into new memory.
         """
-        if name in self.values or torch.is_grad_enabled():
+        if name in self.values or name in self.leaves or torch.is_grad_enabled():
             return self._value(name), None
         value = getattr(self, f"_{name}")()
         return value, value
@@ -234,7 +238,7 @@ class ConvStages(Stages):
         return conv_terms(self.x, self.weight, self.before)
 
     def _conv(self) -> Tensor:
-        terms = self.values.get("conv_slice")
+        terms = self._known("conv_slice")
         if terms is not None and ("conv_slice" in self.kept or terms.requires_grad):
             total = terms.sum(-1)
             return total if self.bias is None else total + self.bias
@@ -387,7 +391,7 @@ class ScanStages(Stages):
 
     def _h(self) -> Tensor:
         delta, A = self._value("delta"), self._value("A")
-        A_bar, B_bar = self.values.get("A_bar"), self.values.get("B_bar")
+        A_bar, B_bar = self._known("A_bar"), self._known("B_bar")
         return scan_states(
             self.x,
             lambda t: discretize_A(delta[:, t], A) if A_bar is None else A_bar[:, t],
@@ -397,14 +401,15 @@ class ScanStages(Stages):
         )
 
     def _y(self) -> Tensor:
-        if self.held is None or {"h", "A_bar", "B_bar"} & set(self.values):
+        if self.held is None or {"h", "A_bar", "B_bar"} & {*self.values, *self.leaves}:
             known = "h" in self.values and self.shown is None
             states = self.values["h"] if known else self._h()
             self.last = states[:, -1]
             return read_out(states, self.C)
         inputs = self.x, self.take("delta")[0], self.take("A")[0], self.B, self.C
         if self.patch is None:
-            y, self.last = selective_scan(*inputs, initial=self.values.get("h_start", self.initial))
+            start = self._known("h_start")
+            y, self.last = selective_scan(*inputs, initial=self.initial if start is None else start)
         else:
             y, self.last = held_scan(*inputs, initial=self._value("h_start"), patch=self.patch, positions=self.held)
         return y
@@ -500,7 +505,7 @@ def same_bits(value: Tensor, other: Tensor) -> bool:
 
 def cast(value, like: Tensor) -> Tensor:
     """``value`` with the shape, dtype and device that the model has there."""
-    value = torch.as_tensor(value).to(like)
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if value.shape == like.shape:
         return value
     try:

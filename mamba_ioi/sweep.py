@@ -189,7 +189,8 @@ def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[E
         value = None
         if not resampled:
             dims = len(site.shape) - (checked.tap is not None)
-            value = torch.as_tensor(checked.value, device=tokens.device)
+            dtype = None if isinstance(checked.value, Tensor) else torch.float64
+            value = torch.as_tensor(checked.value, dtype=dtype, device=tokens.device)
             value = value.reshape((1,) * (dims - value.dim()) + value.shape)
         edits.append(Edit(layer, Change(site, 0.0, checked.positions, checked.tap), value))
     return edits

@@ -56,6 +56,7 @@ VARIANTS = ("standard", "paper")
 MOST_ROWS = 32
 
 
+@torch.inference_mode(False)  # gradients are asked for here, whatever mode the caller is in
 def eap(
     model,
     data: IOIDataset,

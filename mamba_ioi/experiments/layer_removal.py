@@ -129,7 +129,7 @@ def logits_without(
     Returns:
         Logits on the CPU; first the run without a candidate, then one for each candidate.
     """
-    results = torch.empty(len(candidates) + 1, *readout.tokens.shape)
+    results = torch.empty(len(candidates) + 1, *readout.tokens.shape, dtype=torch.float32)
     order = sorted(candidates)
     runs = [0] + [1 + candidates.index(layer) for layer in order]
     length = tokens.shape[1]
