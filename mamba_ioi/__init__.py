@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import circuits, experiments, metrics, reference
     from .dataset import IOIDataset
     from .experiments import bottleneck
+    from .generation import generate
     from .model import MambaModel, load_model, planted
     from .patching import Patch, cache, run
     from .result import Result
@@ -23,6 +24,7 @@ __all__ = [
     "cache",
     "circuits",
     "experiments",
+    "generate",
     "load_model",
     "metrics",
     "planted",
@@ -37,6 +39,7 @@ _HOMES = {
     "Result": "result",
     "bottleneck": "experiments",
     "cache": "patching",
+    "generate": "generation",
     "load_model": "model",
     "planted": "model",
     "run": "patching",

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .location import take_over
-from .patching import Change, leave_out
+from .patching import Change, Plan, leave_out, visit
 from .sites import SITES
 from .stages import ConvStages, ScanStages, cast
 
@@ -167,22 +167,35 @@ def carry(model, segment: Int[Tensor, "B l"], states: States) -> States:
 
 def carried(model, states: States) -> States:
     """The body of `carry`'s trace."""
-    ends = []
-    for layer, (h, before) in zip(model.layers, states, strict=True):
-        x = layer.in_proj.transpose(1, 2)
-        tail = x if before is None else torch.cat([before, x], dim=-1)
-        continue_conv(layer.mixer, before)
-        scan = continue_scan(layer.mixer, h)
-        taps = model.d_conv - 1
-        tail = torch.nn.functional.pad(tail, (max(0, taps - tail.shape[-1]), 0))
-        ends.append((scan.end(), tail[..., tail.shape[-1] - taps :].clone()))
+    ends = run_layers(model, states, Plan({}, {}, model.n_layers))
     leave_out(model, model.n_layers)
     return ends
 
 
-def continue_conv(mixer, before: Tensor | None) -> None:
+def run_layers(model, states: States, plan: Plan) -> States:
+    """In a trace: every layer from the states that earlier positions left, changed as planned; what this run leaves."""
+    ends, names = [], [name for name, site in SITES.items() if site.owner != "model"]
+    conv_at, scan_at, after = (names.index(name) for name in (ConvStages.ORDER[0], ScanStages.ORDER[0], "out_proj"))
+    visit(model, None, ("embed",), plan, {})
+    for index, (layer, (h, before)) in enumerate(zip(model.layers, states, strict=True)):
+        visit(model, index, names[:conv_at], plan, {})
+        conv = continue_conv(layer.mixer, before)
+        tail = conv.x if before is None else torch.cat([before, conv.x], dim=-1)
+        visit(model, index, names[conv_at:scan_at], plan, {})
+        scan = continue_scan(layer.mixer, h)
+        visit(model, index, names[scan_at:after], plan, {})
+        taps = model.d_conv - 1
+        tail = torch.nn.functional.pad(tail, (max(0, taps - tail.shape[-1]), 0))
+        ends.append((scan.end(), tail[..., tail.shape[-1] - taps :].clone()))
+        visit(model, index, names[after:], plan, {})
+    return ends
+
+
+def continue_conv(mixer, before: Tensor | None) -> ConvStages:
     """Let a mixer's conv begin with the inputs that earlier positions left."""
-    take_over(mixer, ConvStages).before = before
+    conv = take_over(mixer, ConvStages)
+    conv.before = before
+    return conv
 
 
 def continue_scan(mixer, h: Tensor | None) -> ScanStages:

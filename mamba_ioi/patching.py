@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,7 +60,9 @@ class Patch:
         layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
         value: a float, or a tensor broadcastable to the site at those positions: ``[B, len(positions), ...]``
             (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an alias with a position the
-            position's dimension may be left out).
+            position's dimension may be left out). Or a callable that is given a copy of what is there, of that shape,
+            and returns what takes its place; at ``h`` it is called position by position, ``[B, 1, E, N]``, with the
+            state as it has become.
         positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Patched
             states (``h``) hold at their positions and the states after them follow.
         slice: for ``conv_slice``, the one tap to change: -3, -2, -1 or 0. The term at *output* position p that comes
@@ -69,7 +71,7 @@ class Patch:
 
     site: str
     layer: int | None
-    value: Tensor | float
+    value: Tensor | float | Callable[[Tensor], Tensor | float]
     positions: int | Sequence[int] | None = None
     slice: int | None = None
 
@@ -217,7 +219,7 @@ class Change:
     """A checked `Patch`: ``value`` goes to ``positions`` (None for all) of the site, in one tap if ``tap`` is given."""
 
     site: SiteInfo
-    value: Tensor | float
+    value: Tensor | float | Callable[[Tensor], Tensor | float]
     positions: list[int] | None
     tap: int | None
 
@@ -294,9 +296,9 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
             raise ValueError(
                 f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
             )
-    elif not isinstance(value, int | float):
+    elif not isinstance(value, int | float) and not callable(value):
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"a patch's value is a real tensor or a float, not {kind}")
+        raise ValueError(f"a patch's value is a real tensor, a float or a callable, not {kind}")
     return ref, Change(site, value, positions, tap)
 
 
@@ -332,6 +334,11 @@ def forward(model, plan: Plan, read: Tensor | None) -> Any:
     if plan.last < model.n_layers:
         leave_out(model, plan.last + 1)
         return found, None
+    return found, unembed(model, plan, read, found)
+
+
+def unembed(model, plan: Plan, read: Tensor | None, found: dict[str, Tensor]) -> Tensor:
+    """The end of a trace's body: the sites after the layers, and the logits at ``read``."""
     visit(model, None, ("norm",), plan, found)
     outputs = plan.changes.get(None, {}).get("logits") or any(
         ref.site.name == "logits" for ref in plan.reads.get(None, ())
@@ -339,12 +346,10 @@ def forward(model, plan: Plan, read: Tensor | None) -> Any:
     if read is not None and not outputs:
         rows = torch.arange(read.shape[0], device=read.device)
         model.backbone.norm_f.output = model.backbone.norm_f.output[rows, read].unsqueeze(1)
-        return found, model.lm_head.output[:, 0]
+        return model.lm_head.output[:, 0]
     visit(model, None, ("logits",), plan, found)
     result = model.lm_head.output
-    if read is None:
-        return found, result
-    return found, result[torch.arange(read.shape[0], device=read.device), read]
+    return result if read is None else result[torch.arange(read.shape[0], device=read.device), read]
 
 
 def leave_out(model, first: int) -> None:
@@ -391,19 +396,32 @@ def change_site(envoy, site: SiteInfo, changes: Sequence[Change]) -> None:
         length = stages.x.shape[1]
         for change in changes:
             positions = list(range(length)) if change.positions is None else change.positions
-            stages.hold(state_patch(change.value, positions), positions)
+            stages.hold(state_patch(change, positions), positions)
         return
     value = getattr(envoy, site.attribute)
     for change in changes:
         target = value if change.tap is None else value[..., change.tap]
         if change.positions is None:
-            target[...] = cast(change.value, target)
+            target[...] = new_value(change, target)
         else:
-            target[:, change.positions] = cast(change.value, target[:, change.positions])
+            target[:, change.positions] = new_value(change, target[:, change.positions])
 
 
-def state_patch(value: Tensor | float, positions: list[int]):
-    """The callable that holds the states at ``positions`` to ``value``, broadcastable to [B, len(positions), E, N]."""
+def new_value(change: Change, there: Tensor) -> Tensor:
+    """What takes the place of what is there."""
+    value = change.value(there.clone()) if callable(change.value) else change.value
+    if callable(change.value) and not isinstance(value, Tensor | int | float):
+        kind = type(value).__name__
+        raise ValueError(f"the callable at {change.site.name!r} must return a tensor or a float, not {kind}")
+    return cast(value, there)
+
+
+def state_patch(change: Change, positions: list[int]):
+    """The callable that holds the states at ``positions`` to the value, broadcastable to [B, len(positions), E, N]."""
+    value = change.value
+    if callable(value):
+        held = set(positions)
+        return lambda t, h: new_value(change, h[:, None])[:, 0] if t in held else h
     value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     per_position = value.dim() >= 3 and value.shape[-3] > 1
     where = {position: index for index, position in enumerate(positions)}

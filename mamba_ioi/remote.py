@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import marshal
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -295,6 +297,9 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"[{len(value)}".encode()
         for one in value:
             yield from _parts(one)
+    elif isinstance(value, FunctionType):
+        yield marshal.dumps(value.__code__)
+        yield from _parts([value.__defaults__, [cell.cell_contents for cell in value.__closure__ or ()]])
     elif value is None or isinstance(value, bool | int | float | str | torch.dtype | slice):
         yield f"{type(value).__name__}:{value!r};".encode()
     else:

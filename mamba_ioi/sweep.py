@@ -187,6 +187,8 @@ def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[E
                 f"a sweep changes sites inside the layers that have positions, and embed; not {site.name!r}"
             )
         value = None
+        if callable(checked.value):
+            raise ValueError("a sweep's values are tensors and floats; a callable is for run, cache and generate")
         if not resampled:
             dims = len(site.shape) - (checked.tap is not None)
             dtype = None if isinstance(checked.value, Tensor) else torch.float64

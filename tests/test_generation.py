@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from mamba_ioi import Patch, generate
 from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.model import load_model, wrap
 from mamba_ioi.sites import SITES, owner
@@ -307,3 +308,135 @@ def test_a_prompt_of_tiny(model):
                 getattr(place(tiny, name, 2), SITES[name].attribute)
             ids = tr.result.save()
         assert torch.equal(ids, plain), name
+
+
+class TestGenerate:
+    """The declared form."""
+
+    def test_without_patches(self, model, prompt):
+        assert torch.equal(generate(model, prompt, STEPS), model._module.generate(prompt, **GREEDY))
+        assert torch.equal(
+            generate(model, prompt, 1), model._module.generate(prompt, max_new_tokens=1, do_sample=False)
+        )
+
+    def test_an_end_of_text_token_ends_nothing(self, prompt):
+        module = random_mamba(3)
+        expected = grow(copy.deepcopy(module).double(), prompt, lambda step: {})[0]
+        module.generation_config.eos_token_id = int(expected[0, prompt.shape[1]])
+        assert torch.equal(generate(wrap(module, None, model_id="ends"), prompt, STEPS), expected)
+
+    @pytest.mark.parametrize("name", EDITED)
+    def test_patches_of_the_prompt_and_of_new_tokens(self, model, exact, prompt, name):
+        """Callables add 0.5 at the prompt's first position and at every new token."""
+        length, layer = prompt.shape[1], None if SITES[name].owner == "model" else LAYER
+        ids = generate(
+            model,
+            prompt,
+            STEPS,
+            patches=[Patch(name, layer, lambda value: value + 0.5, positions=[0])],
+            new_patches=[Patch(name, layer, lambda value: value + 0.5)],
+        )
+        assert torch.equal(ids, grow(exact, prompt, lambda step: edits_at(name, {0, *range(length, length + step)}))[0])
+
+    @pytest.mark.parametrize("name", ["layer_input", "conv", "ssm_input", "delta", "h", "A_bar", "out_proj"])
+    def test_values(self, model, exact, prompt, name):
+        """One value a row and position, a float, and an alias that names a position."""
+        length = prompt.shape[1]
+        shape = forward_by_hand(exact, prompt)[f"blocks.{LAYER}.hook_{name}"].shape
+        values = torch.randn(2, 2, *shape[2:], generator=torch.Generator().manual_seed(7)) / 2
+        patches = [
+            Patch(name, LAYER, values, positions=[length, length + 2]),
+            Patch(f"blocks.0.hook_{name}.{length + 1}", None, values[:, 0].abs()),
+            Patch(name, 2, 0.25, positions=[length + 1]),
+        ]
+        ids = generate(model, prompt, STEPS, new_patches=patches)
+
+        def put(known):
+            def edit(value, t=None):
+                if t is not None:
+                    return known[t].expand_as(value) if t in known else value
+                value = value.clone()
+                for position, new in known.items():
+                    if position < value.shape[1]:
+                        value[:, position] = new
+                return value
+
+            return edit
+
+        known = {
+            LAYER: {length: values[:, 0].double(), length + 2: values[:, 1].double()},
+            0: {length + 1: values[:, 0].abs().double()},
+            2: {length + 1: torch.tensor(0.25, dtype=torch.float64)},
+        }
+        assert torch.equal(ids, grow(exact, prompt, lambda step: {(name, i): put(one) for i, one in known.items()})[0])
+
+    def test_one_tap_and_the_state_before_a_token(self, model, exact, prompt):
+        """Half the state before a token is half of how much of it the token keeps."""
+        length = prompt.shape[1]
+        patches = [Patch("conv_slice", LAYER, 0.5, slice=-1), Patch("h_start", 2, lambda h: h * 0.5)]
+        ids = generate(model, prompt, STEPS, new_patches=patches)
+
+        def tap(value):
+            value = value.clone()
+            value[:, length:, :, -2] = 0.5
+            return value
+
+        def half(value):
+            value = value.clone()
+            value[:, length:] *= 0.5
+            return value
+
+        assert torch.equal(ids, grow(exact, prompt, lambda step: {("conv_slice", LAYER): tap, ("A_bar", 2): half})[0])
+
+    def test_a_callable_sees_the_site_and_the_state_as_it_has_become(self, model, prompt):
+        shapes, states = [], []
+
+        def keep(h):
+            states.append(h.clone())
+            return h * 0 if len(states) == 1 else h
+
+        def look(delta):
+            shapes.append(tuple(delta.shape))
+            return delta
+
+        generate(model, prompt, 2, patches=[Patch("delta", 1, look, [0, 1]), Patch("h", 1, keep, [0, 1])])
+        assert shapes == [(2, 2, 24)]
+        acts = forward_by_hand(copy.deepcopy(model._module).double(), prompt)
+        inflow = acts["blocks.1.hook_B_bar"][:, 1] * acts["blocks.1.hook_ssm_input"][:, 1, :, None]
+        assert states[0].shape == states[1].shape == (2, 1, 24, 4)
+        close(states[1][:, 0], inflow)  # nothing is left of the state before it
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"max_new_tokens": 0}, "max_new_tokens"),
+            ({"max_new_tokens": 2.5}, "max_new_tokens"),
+            ({"new_patches": [Patch("h", 1, 0.0, [0])]}, "7 to 9"),
+            ({"new_patches": [Patch("h", 1, 0.0, [10])]}, "7 to 9"),
+            ({"new_patches": [Patch("h", 1, 0.0, [-1])]}, "7 to 9"),
+            ({"new_patches": [Patch("h", 1, 0.0, [])]}, "7 to 9"),
+            ({"new_patches": [Patch("A", 1, 0.0, [7])]}, "no positions"),
+            ({"new_patches": [Patch("blocks.1.hook_h.7", None, 0.0, [7])]}, "names its position"),
+            ({"new_patches": [Patch("h", 1, torch.zeros(2, 3, 24, 4), [7, 8])]}, "does not fit"),
+            ({"new_patches": [Patch("h", 1, torch.zeros(5))]}, "does not fit"),
+            ({"new_patches": Patch("h", 1, 0.0)}, "list"),
+            ({"new_patches": [3]}, "list"),
+            ({"new_patches": [Patch("delta", 1, lambda value: "much")]}, "callable"),
+            ({"new_patches": [Patch("delta", 1, lambda value: value[..., :3])]}, "shape"),
+            ({"patches": [Patch("h", 1, 0.0, [7])]}, "position"),
+            ({"max_new_tokens": 1, "new_patches": [Patch("h", 1, 0.0, [7])]}, "none"),
+        ],
+    )
+    def test_what_does_not_fit(self, model, arguments, words):
+        tokens = torch.randint(0, 61, (2, 7))
+        with pytest.raises(ValueError, match=words):
+            generate(model, tokens, **{"max_new_tokens": STEPS} | arguments)
+
+    def test_texts(self):
+        tiny = load_model("tiny")
+        data = IOIDataset.generate(tiny.tokenizer, 2, seed=3)
+        ids = generate(tiny, list(data.clean_text), 2)
+        tokens = tiny.tokenizer(list(data.clean_text), return_tensors="pt", add_special_tokens=False)["input_ids"]
+        assert torch.equal(ids, generate(tiny, tokens, 2))
+        with pytest.raises(ValueError, match="one length"):
+            generate(tiny, [data.clean_text[0], data.clean_text[0] + " the"], 2)

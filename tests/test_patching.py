@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,32 @@ class TestPatchAtEverySite:
             assert torch.equal(value, before)
             acts = cache(small, tokens, [key_of(name)], patches=[Patch(*site, value, [1, 6, 3])])
             assert torch.equal(acts[key_of(name)][:, [1, 6, 3]], value.expand(4, 3, *tail))
+
+    @pytest.mark.parametrize("name", SITES)
+    def test_a_callable(self, small, tokens, name):
+        """By hand: each value halved and moved at two positions, states one after another."""
+        layer, positions = layer_of(name), [5, 2] if SITES[name].by_position else None
+
+        def edit(value, t=None):
+            if t is not None:
+                return value * 0.5 + 0.1 if t in positions else value
+            if positions is None:
+                return value * 0.5 + 0.1
+            value = value.clone()
+            value[:, positions] = value[:, positions] * 0.5 + 0.1
+            return value
+
+        shapes = []
+
+        def fn(value):
+            shapes.append(tuple(value.shape))
+            return value * 0.5 + 0.1
+
+        logits = run(small, tokens, [Patch(name, layer, fn, positions)], positions="all")
+        hand = copy.deepcopy(small._module).double()
+        close(logits.double(), forward_by_hand(hand, tokens, {(name, layer): edit})["hook_logits"], 1e-4)
+        length = {"h": 1}.get(name, 2)
+        assert shapes[0][: 1 if positions is None else 2] == ((4, length) if positions else shapes[0][:1])
 
     @pytest.mark.parametrize("name", BY_POSITION)
     def test_an_alias_with_a_position(self, small, tokens, plain, name):

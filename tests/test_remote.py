@@ -21,7 +21,7 @@ from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling.huggingface import _ID_CACHE
 
-from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, load_model, ndif, remote, run, sweep
+from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, generate, load_model, ndif, remote, run, sweep
 from mamba_ioi.cli import main
 from mamba_ioi.model import PACKAGED, MambaModel
 from mamba_ioi.result import Result
@@ -132,6 +132,27 @@ def test_every_site_is_written(there: MambaModel, local: MambaModel, ids: torch.
         expected = run(local, ids, [patch])
         assert not torch.allclose(expected, plain, atol=1e-4), f"writing {name} changes nothing"
         torch.testing.assert_close(run(there, ids, [patch]), expected, rtol=0, atol=1e-5)
+
+
+def test_generation(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
+    """Sites at every step, and the declared form, in one request each."""
+    arguments = {"max_new_tokens": 4, "do_sample": False}
+    found = []
+    for model in (local, there):
+        with torch.no_grad(), model.generate(ids, **arguments) as tracer:
+            seen = list().save()
+            for _ in tracer.iter[0:4]:
+                model.layers[1].mixer.ssm_input[:, -1] += 2.0
+                seen.append(model.layers[2].mixer.h[:, -1].clone())
+            tokens = tracer.result.save()
+        found.append((tokens, seen))
+    assert torch.equal(found[0][0], found[1][0])
+    for value, right in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(value, right, rtol=0, atol=1e-5)
+    patches = {"patches": [Patch("h", 1, 0.5, [3])], "new_patches": [Patch("delta", 2, lambda delta: delta + 0.5)]}
+    before = there.remote.traffic.requests
+    assert torch.equal(generate(there, ids, 4, **patches), generate(local, ids, 4, **patches))
+    assert there.remote.traffic.requests - before <= 2  # the model's check among them
 
 
 def test_all_sites_in_one_trace(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
