@@ -23,7 +23,7 @@ from .location import take_over
 from .memory import backward_bytes, fitting_rows
 from .metrics import normalized_logit_diff
 from .model import MambaModel
-from .patching import OPERATIONS, Plan, SiteRef, forward, read_positions, resolve
+from .patching import OPERATIONS, Plan, SiteRef, forward, logits_at, read_positions, resolve
 from .remote import ask, require_gradients
 from .sites import SITES, owner
 from .sweep import Readout
@@ -52,9 +52,11 @@ def attributed_effects(
         source: the corrupt prompts, row for row.
 
     Raises:
-        ValueError: for an unknown site or layer, or on a server whose sandbox has no gradients.
+        ValueError: for an unknown site or layer, a model that carries edits or hooks, or on a server whose sandbox has
+            no gradients.
     """
     refs = [resolve(model, site, layer) for layer in layers]
+    model.require_stream("effects by attribution", edges=True)
     require_gradients(model, "attribution patching")
     tokens, source = model.to_tokens(tokens)[0], model.to_tokens(source)[0]
     pair = torch.stack([readout.answers, readout.corrupt_answers], dim=1)
@@ -123,9 +125,7 @@ def estimated(
             if name == site.name and layer in wanted:
                 value = getattr(owner(model, site, layer), site.attribute)
                 value.register_hook(partial(contract, layer, there[wanted[layer]] - value.detach()))
-    rows = torch.arange(read.shape[0], device=read.device)
-    model.backbone.norm_f.output = model.backbone.norm_f.output[rows, read].unsqueeze(1)
-    logits = model.lm_head.output[:, 0].gather(1, pair)
+    logits = logits_at(model, read).gather(1, pair)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     (logits[:, 0] - logits[:, 1]).sum().backward()  # to every leaf: the states of `h` are leaves of their own
     return torch.stack([changes[ref.layer] for ref in refs]), logits.detach()

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .location import take_over
-from .patching import Change, Plan, leave_out, visit
+from .patching import Change, Plan, leave_out, logits_at, visit
 from .sites import SITES
 from .stages import ConvStages, ScanStages, cast
 
@@ -223,9 +223,7 @@ def run_job(model, job: Job) -> Float[Tensor, "R V"]:
             layer.input = torch.cat(stream)
             count = joining[-1].rows.stop
         change_layer(layer, index, job, count)
-    positions = torch.arange(count, device=job.rows.device)
-    model.backbone.norm_f.output = model.backbone.norm_f.output[positions, job.last].unsqueeze(1)
-    return model.lm_head.output[:, 0]
+    return logits_at(model, job.last)
 
 
 def change_layer(layer, index: int, job: Job, count: int) -> None:

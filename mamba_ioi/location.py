@@ -212,7 +212,7 @@ class Site(eproperty):
         eproperty.__init__(self, key=key, description=description)
 
     def __reduce__(self):
-        return _rebuild_site, (self.key, self.description, self._preprocess, self._transform)
+        return _rebuild_site, (type(self), self.key, self.description, self._preprocess, self._transform)
 
     def __get__(self, obj: Any, owner: Any = None):
         if obj is None:
@@ -246,8 +246,8 @@ class Site(eproperty):
         return views
 
 
-def _rebuild_site(key, description, preprocess, transform) -> eproperty:
-    return Site(key, description)(preprocess).transform(transform)
+def _rebuild_site(cls, key, description, preprocess, transform) -> eproperty:
+    return cls(key, description)(preprocess).transform(transform)
 
 
 class OperationSite(Site):
@@ -272,6 +272,32 @@ class OperationSite(Site):
 
 def _rebuild_operation_site(stages, description, preprocess, transform) -> eproperty:
     return OperationSite(stages, description)(preprocess).transform(transform)
+
+
+class OutputSite(Site):
+    """A `Site` of the model's output, or of its unembedding's where that gives the same, but for rounding."""
+
+    def _location(self, obj: Any) -> str:
+        return f"{obj.path}.{obj.anatomy.head}.output" if gives_output(obj) else f"{obj.path}.{self.key}"
+
+
+def gives_output(model) -> bool:
+    """Whether the unembedding gives the logits of the model's output, in a precision that may be higher."""
+    return model.anatomy.plain and not model._edits and not model.unembedding._module._forward_hooks
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a causal language model, or its unembedding, gives."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.logits
+
+
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """The same with other logits."""
+    if isinstance(output, Tensor):
+        return logits
+    return (logits, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "logits": logits})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

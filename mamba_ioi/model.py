@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, MambaForCausalLM
 from transformers import __version__ as TRANSFORMERS
 
+from .anatomy import Anatomy, find_anatomy, output_logits, relative_difference, stream_differences
 from .checkpoints import empty_tokenizer, one_line, read_checkpoint, read_config, read_tokenizer, refuse_missing
-from .location import take_over
+from .location import logits_of, take_over
 from .sites import ModelSites, envoys, missing_operations
 from .stages import ScanStages
+from .touched import hooks, refuse_touched
 
 if TYPE_CHECKING:
     from .remote import Remote
 
 OLDEST_TRANSFORMERS = (5, 15)
 PACKAGED = Path(__file__).parent / "zoo" / "tiny"
-_BLOCKS = ("backbone.layers", "model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -56,30 +58,39 @@ class CausalLM(TransformersModel):
         """The Hub id or folder the model came from."""
         return str(self.repo_id)
 
+    anatomy: Anatomy
+    """Where the blocks and the unembedding are, and what `check_stream` found."""
+
     @property
     def layers(self):
-        """The envoy of the list of blocks."""
-        for path in _BLOCKS:
-            try:
-                return self.get(path)
-            except AttributeError:
-                continue
-        raise ValueError(f"the blocks of a {type(self._module).__name__} were not found; looked for {_BLOCKS}")
+        """The envoy of the list of blocks.
+
+        Raises:
+            ValueError: if there is no such list.
+        """
+        if not self.anatomy.blocks:
+            raise ValueError(self.anatomy.broken)
+        return self.get(self.anatomy.blocks)
+
+    @property
+    def unembedding(self):
+        """The envoy of the module that makes logits of the residual stream; what the model does to them comes after."""
+        return self.get(self.anatomy.head)
 
     @property
     def n_layers(self) -> int:
         """How many blocks the model has."""
-        return self._module.config.num_hidden_layers
+        return self._module.config.get_text_config().num_hidden_layers
 
     @property
     def d_model(self) -> int:
         """The width D of the residual stream."""
-        return self._module.config.hidden_size
+        return self._module.config.get_text_config().hidden_size
 
     @property
     def vocab_size(self) -> int:
         """How many logits the model has (V)."""
-        return self._module.config.vocab_size
+        return self._module.config.get_text_config().vocab_size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +115,22 @@ class CausalLM(TransformersModel):
         """
         if not self.is_mamba:
             raise ValueError(f"{what} need a Mamba; {self.model_id} is a {type(self._module).__name__}")
+
+    def require_stream(self, what: str, *, edges: bool = False) -> None:
+        """Refuse ``what`` where runs would be cut, skipped or rearranged in a way that this model does not allow.
+
+        Args:
+            what: what is refused, in the plural.
+            edges: whether it also gives blocks the residual stream of other prompts, or takes gradients.
+
+        Raises:
+            ValueError: if the model carries edits or hooks, or its residual stream is not all that passes from block to
+                block (``edges``: and all that a block reads).
+        """
+        refuse_touched(self, what, gradients=edges)
+        check_stream(self)
+        if reason := self.anatomy.broken or (self.anatomy.beside if edges else None):
+            raise ValueError(f"{what} cannot be measured: {reason}")
 
     def trace(self, *inputs, fn=None, **kwargs):
         """nnsight's ``trace``, without the generation cache unless ``use_cache=True`` is given.
@@ -278,16 +305,21 @@ def planted(n_layers: int = 6, layer: int = 3, slice: int = -1, n_names: int = 2
 
 
 def wrap(module: nn.Module, tokenizer, *, model_id: str, revision: str | None = None) -> MambaModel | CausalLM:
-    """Make an nnsight model of a transformers model in memory, and check it if it is a Mamba.
+    """Make an nnsight model of a transformers model in memory, and check it.
 
     Raises:
-        ValueError: if the mixers lack an operation that the sites stand on, or the slow path gives other logits.
+        ValueError: if a Mamba's mixers lack an operation that the sites stand on, its slow path gives other logits, or
+            its logits do not follow from its residual stream. (Of other models, what needs that refuses.)
     """
     is_mamba = isinstance(module, MambaForCausalLM)
     model = _trace(module, tokenizer, is_mamba, device=module.device)
     model.repo_id, model.revision = model_id, revision
     if is_mamba:
         check_slow_path(model)
+    if not any(hooks(model)):
+        check_stream(model)
+        if is_mamba and model.anatomy.broken:
+            raise ValueError(model.anatomy.broken)
     return model
 
 
@@ -299,6 +331,7 @@ def _trace(source: nn.Module | str, tokenizer, is_mamba: bool, **kwargs) -> Mamb
     cls = MambaModel if is_mamba else CausalLM
     model = cls(source, task="text-generation", tokenizer=stand_in, **kwargs)  # pyright: ignore[reportCallIssue]
     model.tokenizer = tokenizer
+    model.anatomy = find_anatomy(model._module)[0]
     if is_mamba:
         refuse_other_operations(model)
     return model
@@ -319,6 +352,34 @@ def refuse_other_operations(model: MambaModel) -> None:
             f"transformers {TRANSFORMERS} has a MambaMixer without {' and '.join(dict.fromkeys(missing))}; "
             f"the sites need it: install a release of transformers from 5.15 on that mamba_ioi was tested with"
         )
+
+
+def check_stream(model: CausalLM) -> None:
+    """Find out, once, whether blocks can be left out, given other inputs, and read at some positions alone.
+
+    ``model.anatomy`` says what was found; `CausalLM.require_stream` refuses accordingly.
+    """
+    from .remote import ask
+
+    found = []
+    for anatomy in [] if model.anatomy.checked else find_anatomy(model._module):
+        model.anatomy = anatomy
+        try:
+            differences = {key: float(value) for key, value in ask(model, stream_differences).items()}
+            judged = anatomy.judged(model.model_id, differences, slow_path_tolerance(model.dtype))
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:  # whatever a model does that is not followed
+            reason = f"the layers of {model.model_id} could not be followed: {type(error).__name__}: {one_line(error)}"
+            judged = replace(anatomy, checked=True, broken=reason)
+        found.append(replace(judged, plain=judged.plain and model.is_mamba))  # others do not round their logits
+        if judged.broken is None:
+            break
+    if found:
+        model.anatomy = next((one for one in found if one.broken is None), found[0])
+        if model.remote is None and model._module.training and (model.anatomy.broken or model.anatomy.beside):
+            broken = f"{model.model_id} is in training mode, where two runs are not alike: call model._module.eval()"
+            model.anatomy = replace(model.anatomy, checked=False, broken=broken)
 
 
 def check_slow_path(model: MambaModel) -> float:
@@ -344,7 +405,7 @@ def slow_path_differences(model: MambaModel) -> dict[str, Tensor]:
     length = 6
     ids = torch.arange(1, length + 1, device=model.device).mul(7919).remainder(model.vocab_size)[None]
     with torch.no_grad(), model.trace(ids):
-        logits = model.lm_head.output.save()
+        logits = logits_of(model.output).save()  # pyright: ignore[reportAttributeAccessIssue]
     if not logits.isfinite().all():
         return {"hook_logits": torch.tensor(float("nan"))}
     plain = _main_sites(model, ids) | {"hook_logits": logits}
@@ -384,12 +445,6 @@ def slow_path_tolerance(dtype: torch.dtype) -> float:
     return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-4
 
 
-def relative_difference(value: Tensor, expected: Tensor) -> Tensor:
-    """The largest difference, relative to the largest expected value."""
-    value, expected = value.double(), expected.double()
-    return (value - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-
-
 def _main_sites(
     model: MambaModel, ids: Int[Tensor, "B L"], *, slow: bool = False, stream: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -419,7 +474,7 @@ def _main_sites(
             found[hook + "out_proj"] = layer.mixer.out_proj.output
             found[hook + "resid_post"] = layer.output
         found["hook_norm"] = model.backbone.norm_f.output
-        found["hook_logits"] = model.lm_head.output
+        found["hook_logits"] = output_logits(model)
         found = found.save()  # pyright: ignore[reportAttributeAccessIssue]
     return found
 
@@ -438,6 +493,8 @@ def _wrap_remote(source: str, revision: str | None, target: bool | str) -> Mamba
     tokenizer = read_tokenizer(source, revision, original=False)
     model = _trace(source, tokenizer, config.model_type == "mamba", revision=revision)
     model.remote = Remote(target.rstrip("/") if isinstance(target, str) else True)
+    if model.is_mamba:  # of which `served_model` tells
+        model.anatomy = replace(model.anatomy, tuples=(0,) * model.n_layers, plain=True, checked=True)
     return model
 
 

@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .anatomy import output_logits
 from .location import StageSite, open_stages, take_over
 from .sites import SITES, SiteInfo, owner
 from .stages import ConvStages, ScanStages, cast
+from .touched import hooks, refuse_hooked_output
 
 if TYPE_CHECKING:
     from .model import MambaModel
@@ -232,11 +234,15 @@ class Plan:
         changes: layer -> site name -> the changes there, in order.
         reads: layer -> the sites to read there.
         last: the last layer that has to run; the model's output is needed where it equals the number of layers.
+        whole: whether the prompts run as they are to the end, since the model carries edits or hooks.
+        edited: whether it carries edits, which may stand inside the mixers' operations.
     """
 
     changes: dict[int | None, dict[str, list[Change]]]
     reads: dict[int | None, list[SiteRef]]
     last: int
+    whole: bool = False
+    edited: bool = False
 
     @classmethod
     def make(cls, model: MambaModel, ids: Tensor, patches: Sequence[Patch], refs: Sequence[SiteRef]) -> Plan:
@@ -251,8 +257,34 @@ class Plan:
         for ref in refs:
             reads.setdefault(ref.layer, []).append(ref)
         outside = any(ref.site.name in ("norm", "logits") for ref in refs)
-        last = model.n_layers if outside or not refs else max((ref.layer or 0 for ref in refs), default=0)
-        return cls(changes, reads, last)
+        edited, whole = bool(model._edits), bool(model._edits) or any(hooks(model))
+        last = model.n_layers if outside or whole or not refs else max(ref.layer or 0 for ref in refs)
+        plan = cls(changes, reads, last, whole, edited)
+        if whole:
+            plan.refuse_touched_sites(model, logits=not refs)
+        return plan
+
+    def refuse_touched_sites(self, model: MambaModel, logits: bool) -> None:
+        """Refuse to read or change what the model's edits or hooks change without this trace seeing it."""
+        used = {(layer, name) for layer, sites in self.changes.items() for name in sites}
+        used |= {(ref.layer, ref.site.name) for refs in self.reads.values() for ref in refs}
+        used |= {(None, "logits")} if logits else set()
+        if self.edited and (inner := sorted({name for _, name in used if name in _STAGES})):
+            raise ValueError(
+                f"the site {inner[0]!r} is inside the conv or the scan, where the edits of {model.model_id} may act "
+                f"too and undo one another: remove them with clear_edits()"
+            )
+        paths: dict[str, str] = {}
+        for layer, name in used:
+            envoy = owner(model, SITES[name], layer)
+            if name not in _STAGES:
+                location = getattr(type(envoy), SITES[name].attribute)._location(envoy)
+                paths[location.removeprefix(f"{model.path}").removeprefix(".").removesuffix(".output")] = name
+            if name == "out_proj":
+                paths[envoy.mixer.path.removeprefix(f"{model.path}.")] = name
+            if name == "logits":
+                paths[""] = name
+        refuse_hooked_output(model, paths)
 
 
 def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, Change]:
@@ -343,13 +375,18 @@ def unembed(model, plan: Plan, read: Tensor | None, found: dict[str, Tensor]) ->
     outputs = plan.changes.get(None, {}).get("logits") or any(
         ref.site.name == "logits" for ref in plan.reads.get(None, ())
     )
-    if read is not None and not outputs:
-        rows = torch.arange(read.shape[0], device=read.device)
-        model.backbone.norm_f.output = model.backbone.norm_f.output[rows, read].unsqueeze(1)
-        return model.lm_head.output[:, 0]
+    if read is not None and not outputs and not plan.whole:
+        return logits_at(model, read)
     visit(model, None, ("logits",), plan, found)
-    result = model.lm_head.output
+    result = output_logits(model)
     return result if read is None else result[torch.arange(read.shape[0], device=read.device), read]
+
+
+def logits_at(model, read: Tensor) -> Tensor:
+    """The logits of a Mamba's output at one position a row, which alone are unembedded."""
+    rows = torch.arange(read.shape[0], device=read.device)
+    model.backbone.norm_f.output = model.backbone.norm_f.output[rows, read].unsqueeze(1)
+    return output_logits(model)[:, 0]
 
 
 def leave_out(model, first: int) -> None:
@@ -367,7 +404,7 @@ def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dic
     changes, reads = plan.changes.get(layer, {}), plan.reads.get(layer, ())
     wanted = {ref.site.name for ref in reads}
     for name in names:
-        if name in OPERATIONS:
+        if name in OPERATIONS and not plan.edited:
             take_over(model.layers[layer].mixer, OPERATIONS[name])
         if name not in changes and name not in wanted:
             continue

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from nnsight import Envoy
 from torch import Tensor
 
-from .location import Noted, OperationSite, Site, StageSite, open_stages
+from .location import Noted, OperationSite, OutputSite, Site, StageSite, logits_of, open_stages, with_logits
 from .stages import ConvStages, ScanStages, cast
 
 if TYPE_CHECKING:
@@ -320,14 +320,14 @@ class ModelSites(Envoy):
     def norm(self, view, raw):
         return cast(view, raw)
 
-    @Site(key="lm_head.output", description="the logits")
+    @OutputSite(key="output", description="the logits: the model's output")
     def logits(self, value) -> Float[Tensor, "B L V"]:
-        """The logits."""
-        return value.clone()
+        """The logits of the model's output."""
+        return logits_of(value).clone()
 
     @logits.transform
     def logits(self, view, raw):
-        return cast(view, raw)
+        return with_logits(raw, cast(view, logits_of(raw)))
 
 
 def envoys() -> dict[type | str, type[Envoy]]:

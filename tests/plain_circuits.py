@@ -87,9 +87,18 @@ def mamba_run(
 
 @torch.no_grad()
 def hooked_run(
-    module: nn.Module, blocks, norm: nn.Module, tokens: Tensor, last: Tensor, corrupt: PlainRun | None = None, cut=()
+    module: nn.Module,
+    blocks,
+    norm: nn.Module | None,
+    tokens: Tensor,
+    last: Tensor,
+    corrupt: PlainRun | None = None,
+    cut=(),
 ) -> PlainRun:
-    """Any causal language model under torch hooks, with coarse edges resampled from another run."""
+    """Any causal language model under torch hooks, with coarse edges resampled from another run.
+
+    The output node is before the final norm; without a norm, after the last block.
+    """
     run, cut, names = PlainRun(), set(cut), [str(i) for i in range(len(blocks))]
     outside = corrupt.values if corrupt is not None else {}
 
@@ -107,12 +116,15 @@ def hooked_run(
     def after(name: str):
         def hook(_, args, output):
             run.values[name] = (output[0] if isinstance(output, tuple) else output) - args[0]
+            if norm is None and name == names[-1]:
+                return (stream("output"), *output[1:]) if isinstance(output, tuple) else stream("output")
 
         return hook
 
     handles = [block.register_forward_pre_hook(before(name)) for block, name in zip(blocks, names, strict=True)]
     handles += [block.register_forward_hook(after(name)) for block, name in zip(blocks, names, strict=True)]
-    handles.append(norm.register_forward_pre_hook(lambda _, args: (stream("output"),)))
+    if norm is not None:
+        handles.append(norm.register_forward_pre_hook(lambda _, args: (stream("output"),)))
     try:
         run.logits = module(tokens, use_cache=False).logits[torch.arange(len(tokens)), last]
     finally:

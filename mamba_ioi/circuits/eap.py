@@ -89,7 +89,8 @@ def eap(
 
     Raises:
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
-            are kept; for an unknown variant or less than one step; on a server whose sandbox has no gradients.
+            are kept; for an unknown variant or less than one step; on a server whose sandbox has no gradients; for a
+            model that carries edits or hooks, or whose layers read more than the residual stream.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -97,6 +98,7 @@ def eap(
     if fine:
         require_fine(model)
     require_gradients(model, "edge attribution patching")
+    model.require_stream("circuits", edges=True)
     pairs = Pairs.of(model, data, positional=positional)
     graph = Graph(model.n_layers, fine, pairs.length if positional else None)
     total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)

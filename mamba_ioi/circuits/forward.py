@@ -15,18 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..anatomy import cut_head, output_logits, put_output, skip_block, stream_of
 from ..continuation import States, carry
 from ..location import take_over
 from ..stages import ConvStages, ScanStages
-
-_FINAL_NORMS = (
-    "backbone.norm_f",
-    "model.norm",
-    "transformer.ln_f",
-    "gpt_neox.final_layer_norm",
-    "model.decoder.final_layer_norm",
-)
-_HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -114,12 +106,12 @@ def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows 
     read = read - visitor.begins.position
     blocks = model.layers
     first = blocks[0].input
-    length, dtype = first.shape[1], first.dtype
-    resid = visitor.embed(first.to(torch.promote_types(dtype, torch.float32)))
+    length = first.shape[1]
+    resid = visitor.embed(first.to(torch.promote_types(first.dtype, torch.float32)))
     for layer in range(model.n_layers):
         block = blocks[layer]
         if visitor.skipped(layer):
-            block.skip(block.input)
+            skip_block(model, layer, block.input)
             resid = visitor.leave(layer, resid, None)
             continue
         value = visitor.enter(layer, resid)
@@ -130,28 +122,16 @@ def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows 
             visitor.scan(layer, block.mixer)
             added = block.mixer.out_proj.output
         else:
-            flat = value.flatten(0, -3).to(dtype)
+            flat = value.flatten(0, -3).to(block.input.dtype)
             block.input = flat
-            after = block.output
-            added = (after[0] if isinstance(after, tuple) else after) - flat
+            added = stream_of(block.output).to(resid.dtype) - flat.to(resid.dtype)
         resid = visitor.leave(layer, resid, added.to(resid.dtype).unflatten(0, value.shape[:-2]))
     final = visitor.enter(model.n_layers, resid).flatten(0, -3)
     rows = torch.arange(final.shape[0], device=final.device)
     final = final[rows, read.repeat(final.shape[0] // read.shape[0])]
-    find(model, _FINAL_NORMS).input = final.to(dtype)[:, None].expand(-1, length, -1)
-    head = find(model, _HEADS)
-    head.input = head.input[:, :1].contiguous()  # else the head's weight is read once a row
-    return head.output[:, 0]
-
-
-def find(model, paths: tuple[str, ...]):
-    """The first of these modules that the model has."""
-    for path in paths:
-        try:
-            return model.get(path)
-        except AttributeError:
-            continue
-    raise ValueError(f"{model.model_id} has none of the modules {', '.join(paths)}")
+    put_output(blocks[model.n_layers - 1], final[:, None].expand(-1, length, -1))
+    cut_head(model)
+    return output_logits(model)[:, 0]
 
 
 @dataclass(frozen=True)

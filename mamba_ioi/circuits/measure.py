@@ -69,6 +69,10 @@ class Bench:
         absolute: whether the normalized logit difference is over |max - min| (App. B) or over max - min.
         batch_rows: how many rows, candidates times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         together: how many candidates are measured together as a rule; in one forward they share what they agree on.
+
+    Raises:
+        ValueError: if graph, data and model do not fit, or the model carries edits or hooks, or has layers that read
+            more than the residual stream.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Bench:
             raise ValueError(f"the circuit is of a model with {graph.n_layers} layers, this one has {model.n_layers}")
         if graph.fine:
             require_fine(model)
+        model.require_stream("circuits", edges=True)
         if batch_rows is not None:
             batch_rows = whole_number(batch_rows, "batch_rows", least=1)
         pairs = Pairs.of(model, data, positional=graph.length is not None)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..anatomy import output_logits, put_output, skip_block, stream_of
 from ..dataset import IOIDataset
 from ..location import take_over
 from ..memory import fitting_rows, forward_bytes, stream_bytes
@@ -43,7 +44,8 @@ def layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = True) -
         ``accuracy_high``, ``n`` (rows).
 
     Raises:
-        ValueError: if the data are empty.
+        ValueError: if the data are empty, or the model carries edits or hooks, or passes more from layer to layer than
+            a residual stream.
     """
     check_data(data)
     layers = list(range(model.n_layers))
@@ -72,7 +74,8 @@ def greedy_layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = 
         accuracy is first more than 0.05 below the intact model's.
 
     Raises:
-        ValueError: if the data are empty.
+        ValueError: if the data are empty, or the model carries edits or hooks, or passes more from layer to layer than
+            a residual stream.
     """
     check_data(data)
     readout = Readout.of(data)
@@ -129,6 +132,7 @@ def logits_without(
     Returns:
         Logits on the CPU; first the run without a candidate, then one for each candidate.
     """
+    model.require_stream("effects of removed layers")
     results = torch.empty(len(candidates) + 1, *readout.tokens.shape, dtype=torch.float32)
     order = sorted(candidates)
     runs = [0] + [1 + candidates.index(layer) for layer in order]
@@ -205,44 +209,28 @@ def _run_without(
     own = {layer: slice(size * index, size * (index + 1)) for index, layer in enumerate(candidates)}
     stream = None if start is None else start.repeat(batches, 1, 1)
     rows, read = torch.arange(batches * size, device=ids.device), last.repeat(batches)
-    layers, head = model.layers, _unembedding(model)
-    whole = _gives_tuples(model)
+    layers, head = model.layers, model.unembedding
     inputs: dict[int, Tensor] = {}
     with torch.no_grad(), model.trace(ids.repeat(batches, 1)):
         found = {}
         for i in range(model.n_layers):
-            if i < first:
-                layers[i].skip((stream,) if whole else stream)
+            if i < first and stream is not None:
+                skip_block(model, i, stream)
                 continue
             before = stream if i == first and stream is not None else layers[i].input
             if i in save:
                 found[i] = before
             if i in removed or (i in own and batches == 1):
-                layers[i].skip((before,) if whole else before)
+                skip_block(model, i, before)
                 continue
             if model.is_mamba:
                 take_over(layers[i].mixer, ConvStages)
                 take_over(layers[i].mixer, ScanStages)
             if i in own:
-                output = layers[i].output
-                after = (output[0] if whole else output).clone()
+                after = stream_of(layers[i].output).clone()
                 after[own[i]] = before[own[i]].to(after.dtype)
-                layers[i].output = (after, *output[1:]) if whole else after
+                put_output(layers[i], after)
         head.input = head.input[rows, read].unsqueeze(1)
-        logits = head.output[:, 0].save()
+        logits = output_logits(model)[:, 0].save()  # pyright: ignore[reportAttributeAccessIssue]
         inputs = found.save()  # pyright: ignore[reportAttributeAccessIssue]
     return list(logits.cpu().float().split(size)), inputs
-
-
-def _unembedding(model: CausalLM):
-    """The envoy of the module that makes logits of the residual stream."""
-    head = model._module.get_output_embeddings()
-    return model.get(next(name for name, module in model._module.named_modules() if module is head))
-
-
-def _gives_tuples(model: CausalLM) -> bool:
-    """Whether the blocks return a tuple that begins with the residual stream, as some architectures' do."""
-    found = False
-    with torch.no_grad(), model.trace(torch.zeros(1, 2, dtype=torch.long, device=model.device)):
-        found = isinstance(model.layers[0].output, tuple).save()  # pyright: ignore[reportAttributeAccessIssue]
-    return found
