@@ -113,7 +113,7 @@ def sweep(
 
     Raises:
         ValueError: for a change at an unknown site, layer or position, with a value that does not fit, or at a site
-            that has no positions; for a `Resample` without source tokens.
+            that has no positions; for a `Resample` without source tokens; for a model that carries edits or hooks.
     """
     tokens, _ = model.to_tokens(tokens)
     if source is not None:
@@ -123,6 +123,7 @@ def sweep(
                 f"source tokens have the shape of tokens, {tuple(tokens.shape)}, not {tuple(source.shape)}"
             )
     edits = [_edits(model, tokens, changes, source) for changes in interventions]
+    model.require_stream("sweeps")
     limits = Budget.of(model, tokens.shape[1])
     shape = len(interventions), *readout.tokens.shape
     parts = []

@@ -76,9 +76,10 @@ def name_means(
 
     Raises:
         ValueError: if the model is no Mamba or has no tokenizer, a layer is not there, the offset is not from 0 to
-            d_conv - 1, or the prompts cannot be drawn.
+            d_conv - 1, the prompts cannot be drawn, or the model carries edits or hooks.
     """
     check_names(model, offset)
+    model.require_stream("name means")
     layer = default_layer(model, seed=seed, progress=progress) if layer is None else check_layer(model, layer)
     known = sorted(name_tokens(model.tokenizer).items(), key=lambda item: item[1])
     tokens = torch.tensor([token for _, token in known])
