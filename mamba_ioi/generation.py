@@ -48,6 +48,7 @@ def generate(
         ValueError: for texts of several lengths, a number of tokens below 1, or a patch that does not fit.
     """
     model.require_mamba("patched runs")
+    model.require_stream("generations with patches")
     ids, last = model.to_tokens(tokens)
     if last is not None and len(lengths := sorted({position + 1 for position in last.tolist()})) > 1:
         raise ValueError(f"generation needs prompts of one length, not of {lengths} tokens: generate them one by one")

@@ -348,10 +348,24 @@ def open_stages(mixer: Envoy, cls: type[AnyStages], visit: Visit | None = None) 
         return waiting.view
     open_source(mixer, cls.OPERATION)
     args, kwargs = Mediator.value(f"{operation}.input")
-    stages = cls(args, kwargs, visit.length, visit.single, batching)  # pyright: ignore[reportCallIssue]
+    alone = batching or len(mediator.interleaver.mediators) == 1
+    stages = None if alone else _opened_by_another(mediator, operation)
+    if stages is None:
+        stages = cls(args, kwargs, visit.length, visit.single, batching)  # pyright: ignore[reportCallIssue]
+    if not alone:
+        mediator.__dict__["opened"] = operation, mediator.occurrence(f"{operation}.input"), stages
     finish = partial(_finish_after, stages, target, occurrence) if batching else stages.finish
     wait(mediator, WriteBack(finish, stages, cls, target, occurrence))
     return stages
+
+
+def _opened_by_another(mediator: Mediator, operation: str):
+    """The operation as another worker of this run, such as an edit of the model, has opened and changed it."""
+    here = operation, mediator.occurrence(f"{operation}.input")
+    for other in mediator.interleaver.mediators:
+        if other is not mediator and other.__dict__.get("opened", ())[:2] == here:
+            return other.__dict__["opened"][2]
+    return None
 
 
 def _finish_after(stages: Stages, output: str, occurrence: int):

@@ -131,7 +131,7 @@ def results(model, data) -> dict[str, torch.Tensor]:
     def column(result, name):
         return torch.tensor(result.table[name].to_numpy())
 
-    ablation = experiments.resample_ablation
+    ablation, few = experiments.resample_ablation, circuits.Circuit.of(model, [("embed", "0"), ("0", "output")])
     return {
         "run": run(model, data.clean_tokens, [Patch("h", 1, 0.1, [3]), Patch("ssm_input", 2, 0.5, [4])]),
         "cache": cache(model, data.clean_tokens, [("h", 1)])["h", 1],
@@ -143,7 +143,7 @@ def results(model, data) -> dict[str, torch.Tensor]:
         "conv": column(experiments.conv_slices(model, data, layer=1), "effect"),
         "similarity": column(experiments.state_similarity(model, data.clean_text[:1], 1), "similarity"),
         "eap": column(circuits.eap(model, data, fine=True), "score"),
-        "effects": circuits.evaluate(model, data, circuits.Circuit.of([("embed", 0), (0, "output")], 6)).nld,
+        "effects": torch.tensor(circuits.evaluate(model, data, few).nld),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,7 @@ from mamba_ioi.touched import hooks
 
 from . import plain
 from .conftest import random_mamba
+from .plain import forward_by_hand
 from .test_any_model import CONFIGS, TOKENIZER, untouched
 
 
@@ -294,3 +296,35 @@ def test_a_model_that_was_hooked_when_it_was_wrapped() -> None:
     row = layer_removal(model, data, progress=False).table.iloc[0]
     logits = plain.last_logits(module, data.clean_tokens, data.last_position)
     assert (row["accuracy"], row["probability"]) == pytest.approx(plain.scores(logits, data), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "read", [(), ("conv",), ("delta",), ("h",), ("y",), ("conv", "ssm_input", "A_bar", "after_skip")]
+)
+def test_an_edit_inside_an_operation_that_a_trace_looks_into(small, tokens, read):
+    """The edit and the trace are two workers at one operation; by hand, one forward with both changes."""
+
+    def zero(h, t):
+        return h * 0 if t == 4 else h
+
+    def plus(delta):
+        delta = delta.clone()
+        delta[:, 6] += 0.5
+        return delta
+
+    with small.edit() as (_, edited):
+        small.layers[1].mixer.h[:, 4] = 0
+    exact = copy.deepcopy(small._module).double()
+    with torch.no_grad(), edited.trace(tokens):
+        for name in read:
+            getattr(edited.layers[1].mixer, name)
+        logits = edited.logits.save()
+    expected = forward_by_hand(exact, tokens, {("h", 1): zero})["hook_logits"]
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=2e-5)
+    with torch.no_grad(), edited.trace(tokens):
+        edited.layers[1].mixer.delta[:, 6] += 0.5
+        h = edited.layers[1].mixer.h.save()
+        logits = edited.logits.save()
+    expected = forward_by_hand(exact, tokens, {("h", 1): zero, ("delta", 1): plus})
+    torch.testing.assert_close(h.double(), expected["blocks.1.hook_h"], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(logits.double(), expected["hook_logits"], rtol=1e-4, atol=2e-5)
