@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from .model import MambaModel, load_model, planted
     from .patching import Patch, cache, run
     from .result import Result
+    from .tasks import PromptPairs
 
 __version__ = "0.1.0"
 __all__ = [
     "IOIDataset",
     "MambaModel",
     "Patch",
+    "PromptPairs",
     "Result",
     "bottleneck",
     "cache",
@@ -36,6 +38,7 @@ _HOMES = {
     "IOIDataset": "dataset",
     "MambaModel": "model",
     "Patch": "patching",
+    "PromptPairs": "tasks",
     "Result": "result",
     "bottleneck": "experiments",
     "cache": "patching",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mamba_ioi.checks import whole_number
 from mamba_ioi.names import NAMES, name_tokens, single_token_names
+from mamba_ioi.tasks.columns import check_rows, integers, refuse, texts
+from mamba_ioi.tasks.pairs import Groups, Marks, PromptPairs
 
 __all__ = [
     "ALIGNED_TEMPLATES",
@@ -55,13 +57,12 @@ PLACES: tuple[str, ...] = ("store", "garden", "restaurant", "school", "hospital"
 OBJECTS: tuple[str, ...] = ("apple", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class IOIDataset:
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class IOIDataset(PromptPairs):
     """Pairs of a clean and a corrupt prompt, one pair a row, which share template, place and object.
 
-    Tokens begin with BOS and are padded on the right to the longest prompt: read logits at `last_position`.
-    `data[i]` (one row), slices, lists, and boolean or integer tensors give a dataset of those rows, padded as
-    before.
+    Tokens begin with BOS and are padded on the right to the longest prompt: read logits at `last_position`. `marks` are
+    n1 … n5, from `name_positions`; `groups` are corruption and template. What a `PromptPairs` has besides holds too.
 
     Attributes:
         clean_tokens: [B, L] token ids of the clean prompts.
@@ -78,17 +79,37 @@ class IOIDataset:
         corrupt_text: The corrupt prompts without BOS.
     """
 
-    clean_tokens: Int[Tensor, "B L"]
-    corrupt_tokens: Int[Tensor, "B L"]
-    answers: Int[Tensor, "B"]
-    corrupt_answers: Int[Tensor, "B"]
-    candidates: Int[Tensor, "B 4"]
     name_positions: Int[Tensor, "B 5"]
-    last_position: Int[Tensor, "B"]
     templates: list[str]
     corruptions: list[str]
     clean_text: list[str]
     corrupt_text: list[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("clean_text", "corrupt_text"):
+            self._set(name, texts(getattr(self, name), name, len(self)))
+
+    def _checked_marks(self) -> dict[str, Tensor]:
+        """The marks: n1 … n5, one a column of the names' positions, and others that were given."""
+        names = integers(self.name_positions, "name_positions", dims=(2,), device=self.clean_tokens.device)
+        check_rows(len(names), len(self), "name_positions", "clean_tokens")
+        if names.shape[1] != 5:
+            raise ValueError(f"name_positions must be [B, 5], a column a name, not of shape {tuple(names.shape)}")
+        outside = (names < 0) | (names > self.last_position[:, None])
+        refuse(outside, names, "name_positions", "is no position of the row's prompt")
+        self._set("name_positions", names)
+        own = {f"n{slot}": column for slot, column in enumerate(names.unbind(1), start=1)}
+        self._set("marks", _with_own(self.marks, own, Marks))
+        return super()._checked_marks()
+
+    def _checked_groups(self) -> dict[str, list]:
+        """The groups: corruption, template, and others that were given."""
+        for name in ("corruptions", "templates"):
+            self._set(name, texts(getattr(self, name), name, len(self)))
+        own = {"corruption": self.corruptions, "template": self.templates}
+        self._set("groups", _with_own(self.groups, own, Groups))
+        return super()._checked_groups()
 
     @classmethod
     def generate(
@@ -135,11 +156,11 @@ class IOIDataset:
 
         names = list(tokens_of)
         pairs = [_draw_pair(rng, chosen, patterns, names) for _ in range(n_pairs)]
-        texts, ids = [], []
+        prompts, ids = [], []
         for side in (0, 1):
-            texts += [_fill(pair.template, pair.names[side][:5], pair.place, pair.object) for pair in pairs]
+            prompts += [_fill(pair.template, pair.names[side][:5], pair.place, pair.object) for pair in pairs]
             ids += [[tokens_of[name] for name in pair.names[side]] for pair in pairs]
-        tokens, positions, last = _tokenize(tokenizer, texts, torch.tensor(ids)[:, :5])
+        tokens, positions, last = _tokenize(tokenizer, prompts, torch.tensor(ids)[:, :5])
         (clean, corrupt), (clean_at, corrupt_at) = tokens.chunk(2), positions.chunk(2)
         if not torch.equal(clean_at, corrupt_at) or not torch.equal(*last.chunk(2)):
             raise ValueError("the tokenizer splits a clean prompt and its corruption differently")
@@ -155,13 +176,10 @@ class IOIDataset:
             last_position=last[:n_pairs],
             templates=[pair.template for pair in pairs],
             corruptions=[pair.corruption for pair in pairs],
-            clean_text=texts[:n_pairs],
-            corrupt_text=texts[n_pairs:],
+            clean_text=prompts[:n_pairs],
+            corrupt_text=prompts[n_pairs:],
         )
         return data._with_swapped() if symmetric else data
-
-    def __len__(self) -> int:
-        return len(self.answers)
 
     def __repr__(self) -> str:
         return (
@@ -169,30 +187,20 @@ class IOIDataset:
             f"{len(set(self.templates))} templates, {len(set(self.corruptions))} corruptions)"
         )
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> IOIDataset:
-        """The rows at `index`, as a dataset. Raises IndexError where there is no such row."""
-        if isinstance(index, slice):
-            rows = torch.tensor(range(len(self))[index], dtype=torch.long)
-        elif isinstance(index, (list, tuple)) and len(index) == 0:
-            rows = torch.zeros(0, dtype=torch.long)
-        else:
-            rows = torch.arange(len(self))[torch.as_tensor(index).cpu()].reshape(-1)
-        columns = {}
-        for field in fields(self):
-            column = getattr(self, field.name)
-            columns[field.name] = column[rows] if isinstance(column, Tensor) else [column[row] for row in rows]
-        return IOIDataset(**columns)
-
-    def select(self, template: str | None = None, corruption: str | None = None) -> IOIDataset:
+    def select(
+        self, template: str | Sequence[str] | None = None, corruption: str | Sequence[str] | None = None, **chosen: Any
+    ) -> IOIDataset:
         """The rows of one template, of one corruption, or of both; without arguments all rows.
 
         Raises:
-            ValueError: If `template` is not in `TEMPLATES` or `corruption` not in `CORRUPTIONS`.
+            ValueError: If `template` is not in `TEMPLATES` or `corruption` not in `CORRUPTIONS`, nor in the data.
         """
-        templates = TEMPLATES if template is None else _choose(template, "template", {}, TEMPLATES)
-        corruptions = CORRUPTIONS if corruption is None else _choose(corruption, "corruption", {}, CORRUPTIONS)
-        labels = zip(self.templates, self.corruptions, strict=True)
-        return self[[row for row, (one, other) in enumerate(labels) if one in templates and other in corruptions]]
+        found = super().select(**chosen)
+        for name, wanted, known in (("template", template, TEMPLATES), ("corruption", corruption, CORRUPTIONS)):
+            if wanted is not None:
+                listed = _choose(wanted, name, {}, tuple(dict.fromkeys((*known, *self.groups[name]))))
+                found = found[[row for row, label in enumerate(found.groups[name]) if label in listed]]
+        return found
 
     @property
     def clean_names(self) -> Int[Tensor, "B 5"]:
@@ -204,32 +212,38 @@ class IOIDataset:
         """Token ids of the five names of each corrupt prompt, in order."""
         return self.corrupt_tokens.gather(1, self.name_positions)
 
-    @property
-    def position_labels(self) -> list[str] | None:
-        """One label a position: `n1` … `n5` names, `out` the last token, `padN` padding, `posN` any other.
-
-        None unless all rows have their names and their last token at the same positions.
-        """
-        layouts = torch.cat([self.name_positions, self.last_position[:, None]], dim=1).unique(dim=0).tolist()
-        if len(layouts) != 1:
-            return None
-        *name_positions, last = layouts[0]
-        length = self.clean_tokens.shape[1]
-        labels = [f"pos{i}" if i <= last else f"pad{i}" for i in range(length)]
-        for slot, position in enumerate(name_positions, start=1):
-            labels[position] = f"n{slot}"
-        labels[last] = "out"
-        return labels
-
     def _with_swapped(self) -> IOIDataset:
         """These rows, then the same rows with clean and corrupt exchanged."""
-        partner = {"clean_tokens": "corrupt_tokens", "answers": "corrupt_answers", "clean_text": "corrupt_text"}
-        partner |= {other: name for name, other in partner.items()}
-        columns = {}
-        for field in fields(self):
-            column, swapped = getattr(self, field.name), getattr(self, partner.get(field.name, field.name))
-            columns[field.name] = torch.cat([column, swapped]) if isinstance(column, Tensor) else column + swapped
-        return IOIDataset(**columns)
+        return IOIDataset(
+            clean_tokens=torch.cat([self.clean_tokens, self.corrupt_tokens]),
+            corrupt_tokens=torch.cat([self.corrupt_tokens, self.clean_tokens]),
+            answers=torch.cat([self.answers, self.corrupt_answers]),
+            corrupt_answers=torch.cat([self.corrupt_answers, self.answers]),
+            candidates=self.candidates.repeat(2, 1),
+            name_positions=self.name_positions.repeat(2, 1),
+            last_position=self.last_position.repeat(2),
+            templates=self.templates * 2,
+            corruptions=self.corruptions * 2,
+            clean_text=self.clean_text + self.corrupt_text,
+            corrupt_text=self.corrupt_text + self.clean_text,
+        )
+
+
+def _with_own(given: Any, own: dict[str, Any], made: type) -> Any:
+    """The dataset's own marks or groups, and others that were given.
+
+    Raises:
+        ValueError: if one that was given is not the dataset's own; those of type ``made`` are its own of before.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    for name, column in own.items():
+        if name in given and not isinstance(given, made):
+            one, other = (value.tolist() if hasattr(value, "tolist") else value for value in (given[name], column))
+            if not hasattr(one, "__iter__") or list(one) != list(other):
+                source = "name_positions" if isinstance(column, Tensor) else f"{name}s"
+                raise ValueError(f"{name!r} is {one!r:.80}, but {source} says {other!r:.80}; give {source} alone")
+    return own | {name: value for name, value in given.items() if name not in own}
 
 
 def _tokenize(
