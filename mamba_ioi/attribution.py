@@ -59,6 +59,7 @@ def attributed_effects(
     model.require_stream("effects by attribution", edges=True)
     require_gradients(model, "attribution patching")
     tokens, source = model.to_tokens(tokens)[0], model.to_tokens(source)[0]
+    readout.check(tokens, model.vocab_size)
     pair = torch.stack([readout.answers, readout.corrupt_answers], dim=1)
     pair = readout.tokens.gather(1, pair)
     parts = []

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .tasks.columns import integers
+
 
 def logit_diff(
     logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"], corrupt_answers: Int[Tensor, "B"]
@@ -51,7 +53,7 @@ def normalized_logit_diff(
     Raises:
         ValueError: If a shape is wrong or a token id lies outside the vocabulary.
     """
-    if not patched.shape == clean.shape == corrupt.shape:
+    if not _check_logits(patched).shape == _check_logits(clean).shape == _check_logits(corrupt).shape:
         raise ValueError(
             "patched, clean and corrupt logits must have one shape, "
             f"not {tuple(patched.shape)}, {tuple(clean.shape)} and {tuple(corrupt.shape)}"
@@ -117,7 +119,7 @@ def kl_divergence(patched: Float[Tensor, "B V"], clean: Float[Tensor, "B V"]) ->
     Raises:
         ValueError: If the shapes are not one [B, V].
     """
-    if patched.ndim != 2 or patched.shape != clean.shape:
+    if _check_logits(patched).ndim != 2 or patched.shape != _check_logits(clean).shape:
         raise ValueError(
             f"patched and clean logits must have one shape [B, V], not {tuple(patched.shape)} and {tuple(clean.shape)}"
         )
@@ -129,7 +131,8 @@ def kl_divergence(patched: Float[Tensor, "B V"], clean: Float[Tensor, "B V"]) ->
 
 def _logit(logits: Float[Tensor, "B V"], tokens: Int[Tensor, "B"], name: str) -> Float[Tensor, "B"]:
     """Each row's logit of its token."""
-    if logits.ndim != 2 or tokens.shape != logits.shape[:1]:
+    tokens = _ids(tokens, name)
+    if _check_logits(logits).ndim != 2 or tokens.shape != logits.shape[:1]:
         raise ValueError(f"logits must be [B, V] and {name} [B], not {tuple(logits.shape)} and {tuple(tokens.shape)}")
     _check_ids(tokens, name, least=0, size=logits.shape[1])
     return _at_least_float32(logits.gather(1, tokens.to(logits.device, torch.long)[:, None])[:, 0])
@@ -139,6 +142,7 @@ def _other_logits(
     logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"], candidates: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B K"]:
     """Each row's logits of its candidates; -inf at padding and at the answer itself."""
+    answers, candidates = _ids(answers, "answers"), _ids(candidates, "candidates")
     if candidates.ndim != 2 or len(candidates) != len(logits) or candidates.shape[1] == 0:
         raise ValueError(f"candidates must be [{len(logits)}, K] with K > 0, not {tuple(candidates.shape)}")
     _check_ids(candidates, "candidates", least=None, size=logits.shape[1])
@@ -147,14 +151,29 @@ def _other_logits(
     return found.masked_fill((candidates < 0) | (candidates == answers[:, None]), -torch.inf)
 
 
-def _check_ids(tokens: Tensor, name: str, *, least: int | None, size: int) -> None:
+def _check_logits(logits: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise ValueError(f"logits must be a tensor of floats, not {getattr(logits, 'dtype', type(logits).__name__)}")
+    return logits
+
+
+def _ids(tokens: Tensor, name: str) -> Tensor:
+    """Token ids, also from an array or a list."""
+    if not isinstance(tokens, Tensor):
+        return integers(tokens, name, dims=(1, 2))
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ValueError(f"{name} must be token ids of an integer type, not {tokens.dtype}")
+    return tokens
+
+
+def _check_ids(tokens: Tensor, name: str, *, least: int | None, size: int) -> None:
     wrong = tokens >= size
     if least is not None:
         wrong = wrong | (tokens < least)
     if wrong.any():
-        raise ValueError(f"{name} holds token {tokens[wrong][0].item()}, outside the logits' vocabulary of {size}")
+        place = wrong.nonzero()[0].tolist()
+        token = int(tokens[tuple(place)])
+        raise ValueError(f"row {place[0]} of {name} holds token {token}, outside the logits' vocabulary of {size}")
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

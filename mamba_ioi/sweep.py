@@ -26,13 +26,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .continuation import Edit, Item, Job, SourceValues, States, carry, entries, parting, run_job
-from .dataset import IOIDataset
 from .memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
 from .model import MambaModel
 from .patching import Change, Patch, Plan, cache, check_patch, forward, read_positions, resolve
 from .remote import ask
 from .scan import compute_dtype
 from .sites import SITES
+from .tasks.columns import check_distinct, check_ids, check_rows, integers, refuse
+from .tasks.pairs import PromptPairs, require_single_answers
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,17 @@ class Readout:
     """The few logits that the task's metrics need, ``K`` token ids a row, and where each candidate stands in them.
 
     The columns stand for a small vocabulary: `metrics` functions take logits read at ``tokens`` together with
-    ``answers``, ``corrupt_answers`` and ``candidates`` from here.
+    ``answers``, ``corrupt_answers`` and ``candidates`` from here. Checked when it is made.
 
     Attributes:
         tokens: token ids to read, ``[B, K]``.
         last: the position to read at, ``[B]``.
         answers: the column of the clean answer, ``[B]``.
         corrupt_answers: the column of the corrupt answer, ``[B]``.
-        candidates: the columns of the pair's names, ``[B, 4]``, padded with -1.
+        candidates: the columns of the tokens that compete, ``[B, C]``, padded with -1; the answer's is one of them.
+
+    Raises:
+        ValueError: if something does not fit: a sentence with row, field and value.
     """
 
     tokens: Int[Tensor, "B K"]
@@ -72,18 +76,51 @@ class Readout:
     corrupt_answers: Int[Tensor, "B"]
     candidates: Int[Tensor, "B C"]
 
+    def __post_init__(self) -> None:
+        dims = {"tokens": (2,), "candidates": (2,)}
+        for name in self.__dataclass_fields__:
+            column = integers(getattr(self, name), name, dims=dims.get(name, (1,)))
+            check_rows(len(column), len(self.tokens), name, "tokens")
+            object.__setattr__(self, name, column)
+        check_ids(self.tokens, "tokens")
+        refuse(self.last < 0, self.last, "last", "is no position, which are counted from 0")
+        width = self.tokens.shape[1]
+        for name, least in (("answers", 0), ("corrupt_answers", 0), ("candidates", -1)):
+            columns = getattr(self, name)
+            wrong = (columns < least) | (columns >= width)
+            refuse(wrong, columns, name, f"is no column of tokens, which are 0 to {width - 1}")
+        check_distinct(self.candidates, "candidates")
+        missing = (self.candidates != self.answers[:, None].to(self.candidates.device)).all(1)
+        refuse(missing.to(self.answers.device), self.answers, "answers", "is not among the row's candidates")
+
     @classmethod
-    def of(cls, data: IOIDataset) -> Readout:
-        """Read every candidate of each pair at its last position."""
-        candidates = data.candidates
-        columns = torch.arange(candidates.shape[1]).expand_as(candidates)
+    def of(cls, pairs: PromptPairs) -> Readout:
+        """Read every candidate of each pair at its last position.
+
+        Raises:
+            ValueError: if answers are sets of tokens.
+        """
+        require_single_answers(pairs, "a Readout")
+        candidates = pairs.candidates
+        columns = torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
         return cls(
             tokens=candidates.clamp(min=0),
-            last=data.last_position,
-            answers=(candidates == data.answers[:, None]).int().argmax(1),
-            corrupt_answers=(candidates == data.corrupt_answers[:, None]).int().argmax(1),
+            last=pairs.last_position,
+            answers=(candidates == pairs.answers[:, None]).int().argmax(1),
+            corrupt_answers=(candidates == pairs.corrupt_answers[:, None]).int().argmax(1),
             candidates=columns.where(candidates >= 0, -1),
         )
+
+    def check(self, tokens: Int[Tensor, "B L"], vocab_size: int) -> None:
+        """Refuse prompts that this does not fit: other rows, fewer positions, or a smaller vocabulary.
+
+        Raises:
+            ValueError: if so.
+        """
+        check_rows(len(self.tokens), len(tokens), "the readout", "tokens")
+        length = tokens.shape[1]
+        refuse(self.last >= length, self.last, "the readout's last", f"is no position of prompts of {length} tokens")
+        check_ids(self.tokens, "the readout's tokens", size=vocab_size)
 
 
 def sweep(
@@ -113,7 +150,8 @@ def sweep(
 
     Raises:
         ValueError: for a change at an unknown site, layer or position, with a value that does not fit, or at a site
-            that has no positions; for a `Resample` without source tokens; for a model that carries edits or hooks.
+            that has no positions; for a `Resample` without source tokens; for a readout of other prompts; for a model
+            that carries edits or hooks.
     """
     tokens, _ = model.to_tokens(tokens)
     if source is not None:
@@ -122,6 +160,7 @@ def sweep(
             raise ValueError(
                 f"source tokens have the shape of tokens, {tuple(tokens.shape)}, not {tuple(source.shape)}"
             )
+    readout.check(tokens, model.vocab_size)
     edits = [_edits(model, tokens, changes, source) for changes in interventions]
     model.require_stream("sweeps")
     limits = Budget.of(model, tokens.shape[1])

@@ -220,12 +220,17 @@ def test_half_precision_follows(data: IOIDataset) -> None:
 
 def test_what_does_not_fit_is_refused(model: MambaModel, data: IOIDataset) -> None:
     with pytest.raises(ValueError, match="must have one length"):
-        eap(model, replace(data, corrupt_tokens=data.corrupt_tokens[:, :-1]))
+        replace(data, corrupt_tokens=data.corrupt_tokens[:, :-1])
     shorter = data.corrupt_tokens.clone()
     shorter[0, -1] += 1
-    early = replace(data, corrupt_tokens=shorter, last_position=data.last_position - 1)
     with pytest.raises(ValueError, match="row 0: the clean and the corrupt prompt differ in length"):
-        eap(model, early)
+        replace(data, corrupt_tokens=shorter, last_position=data.last_position - 1)
+    with pytest.raises(
+        ValueError, match=f"row 1 of answers: 5000 .* vocabulary, whose tokens are 0 to {len(TOKENIZER) - 1}"
+    ):
+        answers, candidates = data.answers.clone(), data.candidates.clone()
+        candidates[1, candidates[1] == answers[1]] = answers[1] = 5000
+        eap(model, replace(data, answers=answers, candidates=candidates))
     with pytest.raises(ValueError, match="aligned"):
         eap(model, IOIDataset.generate(TOKENIZER, 12, templates="all"), positional=True)
     with pytest.raises(ValueError, match="variant is one of"):

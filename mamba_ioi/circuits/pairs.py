@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import whole_number
 from ..continuation import parting
 from ..dataset import IOIDataset
+from ..tasks.pairs import PromptPairs, check_fit, require_metric, require_single_answers
 
 HELD_OUT_SEED = 28
 HELD_OUT_PAIRS = 100
@@ -27,7 +28,7 @@ class Pairs:
         last: the position that logits are read at, ``[B]``.
         answers: the clean prompts' answers, ``[B]``.
         corrupt_answers: the corrupt prompts' answers, ``[B]``.
-        candidates: the names of each pair, ``[B, 4]``, padded with -1.
+        candidates: the tokens that compete, ``[B, C]``, padded with -1.
         start: the position that runs of a row can begin at, ``[B]``, ascending: where the two prompts part, since up to
             there any circuit's run is the clean one; 0 where the model is no Mamba.
         order: the dataset's row that each one is, ``[B]``.
@@ -38,37 +39,28 @@ class Pairs:
     last: Int[Tensor, "B"]
     answers: Int[Tensor, "B"]
     corrupt_answers: Int[Tensor, "B"]
-    candidates: Int[Tensor, "B 4"]
+    candidates: Int[Tensor, "B C"]
     start: Int[Tensor, "B"]
     order: Int[Tensor, "B"]
 
     @classmethod
-    def of(cls, model, data: IOIDataset, *, positional: bool = False) -> Pairs:
+    def of(cls, model, data: PromptPairs, *, positional: bool = False) -> Pairs:
         """The dataset's rows, on the model's device, those that begin earlier first.
 
         Padding after the longest prompt's last token is cut off.
 
         Raises:
-            ValueError: if there are no rows, if clean and corrupt prompts differ in length, or if edges are to be kept
-                apart by position and the prompts are not aligned.
+            ValueError: if there are no rows, a token is outside the model's vocabulary, answers are sets, the metric is
+                another than NLD, or edges are to be kept apart by position and the prompts are not aligned.
         """
-        if not isinstance(data, IOIDataset):
-            raise ValueError(f"the data are an IOIDataset, not {type(data).__name__}")
-        clean, corrupt, last = data.clean_tokens, data.corrupt_tokens, data.last_position
-        if clean.shape != corrupt.shape:
-            raise ValueError(
-                f"resampling takes values position by position, so clean and corrupt prompts must have one length: "
-                f"the tokens are {tuple(clean.shape)} and {tuple(corrupt.shape)}"
-            )
-        if len(clean) == 0:
+        if not isinstance(data, PromptPairs):
+            raise ValueError(f"the data are an IOIDataset, not {type(data).__name__}; any other PromptPairs will do")
+        if len(data) == 0:
             raise ValueError("the data hold no rows")
-        padding = torch.arange(clean.shape[1]) > last[:, None].cpu()
-        different = (padding & (clean != corrupt).cpu()).any(1).nonzero().flatten().tolist()
-        if different:
-            raise ValueError(
-                f"row {different[0]}: the clean and the corrupt prompt differ in length; they differ after position "
-                f"{int(last[different[0]])}, where the prompt ends"
-            )
+        check_fit(model, data)
+        require_single_answers(data, "a circuit")
+        require_metric(data, "a circuit")
+        clean, corrupt, last = data.clean_tokens, data.corrupt_tokens, data.last_position
         if positional and data.position_labels is None:
             raise ValueError(
                 "edges kept apart by position need aligned prompts, whose names and last token stand at the same "

@@ -29,7 +29,7 @@ def bottleneck(model: MambaModel, data: IOIDataset, *, progress: bool = False) -
         ValueError: if the model is no Mamba, has one layer only, or the data are empty.
     """
     model.require_mamba("bottleneck layers")
-    check_data(data)
+    check_data(model, data)
     if model.n_layers < 2:
         raise ValueError("a bottleneck other than layer 0 needs a model of at least 2 layers, not 1")
     layers = range(1, model.n_layers)

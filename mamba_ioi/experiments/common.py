@@ -15,6 +15,7 @@ from ..metrics import accuracy, answer_probability, normalized_logit_diff
 from ..patching import listed
 from ..result import bootstrap_interval
 from ..sweep import Readout, Resample, sweep
+from ..tasks.pairs import check_fit, require_metric, require_single_answers
 
 if TYPE_CHECKING:
     from ..model import CausalLM, MambaModel
@@ -24,17 +25,22 @@ TIE_DIGITS = 6
 """Scores that agree to this many decimals count as equal, so that rounding errors choose no layer."""
 
 
-def check_data(data: IOIDataset, *, aligned: str | None = None) -> list[str] | None:
-    """Refuse a dataset without rows, and one without common positions where ``aligned`` says what needs them.
+def check_data(model: CausalLM, data: IOIDataset, *, aligned: str | None = None) -> list[str] | None:
+    """Refuse data without rows, that the model cannot read, and, where ``aligned`` says so, without common positions.
 
     Returns:
         The data's position labels, None where its rows are not aligned.
 
     Raises:
-        ValueError: if there is no row, or positions are needed and differ from row to row.
+        ValueError: if there is no row, a token is outside the model's vocabulary, answers are sets, or positions are
+            needed and differ from row to row.
     """
+    if not isinstance(data, IOIDataset):
+        raise ValueError(f"the data are an IOIDataset, not {type(data).__name__}")
     if len(data) == 0:
         raise ValueError("the dataset has no rows; at least one is needed")
+    check_fit(model, data)
+    require_single_answers(data, "an experiment")
     labels = data.position_labels
     if aligned is not None and labels is None:
         raise ValueError(
@@ -102,6 +108,7 @@ def resample_effects(
     The normalized logit difference is taken without the absolute value (the paper, Figures 4, 8, 10 and 11), so
     that it is linear in the patched logits. Values of a `Resample` come from the run on the row's corrupt prompt.
     """
+    require_metric(data, "an effect of resampling")
     readout = Readout.of(data)
     logits = sweep(
         model, data.clean_tokens, [[], *interventions], readout, source=data.corrupt_tokens, description=description

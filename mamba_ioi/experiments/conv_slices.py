@@ -48,7 +48,7 @@ def conv_slices(
             there.
     """
     model.require_mamba("conv slices")
-    check_data(data, aligned="conv_slices")
+    check_data(model, data, aligned="conv_slices")
     taps = range(1 - model.d_conv, 1)
     slices = [slices] if isinstance(slices, int) else list(slices)
     if not slices or any(tap not in taps for tap in slices) or len(set(slices)) < len(slices):

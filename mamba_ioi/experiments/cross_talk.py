@@ -45,7 +45,7 @@ def cross_talk(model: MambaModel, data: IOIDataset, target: float = 0.9, *, prog
         ValueError: if the model is no Mamba, the data are empty, or the target is not from 0 to below 1.
     """
     model.require_mamba("cross-talk sets")
-    check_data(data)
+    check_data(model, data)
     if not is_number(target) or not 0 <= target < 1:
         raise ValueError(f"target is an accuracy to exceed, from 0 to below 1, not {target!r}")
     present = set(zip(data.templates, data.corruptions, strict=True))

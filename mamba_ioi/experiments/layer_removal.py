@@ -47,7 +47,7 @@ def layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = True) -
         ValueError: if the data are empty, or the model carries edits or hooks, or passes more from layer to layer than
             a residual stream.
     """
-    check_data(data)
+    check_data(model, data)
     layers = list(range(model.n_layers))
     readout = Readout.of(data)
     with tqdm(total=len(data) * len(layers), desc="layer removal", disable=not progress) as bar:
@@ -77,7 +77,7 @@ def greedy_layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = 
         ValueError: if the data are empty, or the model carries edits or hooks, or passes more from layer to layer than
             a residual stream.
     """
-    check_data(data)
+    check_data(model, data)
     readout = Readout.of(data)
     removed: list[int] = []
     kept = []

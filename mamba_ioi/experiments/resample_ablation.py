@@ -70,7 +70,7 @@ def resample_ablation(
             there, or the kind of estimate is unknown.
     """
     model.require_mamba("resample ablations of sites")
-    check_data(data, aligned="resample_ablation")
+    check_data(model, data, aligned="resample_ablation")
     info = SITES.get(site) if isinstance(site, str) else None
     if info is None or info.owner == "model" or not info.by_position:
         usable = [name for name, other in SITES.items() if other.owner != "model" and other.by_position]

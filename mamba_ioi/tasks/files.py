@@ -13,7 +13,7 @@ from typing import Any
 from .texts import TEXT_FIELDS, TOKEN_FIELDS, Record
 
 OBJECTS = ("marks", "groups")
-FIELDS = (*TEXT_FIELDS, *TOKEN_FIELDS, "candidates", *OBJECTS, "group", "bos", "metric")
+FIELDS = (*TEXT_FIELDS, *TOKEN_FIELDS, "candidates", *OBJECTS, "group", "bos", "length", "metric")
 ANSWERS = ("answer", "corrupt_answer")
 
 
@@ -146,7 +146,7 @@ def _cell(name: str, cell: str, place: str) -> Any:
     """What a cell of a CSV file says; texts as they stand."""
     if name in ANSWERS:
         return _list_of_texts(cell)
-    if name in (*TOKEN_FIELDS, *OBJECTS, "candidates", "bos"):
+    if name in (*TOKEN_FIELDS, *OBJECTS, "candidates", "bos", "length"):
         return _parse(cell.lower() if name == "bos" else cell, place)
     return cell
 
@@ -193,7 +193,7 @@ def _read_parquet(path: Path) -> Iterable[Record]:
                 value = _parse(value, f"row {row} of {name}")
             if name in OBJECTS and isinstance(value, list):  # a column of Arrow's type map
                 value = dict(value)
-            if isinstance(value, dict):
+            if name == "groups" and isinstance(value, dict):  # a struct has all names in every row
                 value = {key: entry for key, entry in value.items() if entry is not None}
             record[name] = value
         yield record

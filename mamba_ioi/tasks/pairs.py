@@ -141,13 +141,6 @@ class PromptPairs:
         """The metric, and that each row's answers can tell a right run from a wrong one."""
         if not callable(self.metric) and not (isinstance(self.metric, str) and self.metric in METRICS):
             raise ValueError(f"metric is one of {', '.join(METRICS)}, or a callable, not {self.metric!r}")
-        among = (candidates[:, :, None] == right[:, None, :]).any(2) | (candidates < 0)
-        if among.all(1).any():
-            row = int(among.all(1).nonzero()[0])
-            raise ValueError(
-                f"row {row} of candidates: all of {_listed(candidates[row])} are right answers; "
-                f"one that is wrong is needed at least"
-            )
         if isinstance(self.metric, str) and self.metric != "margin":
             for row in ((right.unsqueeze(2) == wrong.unsqueeze(1)) | (right < 0).unsqueeze(2)).any(2).all(1).nonzero():
                 one, other = (_listed(ids[int(row)]) for ids in (right, wrong))
@@ -156,6 +149,13 @@ class PromptPairs:
                         f"row {int(row)} of corrupt_answers: {other} are the clean prompt's answers too, which leaves "
                         f"the metric {self.metric!r} nothing to tell apart; with other answers, or metric='margin'"
                     )
+        among = (candidates[:, :, None] == right[:, None, :]).any(2) | (candidates < 0)
+        if among.all(1).any():
+            row = int(among.all(1).nonzero()[0])
+            raise ValueError(
+                f"row {row} of candidates: all of {_listed(candidates[row])} are right answers; "
+                f"one that is wrong is needed at least"
+            )
 
     def _checked_marks(self) -> dict[str, Tensor]:
         if not isinstance(self.marks, Mapping):
@@ -319,7 +319,7 @@ class PromptPairs:
         Raises:
             ValueError: if a prompt or an answer is not what it should be: a sentence with row, field and value.
         """
-        columns = dict(zip(TEXT_FIELDS, (clean, corrupt, answers, corrupt_answers), strict=True))
+        columns = {"clean": clean, "corrupt": corrupt, "answers": answers, "corrupt_answers": corrupt_answers}
         records = text_records(columns, marks, candidates, bos=bos)
         return _with_records(records, groups=groups or {}, **token_columns(tokenizer, records))
 
@@ -366,12 +366,44 @@ class PromptPairs:
     def _record(self, row: int) -> Record:
         """A row as a file has it: its texts where they are known, else its tokens."""
         if self._records is not None:
-            return self._records[row]
+            length = self.clean_tokens.shape[1]
+            return self._records[row] | ({"length": length} if length > int(self.last_position.max()) + 1 else {})
         columns = self.clean_tokens, self.corrupt_tokens, self.last_position
         columns += self.answers, self.corrupt_answers, self.candidates
         record: Record = {name: column[row].tolist() for name, column in zip(TOKEN_FIELDS, columns, strict=True)}
         marks = {name: int(positions[row]) for name, positions in self.marks.items()}
         return record | ({"marks": marks} if marks else {})
+
+
+def require_single_answers(pairs: PromptPairs, what: str) -> None:
+    """Refuse sets of answers, for what reads one answer of each prompt.
+
+    Raises:
+        ValueError: if answers are sets.
+    """
+    if pairs.has_sets:
+        name = "answers" if pairs.answers.dim() == 2 else "corrupt_answers"
+        shape = tuple(getattr(pairs, name).shape)
+        raise ValueError(f"{what} takes one answer a row, [B], and {name} are sets, of shape {shape}")
+
+
+def require_metric(pairs: PromptPairs, what: str) -> None:
+    """Refuse another metric than the normalized logit difference, for what measures that.
+
+    Raises:
+        ValueError: if the pairs' metric is another.
+    """
+    if pairs.metric != "nld":
+        raise ValueError(f"{what} is measured by 'nld', and the pairs' metric is {pairs.metric!r}: replace it")
+
+
+def check_fit(model, pairs: PromptPairs) -> None:
+    """Refuse pairs with tokens that the model does not have, or that end in its tokenizer's padding.
+
+    Raises:
+        ValueError: if they do.
+    """
+    pairs.check_model(model.vocab_size, getattr(model.tokenizer, "pad_token_id", None))
 
 
 def _with_records(records: list[Record], **columns: Any) -> PromptPairs:

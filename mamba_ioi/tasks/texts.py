@@ -1,8 +1,8 @@
 """Rows of texts, or of token ids, as columns of token ids: each row a record with the fields of a file.
 
-A record of texts has ``clean``, ``corrupt``, ``answer``, ``corrupt_answer`` and optional ``candidates``, ``marks`` and
-``bos``; one of token ids ``clean_tokens``, ``corrupt_tokens``, ``last_position``, ``answer_tokens``,
-``corrupt_answer_tokens``, ``candidate_tokens`` and ``marks`` (positions).
+A record of texts has ``clean``, ``corrupt``, ``answer``, ``corrupt_answer`` and optional ``candidates``, ``marks``,
+``bos`` and ``length`` (to pad to); one of token ids ``clean_tokens``, ``corrupt_tokens``, ``last_position``,
+``answer_tokens``, ``corrupt_answer_tokens``, ``candidate_tokens`` and ``marks`` (positions).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def text_records(
     """The records of texts that come as columns.
 
     Args:
-        columns: the four fields of a record of texts, an entry a row.
+        columns: prompts and answers, ``clean``, ``corrupt``, ``answers``, ``corrupt_answers``, an entry a row.
         marks: names of positions, an entry a row each.
         candidates: lists of texts, one a row.
         bos: whether BOS is put in front.
@@ -41,16 +41,19 @@ def text_records(
     """
     if marks is not None and not isinstance(marks, Mapping):
         raise ValueError(f"marks are names with an entry a row each, not {marks!r:.80}")
+    if not isinstance(bos, bool):
+        raise ValueError(f"bos is True or False, not {bos!r}")
     listed = {name: _column(value, name) for name, value in columns.items()}
     named = {name: _column(value, f"mark {name!r}") for name, value in (marks or {}).items()}
     compete = {} if candidates is None else {"candidates": _column(candidates, "candidates")}
     rows = len(listed["clean"])
-    for name, column in (listed | named | compete).items():
+    for name, column in (*listed.items(), *compete.items(), *((f"mark {name!r}", named[name]) for name in named)):
         if len(column) != rows:
             raise ValueError(f"{name} has {len(column)} rows, clean has {rows}: row {min(len(column), rows)} lacks one")
     records = []
     for row in range(rows):
-        record: Record = {name: column[row] for name, column in (listed | compete).items()}
+        record: Record = {name: column[row] for name, column in zip(TEXT_FIELDS, listed.values(), strict=True)}
+        record |= {name: column[row] for name, column in compete.items()}
         if named:
             record["marks"] = {name: column[row] for name, column in named.items()}
         records.append(record if bos else record | {"bos": False})
@@ -76,10 +79,14 @@ def token_columns(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record])
     if not records:
         raise ValueError("there are no rows; one is needed at least")
     rows = [_encoded(tokenizer, record, row) for row, record in enumerate(records)]
-    pad = padding_token(tokenizer)
+    pad, length = padding_token(tokenizer), 0
+    for row, record in enumerate(records):
+        if not _whole(record.get("length", 0)):
+            raise ValueError(f"row {row} of length: {record['length']!r:.80} is no whole number")
+        length = max(length, record.get("length", 0))
     columns: Record = {
-        "clean_tokens": _padded([row.clean for row in rows], pad),
-        "corrupt_tokens": _padded([row.corrupt for row in rows], pad),
+        "clean_tokens": _padded([row.clean for row in rows], pad, length),
+        "corrupt_tokens": _padded([row.corrupt for row in rows], pad, length),
         "last_position": [row.last for row in rows],
         "marks": {
             name: [row.marks.get(name, -1) for row in rows]
@@ -101,8 +108,8 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in own if isinstance(token, int))
 
 
-def _padded(rows: list[list[int]], pad: int) -> list[list[int]]:
-    width = max(map(len, rows))
+def _padded(rows: list[list[int]], pad: int, least: int = 0) -> list[list[int]]:
+    width = max(least, *map(len, rows))
     return [row + [pad] * (width - len(row)) for row in rows]
 
 
@@ -227,9 +234,7 @@ def _answer_ids(
     return _answer_id(tokenizer, value, name, row, prompt, ids)
 
 
-def _answer_id(
-    tokenizer: PreTrainedTokenizerBase, text: Any, name: str, row: int, prompt: str, ids: list[int]
-) -> int:
+def _answer_id(tokenizer: PreTrainedTokenizerBase, text: Any, name: str, row: int, prompt: str, ids: list[int]) -> int:
     """The one token that the text is, where it continues the prompt (``ids`` without BOS)."""
     if not isinstance(text, str) or not text:
         raise ValueError(f"row {row} of {name}: {text!r:.80} is no text of one token")
