@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .tasks.columns import integers
-
 
 def logit_diff(
     logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"], corrupt_answers: Int[Tensor, "B"]
@@ -160,7 +158,10 @@ def _check_logits(logits: Tensor) -> Tensor:
 def _ids(tokens: Tensor, name: str) -> Tensor:
     """Token ids, also from an array or a list."""
     if not isinstance(tokens, Tensor):
-        return integers(tokens, name, dims=(1, 2))
+        try:
+            tokens = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} must be token ids of an integer type, not {tokens!r:.80}") from None
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ValueError(f"{name} must be token ids of an integer type, not {tokens.dtype}")
     return tokens

@@ -188,6 +188,14 @@ def test_gradients() -> None:
         assert torch.autograd.gradcheck(metric, (logits,))
 
 
+@pytest.mark.untyped
+def test_lists_are_token_ids_too() -> None:
+    logits = random_logits(20)
+    found = accuracy(logits, ANSWERS.tolist(), CANDIDATES.numpy())
+    assert torch.equal(found, accuracy(logits, ANSWERS, CANDIDATES))
+    assert torch.equal(logit_diff(logits, ANSWERS.numpy(), ANSWERS.tolist()), torch.zeros(6))
+
+
 def test_bad_input() -> None:
     logits = random_logits(20)
     short = logits[:5]
@@ -197,6 +205,11 @@ def test_bad_input() -> None:
         (lambda: logit_diff(logits, ANSWERS, ANSWERS[:5]), r"corrupt_answers \[B\]"),
         (lambda: logit_diff(logits, ANSWERS + 1, ANSWERS), "answers holds token 11, outside .* of 11"),
         (lambda: logit_diff(logits, ANSWERS - 1, ANSWERS), "answers holds token -1"),
+        (lambda: logit_diff(logits, [[1], [2, 3]], ANSWERS), r"answers must be token ids .* not \[\[1\], \[2, 3\]\]"),
+        (lambda: logit_diff(logits, None, ANSWERS), "answers must be token ids .* not None"),
+        (lambda: logit_diff(logits.long(), ANSWERS, ANSWERS), "logits must be a tensor of floats, not torch.int64"),
+        (lambda: kl_divergence(logits.tolist(), logits), "logits must be a tensor of floats, not list"),
+        (lambda: logit_diff(logits, ANSWERS.where(ANSWERS[4] != ANSWERS, 99), ANSWERS), "of answers holds token 99"),
         (lambda: logit_diff(logits, ANSWERS.float(), ANSWERS), "integer type, not torch.float32"),
         (lambda: accuracy(logits, ANSWERS, CANDIDATES[:5]), r"candidates must be \[6, K\].*\(5, 4\)"),
         (lambda: accuracy(logits, ANSWERS, CANDIDATES[:, 0]), r"candidates must be \[6, K\]"),

@@ -508,3 +508,18 @@ def test_readouts_of_other_prompts(small, tokens) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             sweep(small, prompts, [[]], readout)
+
+
+def test_labels_of_ones_own_are_labels_everywhere(model, ioi: IOIDataset) -> None:
+    """Templates and corruptions that are not the paper's group the same numbers."""
+    some = ioi.select(template=ioi.templates[0])[:2]
+    own = replace(some, templates=["mine"] * len(some), corruptions=["AB -> BA"] * len(some))
+    table = experiments.resample_ablation(model, own, layers=1, positions=[3, 5], progress=False).table
+    assert set(table["corruption"]) == {"AB -> BA"} and set(table["n"]) == {len(own)}
+    steps = experiments.cross_talk(model, own, progress=False).table
+    assert set(steps["template"]) == {"mine"} and set(steps["corruption"]) == {"AB -> BA"}
+    both = replace(ioi, corruptions=["one"] * len(ioi))
+    expected = experiments.resample_ablation(model, both, layers=1, positions=[3], progress=False).table
+    parts = experiments.resample_ablation(model, ioi, layers=1, positions=[3], progress=False).table
+    mean = (parts["effect"] * parts["n"]).sum() / parts["n"].sum()
+    assert float(expected["effect"].iloc[0]) == pytest.approx(mean, abs=1e-6)

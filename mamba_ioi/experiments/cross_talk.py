@@ -65,7 +65,9 @@ def cross_talk(model: MambaModel, data: IOIDataset, target: float = 0.9, *, prog
 
 
 def _templates_of(data: IOIDataset) -> list[str]:
-    return sorted(set(data.templates), key=TEMPLATES.index)
+    """The templates that occur in the data, in the order of `TEMPLATES`; others after them."""
+    order = {template: number for number, template in enumerate(TEMPLATES)}
+    return sorted(set(data.templates), key=lambda template: (order.get(template, len(order)), template))
 
 
 def _restore_layers(model: MambaModel, data: IOIDataset, target: float) -> list[dict]:

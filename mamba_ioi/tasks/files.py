@@ -6,7 +6,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def group_columns(records: Sequence[Record]) -> dict[str, list]:
     return {name: [labels[name] for labels in rows] for name in names}
 
 
-def group_fields(groups: dict[str, list], row: int) -> Record:
+def group_fields(groups: Mapping[str, list], row: int) -> Record:
     """The fields that hold a row's labels."""
     labels = {name: column[row] for name, column in groups.items()}
     if list(labels) == ["group"] and all(isinstance(label, str) for label in groups["group"]):
