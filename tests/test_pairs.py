@@ -44,6 +44,7 @@ def ioi(model) -> IOIDataset:
     return IOIDataset.generate(model.tokenizer, 6, seed=3)
 
 
+@pytest.mark.untyped
 def test_what_is_left_out_is_filled_in() -> None:
     pairs = PromptPairs(
         clean_tokens=CLEAN + 1, corrupt_tokens=CORRUPT + 1, answers=[1, 2, 3], corrupt_answers=[4, 5, 6]
@@ -225,6 +226,7 @@ def test_what_does_not_fit(changes: dict, message: str) -> None:
         replace(made(), **changes)
 
 
+@pytest.mark.untyped
 def test_what_looks_odd_and_is_right() -> None:
     made(metric="margin", corrupt_answers=[20, 11, 22])  # the corruption may leave an answer as it is
     made(metric=lambda logits, pairs: logits[:, 0])

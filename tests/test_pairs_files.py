@@ -253,6 +253,7 @@ def test_rows_that_do_not_fit(model, changes: dict, message: str, tmp_path: Path
     ("changes", "message"),
     [
         ({"clean_tokens": [1, "2", 3]}, r"row 0 of clean_tokens: \[1, '2', 3\] is not made of token ids"),
+        ({"clean_tokens": [1, 2**70, 3]}, "row 0 of clean_tokens: .* is not made of token ids"),
         ({"clean_tokens": 3}, "row 0 of clean_tokens: 3 is not made"),
         ({"corrupt_tokens": [1, 2]}, "row 0: clean_tokens has 3 tokens, corrupt_tokens 2"),
         ({"last_position": 3}, "row 0 of last_position: 3 is no position"),

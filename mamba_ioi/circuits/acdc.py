@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import is_number
-from ..dataset import IOIDataset
+from ..tasks.pairs import PromptPairs
 from .circuit import Circuit, edge_table
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .measure import MANY, Bench, graph_for
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def acdc(
     model,
-    data: IOIDataset,
+    data: PromptPairs,
     circuit: Circuit | None = None,
     threshold: float = 1e-4,
     fine: bool = True,

@@ -42,11 +42,11 @@ from tqdm.auto import tqdm
 
 from ..attribution import frozen
 from ..checks import whole_number
-from ..dataset import IOIDataset
 from ..memory import backward_bytes, fitting_rows
 from ..remote import ask, require_gradients
 from ..result import Result
 from ..stages import conv_terms
+from ..tasks.pairs import PromptPairs
 from .circuit import edge_table
 from .forward import Pass, Run, beginning, record, require_fine, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
@@ -59,7 +59,7 @@ MOST_ROWS = 32
 @torch.inference_mode(False)  # gradients are asked for here, whatever mode the caller is in
 def eap(
     model,
-    data: IOIDataset,
+    data: PromptPairs,
     *,
     steps: int = 5,
     positional: bool = False,

@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..dataset import IOIDataset
 from ..result import Result, note_precisions
+from ..tasks.pairs import PromptPairs
 from .circuit import Circuit
 from .eap import score_table, table_of
 from .graph import Graph
@@ -21,7 +21,7 @@ KEY = ["src", "dst", "position"]
 
 def exact_effects(
     model,
-    data: IOIDataset,
+    data: PromptPairs,
     *,
     positional: bool = False,
     fine: bool = False,

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..dataset import IOIDataset
 from ..result import Result, note_precisions
+from ..tasks.pairs import PromptPairs
 from .circuit import Circuit
 from .measure import MANY, Bench, graph_for
 from .pairs import held_out
@@ -52,7 +52,7 @@ class Evaluation:
 
 def evaluate(
     model,
-    data: IOIDataset | None,
+    data: PromptPairs | None,
     circuit: Circuit,
     *,
     absolute: bool = True,
@@ -94,7 +94,7 @@ def evaluate(
 
 def last_position_only(
     model,
-    data: IOIDataset | None,
+    data: PromptPairs | None,
     circuit: Circuit,
     layer: int,
     *,
@@ -134,7 +134,7 @@ def last_position_only(
 
 def faithfulness(
     model,
-    data: IOIDataset | None,
+    data: PromptPairs | None,
     scores: Result,
     fractions: Sequence[float] = MIB_FRACTIONS,
     *,

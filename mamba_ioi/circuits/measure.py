@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..checks import whole_number
-from ..dataset import IOIDataset
 from ..memory import budget, fitting_rows, forward_bytes, inner_width, state_bytes, stream_bytes
 from ..metrics import accuracy, kl_divergence
 from ..remote import ask
 from ..result import bootstrap_interval
+from ..tasks.pairs import PromptPairs
 from .circuit import Circuit
 from .forward import Run, beginning, record, require_fine
 from .graph import Graph
@@ -78,7 +78,7 @@ class Bench:
     def __init__(
         self,
         model,
-        data: IOIDataset,
+        data: PromptPairs,
         graph: Graph,
         *,
         absolute: bool = True,
@@ -217,7 +217,7 @@ def reference_bytes(model, graph: Graph, length: int) -> int:
     return 2 * stream_bytes(model, length) + inner + state_bytes(model)
 
 
-def graph_for(circuit: Circuit, data: IOIDataset, model) -> Graph:
+def graph_for(circuit: Circuit, data: PromptPairs, model) -> Graph:
     """The circuit's graph, with as many positions as the prompts have."""
     if not isinstance(circuit, Circuit):
         raise ValueError(f"a circuit is a Circuit, not {type(circuit).__name__}")

@@ -128,7 +128,7 @@ class Pairs:
         return answer_difference(logits, self.answers, self.corrupt_answers)
 
 
-def held_out(model, data: IOIDataset | None) -> IOIDataset:
+def held_out(model, data: PromptPairs | None) -> PromptPairs:
     """The data, or held-out pairs where none are given: seed 28, 100 pairs in both directions.
 
     Raises:

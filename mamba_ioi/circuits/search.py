@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import is_number, whole_number
-from ..dataset import IOIDataset
 from ..result import Result, note_precisions
+from ..tasks.pairs import PromptPairs
 from .circuit import Circuit, edge_table
 from .eap import table_of
 from .graph import Graph
@@ -97,7 +97,7 @@ def top_k(scores: Result, k: int, *, by: Ranking = "signed", seed: int = 0, prun
 
 def minimal_circuit(
     model,
-    data: IOIDataset,
+    data: PromptPairs,
     scores: Result,
     target: float = 0.85,
     *,

@@ -67,8 +67,8 @@ class PromptPairs:
     corrupt_tokens: Int[Tensor, "B L"]
     answers: Int[Tensor, "B"] | Int[Tensor, "B A"]
     corrupt_answers: Int[Tensor, "B"] | Int[Tensor, "B A2"]
-    last_position: Int[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType]
-    candidates: Int[Tensor, "B C"] = None  # pyright: ignore[reportAssignmentType]
+    last_position: Int[Tensor, "B"] | Any = None  # a tensor, once it is made
+    candidates: Int[Tensor, "B C"] | Any = None
     marks: Mapping[str, Int[Tensor, "B"]] = field(default_factory=dict)
     groups: Mapping[str, list] = field(default_factory=dict)
     metric: str | Callable[..., Float[Tensor, "B"]] = "nld"

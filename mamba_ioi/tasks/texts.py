@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Record = dict[str, Any]
@@ -87,16 +90,17 @@ def token_columns(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record])
     columns: Record = {
         "clean_tokens": _padded([row.clean for row in rows], pad, length),
         "corrupt_tokens": _padded([row.corrupt for row in rows], pad, length),
-        "last_position": [row.last for row in rows],
+        "last_position": torch.tensor([row.last for row in rows]),
         "marks": {
-            name: [row.marks.get(name, -1) for row in rows]
+            name: torch.tensor([row.marks.get(name, -1) for row in rows])
             for name in dict.fromkeys(name for row in rows for name in row.marks)
         },
     }
     for name in ("answers", "corrupt_answers"):
         column = [getattr(row, name) for row in rows]
         sets = any(isinstance(entry, list) for entry in column)
-        columns[name] = _padded([e if isinstance(e, list) else [e] for e in column], -1) if sets else column
+        listed = [entry if isinstance(entry, list) else [entry] for entry in column]
+        columns[name] = _padded(listed, -1) if sets else torch.tensor(column)
     if any(row.candidates is not None for row in rows):
         columns["candidates"] = _padded([row.competing() for row in rows], -1)
     return columns
@@ -108,9 +112,9 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in own if isinstance(token, int))
 
 
-def _padded(rows: list[list[int]], pad: int, least: int = 0) -> list[list[int]]:
+def _padded(rows: list[list[int]], pad: int, least: int = 0) -> Int[Tensor, "B n"]:
     width = max(least, *map(len, rows))
-    return [row + [pad] * (width - len(row)) for row in rows]
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows], dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def _from_tokens(record: Record, row: int, marks: Mapping[str, Any]) -> _Row:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _from_texts(tokenizer: PreTrainedTokenizerBase, record: Record, row: int, marks: Mapping[str, Any]) -> _Row:
