@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -19,12 +19,14 @@ from transformers import __version__ as TRANSFORMERS
 from .anatomy import Anatomy, find_anatomy, output_logits, relative_difference, stream_differences
 from .checkpoints import empty_tokenizer, one_line, read_checkpoint, read_config, read_tokenizer, refuse_missing
 from .location import logits_of, take_over
+from .served import Served, ServedEnvoy
 from .sites import ModelSites, envoys, missing_operations
 from .stages import ScanStages
 from .touched import hooks, refuse_touched
 
 if TYPE_CHECKING:
     from .remote import Remote
+    from .zoo.planted import Planted
 
 OLDEST_TRANSFORMERS = (5, 15)
 PACKAGED = Path(__file__).parent / "zoo" / "tiny"
@@ -39,12 +41,17 @@ if _version < OLDEST_TRANSFORMERS:
     )
 
 
-class CausalLM(TransformersModel):
+class CausalLM(Served, TransformersModel):
     """Any causal language model: what the experiments that need no Mamba work on (layer removal, residual edges)."""
 
+    _module: Any
     is_mamba = False
     remote: Remote | None = None
     """The NDIF server that traces run on; None: they run here."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        TransformersModel.__init__(self, *args, **kwargs)
+        self._built = True
 
     def __getstate__(self) -> dict:
         """What travels to a server: there, traces run where the model is."""
@@ -199,6 +206,8 @@ class MambaModel(CausalLM, ModelSites):
     """A `MambaForCausalLM` under nnsight, every activation of `mamba_ioi.sites` readable and writable in a trace."""
 
     is_mamba = True
+    planted: Planted
+    """What is true of a model that `planted` made."""
 
     @property
     def d_inner(self) -> int:
@@ -325,8 +334,7 @@ def wrap(module: nn.Module, tokenizer, *, model_id: str, revision: str | None = 
 
 def _trace(source: nn.Module | str, tokenizer, is_mamba: bool, **kwargs) -> MambaModel | CausalLM:
     """The nnsight model of a module or of a checkpoint that is not loaded yet."""
-    if is_mamba:
-        kwargs["envoys"] = envoys()
+    kwargs["envoys"] = envoys() if is_mamba else {"*": ServedEnvoy}
     stand_in = empty_tokenizer() if tokenizer is None else tokenizer
     cls = MambaModel if is_mamba else CausalLM
     model = cls(source, task="text-generation", tokenizer=stand_in, **kwargs)  # pyright: ignore[reportCallIssue]

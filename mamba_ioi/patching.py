@@ -5,6 +5,7 @@ This file is shipped to remote servers: what runs inside a trace uses torch alon
 
 from __future__ import annotations
 
+import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -101,7 +102,9 @@ def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = 
     else:
         name = site
     if name not in SITES:
-        raise ValueError(f"unknown site {site!r}; the sites are {', '.join(SITES)}")
+        near = difflib.get_close_matches(name.rpartition("hook_")[2].partition(".")[0], SITES, 1)
+        meant = f"is {near[0]!r} meant? The" if near else "the"
+        raise ValueError(f"unknown site {site!r}; {meant} sites are {', '.join(SITES)}")
     info = SITES[name]
     if info.owner == "model":
         if layer is not None:

@@ -5,9 +5,9 @@ envoy, readable and writable inside any nnsight trace:
 
 * on the model: ``embed``, ``norm``, ``logits``;
 * on a layer: ``resid_pre``, ``layer_input``, ``normalized_input``, ``in_proj``, ``out_proj``, ``resid_post``;
-* on a layer's ``mixer``: ``gate`` (the site ``skip``: nnsight's own ``skip`` method keeps that name), ``conv_slice``,
-  ``conv``, ``ssm_input``, ``delta_1``, ``B``, ``C``, ``A``, ``delta_2``, ``delta``, ``A_bar``, ``B_bar``, ``h_start``,
-  ``h``, ``y``, ``ssm_output``, ``after_skip``, and the method ``scan``.
+* on a layer's ``mixer``: ``gate`` (the site ``skip``: under that name nnsight's method is read, and the gate assigned
+  to), ``conv_slice``, ``conv``, ``ssm_input``, ``delta_1``, ``B``, ``C``, ``A``, ``delta_2``, ``delta``, ``A_bar``,
+  ``B_bar``, ``h_start``, ``h``, ``y``, ``ssm_output``, ``after_skip``, and the method ``scan``.
 
 What is read is the reader's own copy: editing it in place, or assigning to the property, changes the run from
 there on, and reading changes nothing. transformers >= 5.15 calls ``causal_conv1d_fn`` and ``mamba_selective_scan``
@@ -29,6 +29,7 @@ from nnsight import Envoy
 from torch import Tensor
 
 from .location import Noted, OperationSite, OutputSite, Site, StageSite, logits_of, open_stages, with_logits
+from .served import ServedEnvoy, SkipMethod
 from .stages import ConvStages, ScanStages, cast
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class MixerEnvoy(Envoy):
+class MixerEnvoy(ServedEnvoy):
     """A `MambaMixer`, with everything between its input projection and its output projection named."""
 
     _module: MambaMixer
@@ -53,6 +54,15 @@ class MixerEnvoy(Envoy):
     @gate.transform
     def gate(self, view, raw):
         return torch.cat([raw.chunk(2, dim=-1)[0], cast(view, raw.chunk(2, dim=-1)[1])], dim=-1)
+
+    @property
+    def skip(self) -> SkipMethod:
+        """nnsight's method; what is assigned to it is the site of that name, `gate`."""
+        return SkipMethod(self)
+
+    @skip.setter
+    def skip(self, value) -> None:
+        self.gate = value  # pyright: ignore[reportAttributeAccessIssue]
 
     @StageSite(ConvStages, description="the conv's terms for taps -3, -2, -1, 0")
     def conv_slice(self, value) -> Float[Tensor, "B L E K"]:
@@ -181,7 +191,7 @@ class MixerEnvoy(Envoy):
         return torch.cat(parts, dim=-1)
 
 
-class InProjEnvoy(Envoy):
+class InProjEnvoy(ServedEnvoy):
     """The mixer's ``in_proj``: whoever looks into a mixer from here on knows which step of a generation it is at."""
 
     input = Noted("input")
@@ -189,7 +199,7 @@ class InProjEnvoy(Envoy):
     output = Noted("output")
 
 
-class Conv1dEnvoy(Envoy):
+class Conv1dEnvoy(ServedEnvoy):
     """The mixer's ``conv1d``, which transformers never calls: served where the convolution is really computed."""
 
     parent: Any  # a MixerEnvoy
@@ -213,7 +223,7 @@ class Conv1dEnvoy(Envoy):
         self.parent.parent.in_proj = value.transpose(1, 2)
 
 
-class DtProjEnvoy(Envoy):
+class DtProjEnvoy(ServedEnvoy):
     """The mixer's ``dt_proj``, which transformers never calls: served where its product is really computed."""
 
     parent: Any  # a MixerEnvoy
@@ -237,7 +247,7 @@ class DtProjEnvoy(Envoy):
         self.parent.delta_1 = value
 
 
-class LayerEnvoy(Envoy):
+class LayerEnvoy(ServedEnvoy):
     """A `MambaBlock`: the residual stream before and after, and what the layer reads from it and adds to it."""
 
     def look_inside(self) -> None:
@@ -340,6 +350,7 @@ def envoys() -> dict[type | str, type[Envoy]]:
         "mixer.in_proj": InProjEnvoy,
         "mixer.conv1d": Conv1dEnvoy,
         "mixer.dt_proj": DtProjEnvoy,
+        "*": ServedEnvoy,
     }
 
 
