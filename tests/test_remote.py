@@ -181,7 +181,7 @@ def test_a_readers_own_trace(there: MambaModel, local: MambaModel, ids: torch.Te
 
 
 def test_a_name_that_is_no_site(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
-    with pytest.raises(RemoteError, match="is model.backbone.layers.2..mixer.ssm_input meant"), there.trace(ids):
+    with pytest.raises(RemoteError, match=r"is model.backbone.layers\[2\].mixer.ssm_input meant"), there.trace(ids):
         there.layers[2].mixer.ssm_inputs = 0.0
     value = cache(local, ids, [("skip", 2)])["skip", 2] * 2
     with torch.no_grad(), there.trace(ids):
