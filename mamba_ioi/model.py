@@ -17,6 +17,7 @@ from transformers import AutoConfig, MambaForCausalLM
 from transformers import __version__ as TRANSFORMERS
 
 from .anatomy import Anatomy, find_anatomy, output_logits, relative_difference, stream_differences
+from .batching import model_input
 from .checkpoints import empty_tokenizer, one_line, read_checkpoint, read_config, read_tokenizer, refuse_missing
 from .location import logits_of, take_over
 from .served import Served, ServedEnvoy
@@ -197,6 +198,14 @@ class CausalLM(Served, TransformersModel):
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token ids run from 0 to {self.vocab_size - 1}, not {int(ids.min())} to {int(ids.max())}")
         return ids.to(self.device, torch.long), last
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        return model_input(self, invokes, fn)
+
+    def _configure_tokenizer(self) -> None:
+        TransformersModel._configure_tokenizer(self)
+        if self.tokenizer is not None:
+            self.tokenizer.padding_side = "right"
 
     def _remoteable_class(self) -> type:
         return TransformersModel

@@ -190,6 +190,23 @@ def test_a_name_that_is_no_site(there: MambaModel, local: MambaModel, ids: torch
     torch.testing.assert_close(logits, run(local, ids, [Patch("skip", 2, value)]), rtol=0, atol=1e-5)
 
 
+def test_texts_are_padded_on_the_right(there: MambaModel, local: MambaModel) -> None:
+    """The server's own tokenizer pads on the left."""
+    texts = ["When John and Mary went to the shop", "Then Mary", "Anna and"]
+    expected = run(local, texts, positions="all")
+    with torch.no_grad(), there.trace(texts):
+        logits = there.logits.save()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    found = {}
+    with torch.no_grad(), there.trace() as tracer:
+        with tracer.invoke(texts[:2]):
+            found["first"] = there.logits.save()
+        with tracer.invoke(texts[2]):
+            found["last"] = there.logits.save()
+        found = found.save()
+    torch.testing.assert_close(torch.cat([found["first"], found["last"]]), expected, rtol=0, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiments
 # ---------------------------------------------------------------------------------------------------------------------
