@@ -5,8 +5,14 @@ A model's `memory` is that budget; where it is None, half of what is free on the
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import psutil
 import torch
+
+if TYPE_CHECKING:
+    from .sites import SiteInfo
 
 _FLOAT = 4
 """Bytes of a value: the scan computes in float32 at least, and estimates are made for it."""
@@ -41,6 +47,12 @@ def forward_bytes(model, length: int) -> int:
     d_model, width = model.d_model, inner_width(model)
     states = 4 * model.d_inner * model.d_state if model.is_mamba else 0
     return _FLOAT * (length * (8 * d_model + 16 * width) + states + model.vocab_size)
+
+
+def site_bytes(model, site: SiteInfo, length: int) -> int:
+    """One row's value of a site."""
+    sizes = {"B": 1, "L": length, **model.sizes()}
+    return _FLOAT * math.prod(sizes[letter] for letter in site.shape)
 
 
 def backward_bytes(model, length: int) -> int:

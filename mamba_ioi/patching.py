@@ -9,7 +9,7 @@ import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .anatomy import output_logits
+from .checks import whole_number
 from .location import StageSite, open_stages, take_over
+from .memory import fitting_rows, forward_bytes, site_bytes
 from .sites import SITES, SiteInfo, owner
 from .stages import ConvStages, ScanStages, cast
 from .touched import hooks, refuse_hooked_output
@@ -128,7 +130,13 @@ class ActivationCache(dict):
 
 
 def cache(
-    model: MambaModel, tokens: Tokens, sites: Iterable[str | tuple[str, int]], *, patches: Sequence[Patch] = ()
+    model: MambaModel,
+    tokens: Tokens,
+    sites: Iterable[str | tuple[str, int]],
+    *,
+    patches: Sequence[Patch] = (),
+    positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None,
+    batch_rows: int | None = None,
 ) -> ActivationCache:
     """The named activations of one run, which stops after the last of them.
 
@@ -138,13 +146,17 @@ def cache(
         sites: names and aliases: ``"blocks.39.hook_h"``, ``("conv", 3)``, ``"embed"``; a layer's site without a
             layer means every layer.
         patches: changes made in the same run.
+        positions: which positions to keep, of sites that have them: one, a list, or each row's own, ``[B, k]``; counted
+            from 0 (negative: from the end). None for all of them.
+        batch_rows: how many rows run at once; None for as many as ``model.memory`` allows. No result depends on it.
 
     Returns:
         A dict keyed ``blocks.{layer}.hook_{site}``, each value ``[B, L, ...]`` as the table of sites says
-        (``[E, N]`` for ``A``; without L under an alias that names a position).
+        (``[E, N]`` for ``A``; ``[B, k, ...]`` for k positions; without L under an alias that names a position).
 
     Raises:
-        ValueError: for an unknown site, layer or position, or a patch that fits none.
+        ValueError: for an unknown site, layer or position, a position where one of the texts has ended, or a patch that
+            fits none.
     """
     if isinstance(sites, str):
         sites = [sites]
@@ -156,14 +168,23 @@ def cache(
         refs += [resolve(model, site, i) for i in range(model.n_layers)] if bare else [resolve(model, site)]
     if not refs:
         raise ValueError("no site was named")
-    ids, _ = model.to_tokens(tokens)
-    for ref in refs:
-        if ref.position is not None and ref.position >= ids.shape[1]:
-            raise ValueError(f"position {ref.position} is outside the prompt's {ids.shape[1]} positions")
-    plan = Plan.make(model, ids, patches, refs)
+    ids, last = model.to_tokens(tokens)
+    named = [ref.position for ref in refs if ref.position is not None]
+    if positions is not None and named:
+        raise ValueError(f"positions={positions!r} and an alias that names position {named[0]}: give one of the two")
+    for position in named:
+        if position >= ids.shape[1]:
+            raise ValueError(f"position {position} is outside the prompt's {ids.shape[1]} positions")
+    keep = None if positions is None else kept_positions(ids, positions)
+    refuse_ends(last, [positions])
+    refuse_padding(last, named if keep is None else keep)
+    plan = Plan.make(model, ids, patches, refs, keep)
+    refuse_ends(last, [patch.positions for patch in patches])
+    shared = {ref.key for ref in refs if "B" not in ref.site.shape}
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), model.trace(ids):
-        found = forward(model, plan, None)[0].save()
+    for part in _parts(model, ids, plan, batch_rows, logits=plan.last == model.n_layers):
+        for key, value in read_sites(model, ids[part], plan.rows(part, len(ids))).items():
+            found[key] = value if key in shared else _joined(found.get(key), value, part, len(ids))
     return ActivationCache((ref.key, found[ref.key]) for ref in refs)
 
 
@@ -174,7 +195,7 @@ def run(
     *,
     positions: Int[Tensor, "B"] | Literal["all"] | None = None,
 ) -> Float[Tensor, "B V"] | Float[Tensor, "B L V"]:
-    """The logits of one patched run.
+    """The logits of one patched run; as many rows run at once as ``model.memory`` allows, and no result depends on it.
 
     Args:
         model: a Mamba from `load_model`.
@@ -184,15 +205,117 @@ def run(
             ``[B]`` for one position a row, ``"all"`` for logits ``[B, L, V]``.
 
     Raises:
-        ValueError: for a patch at an unknown site, layer or position, or with a value that does not fit.
+        ValueError: for a patch at an unknown site, layer or position, or with a value that does not fit; for a position
+            where one of the texts has ended.
     """
     model.require_mamba("patched runs")
     ids, last = model.to_tokens(tokens)
     read = read_positions(ids, last if positions is None else positions)
+    refuse_ends(last, [None if read is None else positions])
+    refuse_padding(last, [] if read is None else read[:, None])
     plan = Plan.make(model, ids, patches, ())
-    with torch.no_grad(), model.trace(ids):
-        logits = forward(model, plan, read)[1].save()
+    refuse_ends(last, [patch.positions for patch in patches])
+    logits = None
+    for part in _parts(model, ids, plan, None, logits=read is None):
+        value = read_logits(model, ids[part], plan.rows(part, len(ids)), None if read is None else read[part])
+        logits = _joined(logits, value, part, len(ids))
+    assert logits is not None  # there is at least one row
     return logits
+
+
+def _parts(model: MambaModel, ids: Int[Tensor, "B L"], plan: Plan, rows: int | None, *, logits: bool) -> list[slice]:
+    """The rows to run at once: so many, or as many as the model's memory allows.
+
+    Args:
+        model: a Mamba.
+        ids: the prompts.
+        plan: what is changed and read.
+        rows: how many, if that is given.
+        logits: whether the logits of every position are computed.
+    """
+    batch, length = ids.shape
+    if rows is None:
+        refs = [ref for refs in plan.reads.values() for ref in refs]
+        touched = {SITES[name] for changes in plan.changes.values() for name in changes} | {ref.site for ref in refs}
+        row = forward_bytes(model, length) + 3 * max((site_bytes(model, site, length) for site in touched), default=0)
+        columns = length if plan.keep is None else plan.keep.shape[1]
+        row += sum(site_bytes(model, ref.site, columns if ref.position is None else 1) for ref in refs)
+        row += 2 * site_bytes(model, SITES["logits"], length) if logits else 0
+        rows = fitting_rows(model, row, batch)
+    else:
+        rows = whole_number(rows, "batch_rows", least=1)
+    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+
+
+def _joined(whole: Tensor | None, value: Tensor, part: slice, batch: int) -> Tensor:
+    """The values of all rows, once those of some are put among them."""
+    if len(value) == batch:
+        return value
+    whole = value.new_empty(batch, *value.shape[1:]) if whole is None else whole
+    whole[part] = value
+    return whole
+
+
+def kept_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B k"]:
+    """The positions to keep of each row, counted from 0.
+
+    Raises:
+        ValueError: for what is neither a position, nor a list of them, nor ``[B, k]`` of each row's own.
+    """
+    batch, length = ids.shape
+    wanted = "positions are an integer, a list of integers, or each row's own as a tensor [B, k]"
+    if getattr(positions, "ndim", 0) == 1 and not isinstance(positions, list | tuple):
+        raise ValueError(
+            f"{wanted}, not a tensor of shape {tuple(positions.shape)}: write positions[:, None] or a list"
+        )
+    try:
+        found = torch.as_tensor(positions)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{wanted}, not {positions!r}") from None
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or found.numel() == 0:
+        raise ValueError(f"{wanted}, not {positions!r}")
+    if found.dim() < 2:
+        found = found.reshape(1, -1).expand(batch, -1)
+    if found.dim() != 2 or len(found) != batch:
+        raise ValueError(f"{wanted}, here [{batch}, k], not of shape {tuple(found.shape)}")
+    outside = (found < -length) | (found >= length)
+    if outside.any():
+        raise ValueError(f"position {int(found[outside][0])} is outside the prompt's {length} positions")
+    return (found % length).to(ids.device)
+
+
+def refuse_padding(last: Int[Tensor, "B"] | None, positions: Int[Tensor, "B k"] | Sequence[int]) -> None:
+    """Refuse to read where one of the texts has ended.
+
+    Args:
+        last: each text's last position; None where token ids were given.
+        positions: those to read, each row's own or common ones.
+    """
+    if last is None or len(positions) == 0:
+        return
+    read = torch.as_tensor(positions).cpu()
+    beyond = (read if read.dim() == 2 else read[None]) > last[:, None]
+    if beyond.any():
+        row, column = beyond.nonzero()[0].tolist()
+        position = int(read[row, column] if read.dim() == 2 else read[column])
+        raise ValueError(f"position {position} is outside text {row}, which has {int(last[row]) + 1} tokens")
+
+
+def refuse_ends(last: Int[Tensor, "B"] | None, positions: Iterable) -> None:
+    """Refuse positions counted from the end of texts that end at different positions.
+
+    Args:
+        last: each text's last position; None where token ids were given.
+        positions: for each reader and each patch its positions, checked before; None for all.
+    """
+    if last is None or len(set(last.tolist())) < 2:
+        return
+    for given in positions:
+        common = [] if given is None or getattr(given, "ndim", 0) == 2 else listed(given)
+        if negative := [p for p in common if isinstance(p, Integral) and p < 0]:
+            raise ValueError(
+                f"position {negative[0]} counts from the end, and the texts end at different positions: count from 0"
+            )
 
 
 def read_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B"] | None:
@@ -228,6 +351,14 @@ class Change:
     positions: list[int] | None
     tap: int | None
 
+    def rows(self, part: slice, batch: int) -> Change:
+        """The same change for some of the rows."""
+        dims = len(self.site.shape) - (self.tap is not None)
+        value = self.value
+        if isinstance(value, Tensor) and value.dim() == dims and self.site.shape[0] == "B" and len(value) == batch:
+            return replace(self, value=value[part])
+        return self
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -237,6 +368,7 @@ class Plan:
         changes: layer -> site name -> the changes there, in order.
         reads: layer -> the sites to read there.
         last: the last layer that has to run; the model's output is needed where it equals the number of layers.
+        keep: the positions of each row to keep of what is read, ``[B, k]``; None for all of them.
         whole: whether the prompts run as they are to the end, since the model carries edits or hooks.
         edited: whether it carries edits, which may stand inside the mixers' operations.
     """
@@ -244,11 +376,28 @@ class Plan:
     changes: dict[int | None, dict[str, list[Change]]]
     reads: dict[int | None, list[SiteRef]]
     last: int
+    keep: Tensor | None = None
     whole: bool = False
     edited: bool = False
 
+    def rows(self, part: slice, batch: int) -> Plan:
+        """The same for some of the rows."""
+        changes = {
+            layer: {name: [change.rows(part, batch) for change in some] for name, some in sites.items()}
+            for layer, sites in self.changes.items()
+        }
+        keep = None if self.keep is None else self.keep[part]
+        return replace(self, changes=changes, keep=keep)
+
     @classmethod
-    def make(cls, model: MambaModel, ids: Tensor, patches: Sequence[Patch], refs: Sequence[SiteRef]) -> Plan:
+    def make(
+        cls,
+        model: MambaModel,
+        ids: Tensor,
+        patches: Sequence[Patch],
+        refs: Sequence[SiteRef],
+        keep: Tensor | None = None,
+    ) -> Plan:
         """Check the patches against the model and the prompt, and sort everything by layer."""
         changes: dict = {}
         if isinstance(patches, Patch) or not all(isinstance(patch, Patch) for patch in patches):
@@ -262,7 +411,7 @@ class Plan:
         outside = any(ref.site.name in ("norm", "logits") for ref in refs)
         edited, whole = bool(model._edits), bool(model._edits) or any(hooks(model))
         last = model.n_layers if outside or whole or not refs else max(ref.layer or 0 for ref in refs)
-        plan = cls(changes, reads, last, whole, edited)
+        plan = cls(changes, reads, last, keep, whole, edited)
         if whole:
             plan.refuse_touched_sites(model, logits=not refs)
         return plan
@@ -355,6 +504,21 @@ def listed(values) -> list:
     return list(values) if isinstance(values, Iterable) else [values]
 
 
+def read_sites(model, ids: Int[Tensor, "B L"], plan: Plan) -> dict[str, Tensor]:
+    """What a plan reads, by key, in one trace."""
+    found: dict[str, Tensor] = {}
+    with torch.no_grad(), model.trace(ids):
+        found = forward(model, plan, None)[0].save()
+    return found
+
+
+def read_logits(model, ids: Int[Tensor, "B L"], plan: Plan, read: Int[Tensor, "B"] | None) -> Tensor:
+    """The logits under a plan, in one trace: at ``read``, ``[B, V]``, or where it is None everywhere, ``[B, L, V]``."""
+    with torch.no_grad(), model.trace(ids):
+        logits = forward(model, plan, read)[1].save()
+    return logits
+
+
 def forward(model, plan: Plan, read: Tensor | None) -> Any:
     """The body of a trace: apply the plan's changes and gather its reads, layer after layer.
 
@@ -417,8 +581,13 @@ def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dic
             change_site(envoy, site, changes[name])
         for ref in reads:
             if ref.site is site:
-                value = look_at(envoy, site)
-                found[ref.key] = value.detach() if ref.position is None else value.detach()[:, ref.position].clone()
+                value = look_at(envoy, site).detach()
+                if ref.position is not None:
+                    value = value[:, ref.position].clone()
+                elif plan.keep is not None and site.by_position:
+                    keep = plan.keep.to(value.device)
+                    value = value[torch.arange(len(keep), device=keep.device)[:, None], keep]
+                found[ref.key] = value
 
 
 def look_at(envoy, site: SiteInfo) -> Tensor:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .continuation import Edit, Item, Job, SourceValues, States, carry, entries, parting, run_job
 from .memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
 from .model import MambaModel
-from .patching import Change, Patch, Plan, cache, check_patch, forward, read_positions, resolve
+from .patching import Change, Patch, Plan, check_patch, forward, read_positions, read_sites, resolve
 from .remote import ask
 from .scan import compute_dtype
 from .sites import SITES
@@ -416,7 +416,8 @@ class Chunk:
                 break
             keys |= more
         aliases = {key: f"blocks.{key[0]}.hook_{key[1]}.{key[2]}" for key in sorted(keys)}
-        found = cache(self.model, source, list(aliases.values()))
+        plan = Plan.make(self.model, source, (), [resolve(self.model, alias) for alias in aliases.values()])
+        found = read_sites(self.model, source, plan)
         return {key: found[alias] for key, alias in aliases.items()}
 
     def _advance(self, position: int) -> None:

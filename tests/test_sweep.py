@@ -160,13 +160,15 @@ def test_the_source_prompts_run_once_where_their_values_fit(small, prompts, posi
     import mamba_ioi.sweep as module
 
     clean, source, last = prompts
-    asked, cache_ = [], module.cache
-    monkeypatch.setattr(module, "cache", lambda model, ids, sites: asked.append(sites) or cache_(model, ids, sites))
+    asked, read = [], module.read_sites
+    monkeypatch.setattr(
+        module, "read_sites", lambda model, ids, plan: asked.append(plan.reads.values()) or read(model, ids, plan)
+    )
     budget = replace(Budget.of(small, 9), values=positions * 3 * 7 * 24 * 4 * 4)  # layers, rows, E, N, bytes
     monkeypatch.setattr(Budget, "of", lambda *_: budget)
     cells = [[Resample("h", layer, position)] for layer in range(3) for position in range(9)]
     sweep(small, clean, cells, readout(last), source=source)
-    assert len(asked) == runs and sum(map(len, asked)) == len(cells)
+    assert len(asked) == runs and sum(len(at) for sites in asked for at in sites) == len(cells)
 
 
 def test_a_resampled_value_counts_where_another_change_came_before(small, prompts):
