@@ -235,13 +235,17 @@ class ConvStages(Stages):
         return F.pad(output, (self.in_front, 0)) if self.in_front else output
 
     def _conv_slice(self) -> Tensor:
-        return conv_terms(self.x, self.weight, self.before)
+        dtype = compute_dtype(self.weight.dtype)  # in which the terms of a half-precision model are exact
+        return conv_terms(self.x.to(self.weight.dtype), self.weight.to(dtype), self.before)
 
     def _conv(self) -> Tensor:
         terms = self._known("conv_slice")
         if terms is not None and ("conv_slice" in self.kept or terms.requires_grad):
-            total = terms.sum(-1)
-            return total if self.bias is None else total + self.bias
+            last, *earlier = terms.unbind(-1)[::-1]
+            total = last if self.bias is None else self.bias.to(terms.dtype) + last
+            for term in earlier:  # in the order of `convolve`, so that terms which are as they were change nothing
+                total = total + term
+            return total.to(self.weight.dtype)
         return convolve(self.x, self.weight, self.bias, self.before)
 
 

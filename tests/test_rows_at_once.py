@@ -158,10 +158,10 @@ torch.set_num_threads(1)
 from tests.conftest import random_mamba
 from mamba_ioi import Patch, cache, run
 from mamba_ioi.model import wrap
-sizes = dict(hidden_size=128, num_hidden_layers=4, state_size=16, vocab_size=2000, time_step_rank=8)
+sizes = dict(hidden_size=128, num_hidden_layers=2, state_size=16, vocab_size=2000, time_step_rank=8)
 model = wrap(random_mamba(**sizes), None, model_id="random")
 model.memory = {memory}
-ids = torch.randint(0, 2000, (128, 100))
+ids = torch.randint(0, 2000, (96, 100))
 work = lambda ids: {work}
 work(ids[:1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -180,11 +180,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - sum(one.nbyt
     ],
 )
 def test_the_memory_that_is_taken(work: str) -> None:
-    """Beside the result 50 MB, where all rows at once take ten times as much."""
-    taken = {}
-    for memory in (50_000_000, None):
-        script = MEASURED.format(memory=memory, work=work)
-        command, root = [sys.executable, "-c", script], Path(__file__).parents[1]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-        taken[memory] = int(done.stdout.split()[-1])
-    assert taken[50_000_000] < 75_000 and taken[None] > 3 * taken[50_000_000]
+    """Beside the result 30 MB are used, and something for the allocator; all rows at once would take 157 MB for h."""
+    command, root = [sys.executable, "-c", MEASURED.format(memory=30_000_000, work=work)], Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert int(done.stdout.split()[-1]) < 50_000
