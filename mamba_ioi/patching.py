@@ -146,8 +146,8 @@ def cache(
         sites: names and aliases: ``"blocks.39.hook_h"``, ``("conv", 3)``, ``"embed"``; a layer's site without a
             layer means every layer.
         patches: changes made in the same run.
-        positions: which positions to keep, of sites that have them: one, a list, or each row's own, ``[B, k]``; counted
-            from 0 (negative: from the end). None for all of them.
+        positions: which positions to keep, of sites that have them: one, a list (negative: from the end), or each
+            row's own, ``[B, k]``. None for all of them.
         batch_rows: how many rows run at once; None for as many as ``model.memory`` allows. No result depends on it.
 
     Returns:
@@ -278,7 +278,7 @@ def kept_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B k"]:
         found = found.reshape(1, -1).expand(batch, -1)
     if found.dim() != 2 or len(found) != batch:
         raise ValueError(f"{wanted}, here [{batch}, k], not of shape {tuple(found.shape)}")
-    outside = (found < -length) | (found >= length)
+    outside = (found < (0 if getattr(positions, "ndim", 0) == 2 else -length)) | (found >= length)  # -1 of a row: none
     if outside.any():
         raise ValueError(f"position {int(found[outside][0])} is outside the prompt's {length} positions")
     return (found % length).to(ids.device)

@@ -39,8 +39,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("batch_rows", [None, 1, 3])
 def test_positions_that_are_kept(small, tokens, plain, batch_rows) -> None:
-    own = torch.tensor([[0, 8], [3, 2], [-1, 1], [5, 5]])
-    for positions, rows in ((4, [[4]] * 4), ([7, -9], [[7, 0]] * 4), (own, (own % 9).tolist())):
+    own = torch.tensor([[0, 8], [3, 2], [8, 1], [5, 5]])
+    for positions, rows in ((4, [[4]] * 4), ([7, -9], [[7, 0]] * 4), (own, own.tolist())):
         found = cache(small, tokens, list(SITES), positions=positions, batch_rows=batch_rows)
         for key, value in found.items():
             expected = plain[key]
@@ -112,6 +112,7 @@ def test_a_tap_and_positions(small, tokens) -> None:
     [
         (9, "position 9 is outside the prompt's 9 positions"),
         ([0, -10], "position -10 is outside the prompt's 9 positions"),
+        (torch.tensor([[0], [1], [-1], [2]]), "position -1 is outside the prompt's 9 positions"),
         ([], "positions are an integer, a list of integers"),
         (1.0, "positions are an integer, a list of integers"),
         ([True], "positions are an integer, a list of integers"),
