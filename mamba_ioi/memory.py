@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 if TYPE_CHECKING:
@@ -33,8 +32,13 @@ def budget(model) -> int:
     if model.remote is not None:
         return _SERVER
     device = model.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return free // 2
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        import psutil
+    except Exception:  # on a server, which may lack it, and whose sandbox may refuse it
+        return _SERVER
+    return psutil.virtual_memory().available // 2
 
 
 def fitting_rows(model, row: int, most: int, *, share: float = 1.0) -> int:
