@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from .sites import SiteInfo
 
-_FLOAT = 4
+FLOAT = 4
 """Bytes of a value: the scan computes in float32 at least, and estimates are made for it."""
 _SERVER = 2 * 2**30
 """The bytes that a server is supposed to have for one request."""
@@ -50,29 +50,29 @@ def forward_bytes(model, length: int) -> int:
     """What one row of a forward pass needs while it runs, its logits at one position included."""
     d_model, width = model.d_model, inner_width(model)
     states = 4 * model.d_inner * model.d_state if model.is_mamba else 0
-    return _FLOAT * (length * (8 * d_model + 16 * width) + states + model.vocab_size)
+    return FLOAT * (length * (8 * d_model + 16 * width) + states + model.vocab_size)
 
 
 def site_bytes(model, site: SiteInfo, length: int) -> int:
     """One row's value of a site."""
     sizes = {"B": 1, "L": length, **model.sizes()}
-    return _FLOAT * math.prod(sizes[letter] for letter in site.shape)
+    return FLOAT * math.prod(sizes[letter] for letter in site.shape)
 
 
 def backward_bytes(model, length: int) -> int:
     """What one row of a forward pass keeps for the backward pass, which computes the states anew."""
     kept = model.n_layers * length * (4 * model.d_model + 16 * inner_width(model))
-    return forward_bytes(model, length) + _FLOAT * kept
+    return forward_bytes(model, length) + FLOAT * kept
 
 
 def stream_bytes(model, length: int) -> int:
     """One value of the residual stream's width at every layer and position of a row."""
-    return _FLOAT * (model.n_layers + 1) * length * model.d_model
+    return FLOAT * (model.n_layers + 1) * length * model.d_model
 
 
 def state_bytes(model) -> int:
     """Every layer's state and last conv inputs at one position of a row; 0 where the model is no Mamba."""
-    return _FLOAT * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.is_mamba else 0
+    return FLOAT * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.is_mamba else 0
 
 
 def inner_width(model) -> int:

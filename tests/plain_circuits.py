@@ -38,9 +38,13 @@ def choose(edge: tuple[str, str], live: Tensor, corrupt: Tensor | None, cut: set
 
 @torch.no_grad()
 def mamba_run(
-    module, tokens: Tensor, last: Tensor, corrupt: PlainRun | None = None, cut=(), positional=False
+    module, tokens: Tensor, last: Tensor, corrupt: PlainRun | None = None, cut=(), positional=False, ssm="conv"
 ) -> PlainRun:
-    """A Mamba's forward, position by position, with edges resampled from another run, coarse and fine."""
+    """A Mamba's forward, position by position, with edges resampled from another run, coarse and fine.
+
+    With ``ssm="states"`` a cut of ``conv -> ssm`` puts the other run's state in place at the position, or at all of
+    them, and a cut of ``ssm -> out`` reads the other run's state there.
+    """
     run, cut = PlainRun(), set(cut)
     n_layers, length = len(module.backbone.layers), tokens.shape[1]
     outside = corrupt.values if corrupt is not None else {}
@@ -67,16 +71,27 @@ def mamba_run(
             run.values[f"{name}.conv[{slice_}]"] = term
             conv = conv + edge(name, f"{name}.conv[{slice_}]", term, f"{name}.conv[{slice_}]")
         run.values[f"{name}.conv"] = conv
-        inner = F.silu(edge(f"{name}.conv", f"{name}.ssm", conv))
+        inner = F.silu(conv if ssm == "states" else edge(f"{name}.conv", f"{name}.ssm", conv))
         rank, n = mixer.time_step_rank, mixer.ssm_state_size
         delta, B, C = mixer.x_proj(inner).split([rank, n, n], dim=-1)
         delta, A = F.softplus(mixer.dt_proj(delta)), -mixer.A_log.exp()
-        h, outputs = x.new_zeros(*x[:, 0].shape, n), []
+        h, outputs, states = x.new_zeros(*x[:, 0].shape, n), [], []
+        there = outside.get(f"{name}.h")
+
+        def state(src: str, dst: str, p: int, h: Tensor, there=there) -> Tensor:
+            if ssm == "conv" or ((src, dst, p) if positional else (src, dst)) not in cut:
+                return h
+            return there[:, p]
+
         for p in range(length):
             h = (delta[:, p, :, None] * A).exp() * h + delta[:, p, :, None] * B[:, p, None] * inner[:, p, :, None]
-            outputs.append((h * C[:, p, None]).sum(-1) + mixer.D * inner[:, p])
+            h = state(f"{name}.conv", f"{name}.ssm", p, h)
+            states.append(h)
+            outputs.append((state(f"{name}.ssm", name, p, h) * C[:, p, None]).sum(-1) + mixer.D * inner[:, p])
         run.values[f"{name}.ssm"], run.values[f"{name}.skip"] = torch.stack(outputs, dim=1), gate
-        y = edge(f"{name}.ssm", name, run.values[f"{name}.ssm"])
+        run.values[f"{name}.h"] = torch.stack(states, dim=1)
+        y = run.values[f"{name}.ssm"]
+        y = y if ssm == "states" else edge(f"{name}.ssm", name, y)
         gate = edge(name, f"{name}.skip", gate, f"{name}.skip")
         gate = edge(f"{name}.skip", name, gate)
         run.values[name] = mixer.out_proj(y * F.silu(gate))

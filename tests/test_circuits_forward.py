@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from mamba_ioi.circuits.forward import beginning, record
 from mamba_ioi.circuits.resample import know, resampled_logits
 from mamba_ioi.model import MambaModel, wrap
 
+from . import plain as hooks
 from . import plain_circuits as plain
 from .conftest import random_mamba
 
 N, LENGTH, ROWS, VOCAB = 3, 7, 4, 61
+STATES = [Graph(N, True, None, "states"), Graph(N, True, LENGTH, "states")]
+GRAPHS = [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH), *STATES]
 TOKENS = torch.randint(0, VOCAB, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(5))
 LAST = torch.full((ROWS,), LENGTH - 1)
 
@@ -37,21 +41,21 @@ def keep(graph: Graph, cut: list[set]) -> torch.Tensor:
     return torch.stack([~graph.mask(edges) for edges in cut])[:, None]
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH)], ids=str)
+@pytest.mark.parametrize("graph", GRAPHS, ids=str)
 def test_any_set_of_edges_equals_the_twin(model: MambaModel, graph: Graph) -> None:
     module, positional = model._module, graph.length is not None
     corrupt = plain.mamba_run(module, TOKENS[1], LAST)
-    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     sets = cuts(graph, 40)
     found = resampled_logits(model, graph, TOKENS[0], LAST, run, keep(graph, sets))
-    expected = [plain.mamba_run(module, TOKENS[0], LAST, corrupt, cut, positional).logits for cut in sets]
+    expected = [plain.mamba_run(module, TOKENS[0], LAST, corrupt, cut, positional, graph.ssm).logits for cut in sets]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert ((found - found[-1]).abs().amax((1, 2)) > 1e-2).sum() > 5  # the edges do something
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH)], ids=str)
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES], ids=str)
 def test_whole_and_empty_graph(model: MambaModel, graph: Graph) -> None:
-    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     masks = torch.stack([torch.ones(len(graph.pairs), graph.width), torch.zeros(len(graph.pairs), graph.width)])
     found = resampled_logits(model, graph, TOKENS[0], LAST, run, masks[:, None])
     for got, tokens in zip(found, TOKENS, strict=True):
@@ -73,9 +77,9 @@ def test_the_unembedding_is_one_product_of_all_rows(model: MambaModel, monkeypat
     assert [tuple(value.shape) for value in seen] == [(ROWS, 1, model.d_model)] and seen[0].is_contiguous()
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH)], ids=str)
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES], ids=str)
 def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
-    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     generator = torch.Generator().manual_seed(1)
     masks = (
         torch.rand(6, len(graph.pairs), graph.width, generator=generator) < torch.linspace(0.3, 0.8, 6)[:, None, None]
@@ -86,15 +90,67 @@ def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
     torch.testing.assert_close(whole, left, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True, LENGTH)], ids=str)
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True, LENGTH), *STATES], ids=str)
 def test_each_row_its_own_circuit(model: MambaModel, graph: Graph) -> None:
-    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     masks = torch.rand(2, ROWS, len(graph.pairs), graph.width, generator=torch.Generator().manual_seed(4)) < 0.6
     found = resampled_logits(model, graph, TOKENS[0], LAST, run, masks)
     for c in range(2):
         for row in range(ROWS):
             alone = resampled_logits(model, graph, TOKENS[0], LAST, run, masks[c, row][None, None])[0, row]
             torch.testing.assert_close(found[c, row], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", STATES, ids=str)
+@pytest.mark.parametrize("which", ["kept", "read"])
+def test_states_are_mixed_as_hooks_mix_them(model: MambaModel, graph: Graph, which: str) -> None:
+    """A share of the live state at each position, another in each row; C, D x and what comes before stay live.
+
+    `kept` mixes the state that goes on, `read` what is read of it alone.
+    """
+    layer, module = 1, model._module
+    run = record(model, TOKENS[1], LAST, fine=True, ssm="states")
+    weights = torch.rand(3, ROWS, graph.width, generator=torch.Generator().manual_seed(7))
+    weights[1] = weights[1].round()
+    keeping = torch.ones(3, ROWS, len(graph.pairs), graph.width)
+    node = str(layer)
+    edge = (f"{node}.conv", f"{node}.ssm") if which == "kept" else (f"{node}.ssm", node)
+    keeping[:, :, graph.index[edge]] = weights
+    found = resampled_logits(model, graph, TOKENS[0], LAST, run, keeping)
+    there, mixer = hooks.values(module, TOKENS[1], "h", layer), module.backbone.layers[layer].mixer
+    states, x = (hooks.values(module, TOKENS[0], site, layer) for site in ("h", "ssm_input"))
+    C = mixer.x_proj(x)[..., -mixer.ssm_state_size :]
+    for some, got in zip(weights, found, strict=True):
+        share = some.expand(ROWS, LENGTH)[:, :, None, None]
+
+        def mix(h: torch.Tensor, t: int, share=share) -> torch.Tensor:
+            return share[:, t] * h + (1 - share[:, t]) * there[:, t]
+
+        if which == "kept":
+            change = hooks.edited(module, {("h", layer): mix})
+        else:  # the layer's own states are not touched, and what is read of them is C mixed + D x
+            y = ((share * states + (1 - share) * there) * C[:, :, None]).sum(-1) + mixer.D * x
+            change = read_instead(mixer, y)
+        with change, torch.no_grad():
+            expected = module(TOKENS[0], use_cache=False).logits[:, -1]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    clean = module(TOKENS[0], use_cache=False).logits[:, -1]
+    assert ((found - clean).abs().amax(-1) > 1e-2).any(1).all()
+
+
+@contextmanager
+def read_instead(mixer, y: torch.Tensor):
+    """While open, the mixer's scan gives y, which its gate and output projection go on from."""
+    gate = []
+    handles = [
+        mixer.in_proj.register_forward_hook(lambda _, args, output: gate.append(output.chunk(2, dim=-1)[1])),
+        mixer.out_proj.register_forward_pre_hook(lambda _, args: (y * torch.nn.functional.silu(gate[-1]),)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_each_row_is_read_at_its_own_position(model: MambaModel) -> None:
@@ -107,13 +163,13 @@ def test_each_row_is_read_at_its_own_position(model: MambaModel) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH)], ids=str)
+@pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("parted", [1, 2, 5, LENGTH - 1])
 def test_runs_begin_where_the_prompts_part(model: MambaModel, graph: Graph, parted: int) -> None:
     corrupt = torch.cat([TOKENS[0][:, :parted], TOKENS[1][:, parted:]], dim=1)
-    whole = record(model, corrupt, LAST, fine=graph.fine)
+    whole = record(model, corrupt, LAST, fine=graph.fine, ssm=graph.ssm)
     begins = beginning(model, corrupt, parted)
-    run = record(model, corrupt, LAST, begins, fine=graph.fine)
+    run = record(model, corrupt, LAST, begins, fine=graph.fine, ssm=graph.ssm)
     torch.testing.assert_close(run.logits, whole.logits, rtol=1e-5, atol=1e-5)
     for got, expected in zip(run.sources, whole.sources, strict=True):
         torch.testing.assert_close(got, expected[:, parted:], rtol=1e-5, atol=1e-5)
@@ -122,10 +178,10 @@ def test_runs_begin_where_the_prompts_part(model: MambaModel, graph: Graph, part
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH)], ids=str)
+@pytest.mark.parametrize("graph", GRAPHS, ids=str)
 def test_candidates_go_on_from_a_known_circuit(graph: Graph) -> None:
     model = wrap(random_mamba(seed=2), None, model_id="random")
-    run = record(model, TOKENS[1], LAST, fine=graph.fine)
+    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(len(graph.pairs), graph.width, generator=generator) < 0.7
     known = know(model, graph, TOKENS[0], run, mask)

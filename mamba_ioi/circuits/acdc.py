@@ -27,6 +27,7 @@ def acdc(
     fine: bool = True,
     *,
     exact: bool = False,
+    ssm: str | None = None,
     absolute: bool = True,
     batch_rows: int | None = None,
     progress: bool = False,
@@ -54,6 +55,8 @@ def acdc(
         threshold: the largest drop of the mean NLD at which an edge goes.
         fine: test the edges inside layers too.
         exact: test sequentially.
+        ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, or ``states``, the states h, as the authors
+            have it (see `Graph`); None: as the circuit has it, ``conv`` if it is not said there.
         absolute: NLD over |max - min| (App. B), or over max - min.
         batch_rows: how many rows, candidates times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         progress: show a progress bar.
@@ -61,7 +64,8 @@ def acdc(
     Returns:
         The circuit that is left, without dead ends, with its accuracy and NLD on ``data``. Its ``table`` has every edge
         of the graph: src, dst, position (-1 if not positional), kept, effect (the drop of the mean NLD when the edge
-        was tested; NaN if it was not). ``meta["pruned"]`` counts the dead ends removed at the end.
+        was tested; NaN if it was not). ``meta["pruned"]`` counts the dead ends removed at the end. Its ``ssm``, also in
+        ``meta``, says what was cut.
 
     Raises:
         ValueError: if the threshold is negative, or circuit and data do not fit the model.
@@ -70,7 +74,7 @@ def acdc(
         raise ValueError(f"the threshold is a drop of the metric, 0 or more, not {threshold!r}")
     if circuit is None:
         circuit = Circuit.of(model, Graph(model.n_layers).edges())
-    graph = graph_for(circuit, data, model)
+    graph = graph_for(circuit, data, model, ssm)
     mask = graph.mask(circuit.edges)
     if fine:
         graph, mask = graph.refine(mask)
@@ -88,13 +92,13 @@ def acdc(
     meta = {
         "found_by": f"acdc, threshold {threshold:g}, {'sequential' if exact else 'joint'} tests",
         "threshold": threshold,
+        "ssm": graph.ssm,
         "tested": search.tested,
         "runs": search.runs,
         "pruned": int((search.mask & ~kept).sum()),
     }
-    return Circuit(
-        graph.edges(kept), graph.n_layers, graph.fine, graph.length, final["accuracy"], final["nld"], table, meta
-    )
+    kind = graph.n_layers, graph.fine, graph.length
+    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, graph.ssm)
 
 
 def steps(graph: Graph) -> list[list[int]]:

@@ -16,7 +16,7 @@ from ..result import replace_files
 from .graph import Edge, Graph, describe
 
 FORMAT = "mamba_ioi.circuit"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +33,10 @@ class Circuit:
         table: one row an edge: src, dst, position where there is one, and what the search found out (`score` of EAP;
             `kept` and `effect` of ACDC, which also lists the edges that were dropped).
         meta: how the circuit was found.
+        ssm: what a fine circuit's edges conv -> ssm carry, ``conv`` or ``states`` (see `Graph`).
 
     Raises:
-        ValueError: if an edge is not in the graph.
+        ValueError: if an edge is not in the graph, or ``ssm`` is neither.
     """
 
     edges: tuple[Edge, ...]
@@ -46,6 +47,7 @@ class Circuit:
     nld: float | None = None
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     meta: dict[str, Any] = field(default_factory=dict)
+    ssm: str = "conv"
 
     def __post_init__(self) -> None:
         graph = self.graph
@@ -68,7 +70,7 @@ class Circuit:
     @property
     def graph(self) -> Graph:
         """The graph that the edges are from."""
-        return Graph(self.n_layers, self.fine, self.length)
+        return Graph(self.n_layers, self.fine, self.length, self.ssm)
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -113,6 +115,7 @@ class Circuit:
             "n_layers": self.n_layers,
             "fine": self.fine,
             "length": self.length,
+            "ssm": self.ssm,
             "accuracy": self.accuracy,
             "nld": self.nld,
             "edges": [list(edge) for edge in self.edges],
@@ -139,9 +142,9 @@ class Circuit:
             raise ValueError(f"{path} is not readable as JSON: {error}") from error
         if not isinstance(stored, dict) or stored.get("format") != FORMAT:
             raise ValueError(f"{path} is no circuit: its 'format' is not {FORMAT!r}")
-        if stored.get("format_version") != FORMAT_VERSION:
+        if stored.get("format_version") not in (1, FORMAT_VERSION):
             raise ValueError(
-                f"{path} has format version {stored.get('format_version')!r}; this release reads {FORMAT_VERSION}"
+                f"{path} has format version {stored.get('format_version')!r}; this release reads up to {FORMAT_VERSION}"
             )
         try:
             return cls(
@@ -153,6 +156,7 @@ class Circuit:
                 nld=stored["nld"],
                 table=_frame(stored["table"]),
                 meta=stored["meta"],
+                ssm=stored["ssm"] if stored["format_version"] > 1 else "conv",
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no complete circuit: {error}") from error

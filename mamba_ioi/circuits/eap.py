@@ -65,6 +65,7 @@ def eap(
     positional: bool = False,
     variant: Literal["standard", "paper"] = "standard",
     fine: bool = False,
+    ssm: str = "conv",
     absolute: bool = True,
     batch_rows: int | None = None,
     progress: bool = False,
@@ -79,6 +80,7 @@ def eap(
         variant: ``standard`` or ``paper``: what is interpolated, and whether gradients pass through the patch. See this
             module's text.
         fine: score also the edges inside layers: conv slices, SSM and skip.
+        ssm: what the edges conv -> ssm carry: ``conv`` only; `exact_effects` measures ``states``.
         absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
         batch_rows: how many rows run at once; as many, up to 32, as ``model.memory`` allows if None.
         progress: show a progress bar.
@@ -89,12 +91,14 @@ def eap(
 
     Raises:
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
-            are kept; for an unknown variant or less than one step; on a server whose sandbox has no gradients; for a
-            model that carries edits or hooks, or whose layers read more than the residual stream.
+            are kept; for an unknown variant, less than one step or ``ssm="states"``; on a server whose sandbox has no
+            gradients; for a model that carries edits or hooks, or whose layers read more than the residual stream.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
     steps = whole_number(steps, "steps", least=1)
+    if ssm != "conv":
+        raise ValueError(f"eap estimates what resampling the conv's output does, ssm='conv'; exact_effects has {ssm!r}")
     if fine:
         require_fine(model)
     require_gradients(model, "edge attribution patching")
@@ -120,7 +124,7 @@ def eap(
         score_table(graph, total),
         model=model,
         arguments=arguments,
-        graph={"n_layers": graph.n_layers, "fine": graph.fine, "length": graph.length},
+        graph=graph.stored(),
         n_rows=len(pairs),
     )
 

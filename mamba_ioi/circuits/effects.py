@@ -25,6 +25,7 @@ def exact_effects(
     *,
     positional: bool = False,
     fine: bool = False,
+    ssm: str = "conv",
     absolute: bool = True,
     batch_rows: int | None = None,
     progress: bool = False,
@@ -36,15 +37,18 @@ def exact_effects(
         data: pairs of prompts; aligned ones if ``positional``.
         positional: resample every edge at every position alone.
         fine: the edges inside layers too.
+        ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, which is what `eap` estimates; or
+            ``states``, the states h, as the authors' ACDC has it (see `Graph`).
         absolute: NLD over |max - min| (App. B), or over max - min.
         batch_rows: how many rows, edges times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         progress: show a progress bar.
 
     Returns:
         A Result as that of `eap`: src, dst, position, score: the change of the mean NLD. Negative: the edge is needed.
+        ``meta["graph"]`` and ``meta["arguments"]`` hold ``ssm``.
     """
     length = Pairs.of(model, data, positional=True).length if positional else None
-    graph = Graph(model.n_layers, fine, length)
+    graph = Graph(model.n_layers, fine, length, ssm)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=MANY)
     whole = torch.ones(len(graph.pairs), graph.width, dtype=torch.bool)
     before = bench.measure(whole[None]).nld.double().mean()
@@ -57,8 +61,8 @@ def exact_effects(
         "exact_effects",
         score_table(graph, effects.view(whole.shape)),
         model=model,
-        arguments={"positional": positional, "fine": fine, "absolute": absolute},
-        graph={"n_layers": graph.n_layers, "fine": graph.fine, "length": graph.length},
+        arguments={"positional": positional, "fine": fine, "ssm": ssm, "absolute": absolute},
+        graph=graph.stored(),
         n_rows=bench.n_rows,
     )
 

@@ -34,6 +34,7 @@ class Evaluation:
         nld_high: where it ends.
         n_edges: how many edges the circuit has.
         n_rows: how many rows it was measured on.
+        ssm: what of a fine circuit's edges conv -> ssm was resampled, ``conv`` or ``states``.
         random: the same for a random circuit with as many edges.
     """
 
@@ -47,6 +48,7 @@ class Evaluation:
     nld_high: float
     n_edges: int
     n_rows: int
+    ssm: str = "conv"
     random: Evaluation | None = None
 
 
@@ -55,6 +57,7 @@ def evaluate(
     data: PromptPairs | None,
     circuit: Circuit,
     *,
+    ssm: str | None = None,
     absolute: bool = True,
     random_seed: int = 0,
     batch_rows: int | None = None,
@@ -68,6 +71,7 @@ def evaluate(
         model: the model the circuit is of.
         data: pairs of prompts, or None for held-out ones.
         circuit: which edges are kept; of a coarse circuit, everything inside its layers is.
+        ssm: what a fine circuit's edges conv -> ssm carry, as in `acdc`; None: as the circuit has it.
         absolute: NLD over |max - min| (App. B), or over max - min, with which the whole model scores 1 in every row.
         random_seed: of the random circuit beside it.
         batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
@@ -79,15 +83,15 @@ def evaluate(
         ValueError: if the circuit is not of this model, or the data do not fit it.
     """
     data = held_out(model, data)
-    graph = graph_for(circuit, data, model)
+    graph = graph_for(circuit, data, model, ssm)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=2)
     mask = graph.mask(circuit.edges)
     order = rank(torch.zeros(mask.shape), "random", random_seed)
     found = bench.measure(torch.stack([mask, prefix_mask(graph, order, len(circuit))]))
 
     def evaluation(i: int, random: Evaluation | None = None) -> Evaluation:
-        counts = {"n_edges": len(circuit), "n_rows": bench.n_rows}
-        return Evaluation(**found.means(i), **found.intervals(i), **counts, random=random)
+        of = {"n_edges": len(circuit), "n_rows": bench.n_rows, "ssm": graph.ssm}
+        return Evaluation(**found.means(i), **found.intervals(i), **of, random=random)
 
     return evaluation(0, random=evaluation(1))
 
@@ -129,7 +133,9 @@ def last_position_only(
     ]
     table = pd.DataFrame(rows).drop(columns="logit_diff")
     arguments = {"layer": layer, "absolute": absolute, "circuit": circuit.meta.get("found_by")}
-    return Result.create("last_position_only", table, model=model, arguments=arguments, n_rows=bench.n_rows)
+    return Result.create(
+        "last_position_only", table, model=model, arguments=arguments, graph=graph.stored(), n_rows=bench.n_rows
+    )
 
 
 def faithfulness(
@@ -138,6 +144,7 @@ def faithfulness(
     scores: Result,
     fractions: Sequence[float] = MIB_FRACTIONS,
     *,
+    ssm: str | None = None,
     absolute: bool = True,
     seed: int = 0,
     batch_rows: int | None = None,
@@ -154,6 +161,7 @@ def faithfulness(
         data: pairs of prompts, or None for held-out ones (seed 28).
         scores: the result of `eap`.
         fractions: shares of all edges, increasing, each above 0 and at most 1.
+        ssm: what the edges conv -> ssm carry in fine graphs, as in `acdc`; None: as in the scores.
         absolute: of the NLD in the table, as in `evaluate`.
         seed: of the random ranking.
         batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
@@ -169,7 +177,7 @@ def faithfulness(
     if not fractions or sorted(set(fractions)) != fractions or not 0 < fractions[0] <= fractions[-1] <= 1:
         raise ValueError(f"fractions increase, from above 0 to at most 1; they are {fractions}")
     note_precisions(model, scores)
-    graph, values = scored_graph(scores, model.n_layers)
+    graph, values = scored_graph(scores, model.n_layers, ssm)
     data = held_out(model, data)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=MANY)
     rows: list[dict] = []
@@ -196,6 +204,7 @@ def faithfulness(
         model=model,
         arguments={"fractions": fractions, "absolute": absolute, "scores": scores.meta.get("arguments")},
         seed=seed,
+        graph=graph.stored(),
         cpr={name: area(fractions, curve) for name, curve in curves.items()},
         cmd={name: area(fractions, [abs(1 - value) for value in curve]) for name, curve in curves.items()},
         n_rows=bench.n_rows,

@@ -142,7 +142,8 @@ class Run:
         begins: where that is.
         sources: what embed and each layer add to the residual stream, n_layers + 1 times ``[B, L, D]``.
         inner: for each layer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (in_proj's conv
-            branch), ``conv``, ``gate``, ``ssm_output``. Empty if not asked for.
+            branch) and ``gate``; for the edge conv -> ssm also ``conv`` and ``ssm_output``, or what the states follow
+            from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``. Empty if not asked for.
         logits: at each row's read position, ``[B, V]``.
     """
 
@@ -153,11 +154,11 @@ class Run:
 
 
 class Record(Pass):
-    """Keep what every node gives."""
+    """Keep what every node gives; inside layers if ``fine``, there what ``ssm`` says (see `graph`)."""
 
-    def __init__(self, begins: Beginning, fine: bool) -> None:
+    def __init__(self, begins: Beginning, fine: bool, ssm: str = "conv") -> None:
         Pass.__init__(self, begins)
-        self.fine = fine
+        self.fine, self.ssm = fine, ssm
         self.sources: list[Tensor] = []
         self.inner: list[dict[str, Tensor]] = []
 
@@ -171,8 +172,14 @@ class Record(Pass):
             return
         gate = mixer.gate
         conv = self.conv(layer, mixer)
-        values = {"gate": gate, "conv_input": conv.x.transpose(1, 2), "conv": conv.peek("conv")}
-        values["ssm_output"] = self.scan(layer, mixer).peek("ssm_output")
+        values = {"gate": gate, "conv_input": conv.x.transpose(1, 2)}
+        if self.ssm == "conv":
+            values["conv"] = conv.peek("conv")
+        scan = self.scan(layer, mixer)
+        if self.ssm == "conv":
+            values["ssm_output"] = scan.peek("ssm_output")
+        else:
+            values |= {"ssm_input": scan.x, "delta": scan.peek("delta"), "B": scan.B}
         self.inner.append(values)
 
     def leave(self, layer, resid, added):
@@ -181,12 +188,18 @@ class Record(Pass):
 
 
 def record(
-    model, tokens: Int[Tensor, "B L"], read: Int[Tensor, "B"], begins: Beginning | None = None, *, fine: bool = False
+    model,
+    tokens: Int[Tensor, "B L"],
+    read: Int[Tensor, "B"],
+    begins: Beginning | None = None,
+    *,
+    fine: bool = False,
+    ssm: str = "conv",
 ) -> Run:
-    """Run the model on the tokens, from where the run begins, and keep what every node gives."""
+    """Run the model on the tokens, from where the run begins, and keep what every node gives (see `Record`)."""
     if fine:
         require_fine(model)
-    visitor = Record(begins or Beginning(), fine)
+    visitor = Record(begins or Beginning(), fine, ssm)
     with torch.no_grad(), model.trace(tokens[:, visitor.begins.position :]):
         found = recorded(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
     return Run(visitor.begins, *found)

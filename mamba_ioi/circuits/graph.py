@@ -17,6 +17,18 @@ of n layers has (n + 1)(n + 2) / 2 coarse edges (1225 for 48 layers) and 8n fine
 With ``length``, every edge is kept apart by position: (i, j, p) carries what i adds at p; inside a layer, p is the
 position of the *destination's* value (of a conv slice: the output position, its term coming from p + slice).
 
+What the edge ``39.conv -> 39.ssm`` carries, and ``39.ssm -> 39`` after it, is said by ``ssm``:
+
+``conv``
+    (The default.) The conv's output, from which the scan gets x, B, C and delta; all four are resampled with it. What
+    ``39.ssm -> 39`` carries is the scan's output, D x included.
+``states``
+    The states h, as in the authors' ACDC. To cut the edge at a position is to put the corrupt run's state there, from
+    which the later states follow; without positions, the states of all positions are the corrupt run's. C and D x stay
+    live: through them the conv's output reaches the layer's output whatever is cut, along no edge. ``39.ssm -> 39``
+    carries what is read of the states, C h: to cut it at a position is to read the corrupt run's state there, and the
+    later states stay as they are. Without positions the two edges are one.
+
 Order: edges by destination (layers, then output), then source (embed, layers); a layer's eight inner edges follow those
 into it, as listed above; positions of an edge are adjacent.
 """
@@ -39,6 +51,7 @@ SLICES = (-3, -2, -1, 0)
 INNER = 8
 """How many edges a layer has inside; `SLICE`, `SSM`, `SKIP`, `SSM_OUT`, `SKIP_OUT` say where they stand among them."""
 SLICE, SSM, SKIP, SSM_OUT, SKIP_OUT = slice(0, 4), 4, 5, 6, 7
+SSM_CUTS = ("conv", "states")
 _NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[123]|0)\])?|ssm|skip))?")
 
 
@@ -74,6 +87,7 @@ class Graph:
         n_layers: how many layers (blocks) the model has.
         fine: whether layers are split into conv slices, SSM and skip.
         length: the number of positions, if edges are kept apart by position.
+        ssm: what the edge into a layer's SSM carries, ``conv`` or ``states``; without fine nodes it has no meaning.
         pairs: every (src, dst), in order; n_pairs of them.
         index: where each (src, dst) stands in `pairs`.
     """
@@ -81,6 +95,7 @@ class Graph:
     n_layers: int
     fine: bool = False
     length: int | None = None
+    ssm: str = "conv"
     # computed here and not by cached_property, which holds a lock: a graph travels to servers
     pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False, compare=False)
     index: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
@@ -88,6 +103,8 @@ class Graph:
     def __post_init__(self) -> None:
         if self.n_layers < 1 or (self.length is not None and self.length < 1):
             raise ValueError(f"a graph has at least one layer and one position, not {self.n_layers} and {self.length}")
+        if self.ssm not in SSM_CUTS:
+            raise ValueError(f"ssm is what the edge conv -> ssm carries, {' or '.join(SSM_CUTS)}, not {self.ssm!r}")
         found: list[tuple[str, str]] = []
         for layer in range(self.n_layers):
             found += [(source, str(layer)) for source in self.sources(layer)]
@@ -115,6 +132,10 @@ class Graph:
 
     def __len__(self) -> int:
         return len(self.pairs) * self.width
+
+    def stored(self) -> dict[str, int | bool | str | None]:
+        """What tells the graph, as a result's ``meta["graph"]`` holds it."""
+        return {"n_layers": self.n_layers, "fine": self.fine, "length": self.length, "ssm": self.ssm}
 
     def sources(self, layer: int) -> list[str]:
         """The nodes with an edge into a layer (``n_layers`` stands for the output)."""
@@ -155,7 +176,7 @@ class Graph:
         """The fine graph, and the same circuit in it, with everything inside every layer kept."""
         if self.fine:
             return self, mask
-        graph = Graph(self.n_layers, True, self.length)
+        graph = Graph(self.n_layers, True, self.length, self.ssm)
         fine = torch.ones(len(graph.pairs), self.width, dtype=torch.bool)
         for layer in range(self.n_layers + 1):
             fine[graph.into(layer)] = mask[self.into(layer)]
@@ -166,7 +187,8 @@ class Graph:
 
         A source whose input is all resampled gives what it gives in the corrupt run, and what reaches no output is
         never read. Positions: a layer passes what it receives at p to any position from p on (which holds for a
-        causal model), the gate to p alone; the output is read at the last position.
+        causal model), the gate to p alone; the output is read at the last position. Where ``ssm`` is ``states``, the
+        conv's output reaches the layer's output at its own position without an edge.
         """
         forward = self._reach(mask)
         backward = self._needed(mask)
@@ -187,11 +209,17 @@ class Graph:
                 continue
             inner, kept = reached[self.inside(layer)], mask[self.inside(layer)]
             inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in SLICES])
-            inner[SSM] = (inner[SLICE] & kept[SLICE]).any(0)
+            conv = (inner[SLICE] & kept[SLICE]).any(0)
             inner[SKIP] = arrives
-            inner[SSM_OUT] = self._onwards(inner[SSM] & kept[SSM])
+            if self.ssm == "conv":
+                inner[SSM] = conv
+                inner[SSM_OUT] = self._onwards(inner[SSM] & kept[SSM])
+            else:
+                inner[SSM_OUT] = self._carried(conv, kept[SSM])
+                inner[SSM] = conv | self._shift(inner[SSM_OUT], 1)
             inner[SKIP_OUT] = inner[SKIP] & kept[SKIP]
-            outputs.append((inner[SSM_OUT] & kept[SSM_OUT]) | (inner[SKIP_OUT] & kept[SKIP_OUT]))
+            through = (inner[SSM_OUT] & kept[SSM_OUT]) | (inner[SKIP_OUT] & kept[SKIP_OUT])
+            outputs.append(through if self.ssm == "conv" else through | conv)
         return reached
 
     def _needed(self, mask: Tensor) -> Tensor:
@@ -206,9 +234,15 @@ class Graph:
             if self.fine:
                 inner, kept = needed[self.inside(layer)], mask[self.inside(layer)]
                 inner[SSM_OUT] = inner[SKIP_OUT] = leaves[layer]
-                inner[SSM] = self._backwards(leaves[layer] & kept[SSM_OUT])
+                read = leaves[layer] & kept[SSM_OUT]
                 inner[SKIP] = leaves[layer] & kept[SKIP_OUT]
-                inner[SLICE] = inner[SSM] & kept[SSM]
+                if self.ssm == "conv":
+                    inner[SSM] = self._backwards(read)
+                    inner[SLICE] = inner[SSM] & kept[SSM]
+                else:
+                    carried = self._carried(read.flip(0), kept[SSM].flip(0)).flip(0)
+                    inner[SSM] = read | self._shift(carried, -1)
+                    inner[SLICE] = carried | leaves[layer]
                 through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(SLICES)]
                 arrives = torch.stack([*through, inner[SKIP] & kept[SKIP]]).any(0)
             else:
@@ -217,6 +251,12 @@ class Graph:
             needed[into] = arrives
             leaves[:layer] |= (mask[into] & arrives)[1:]
         return needed
+
+    def _carried(self, begins: Bool[Tensor, "width"], kept: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
+        """Where a state holds what came in at that position or before it, with no cut from there on."""
+        places = torch.arange(len(kept))
+        came, cut = (torch.where(at, places, -1).cummax(0).values for at in (begins, ~kept))
+        return came > cut
 
     def _onwards(self, at: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
         """The positions from any of these on."""

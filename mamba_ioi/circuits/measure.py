@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..checks import whole_number
-from ..memory import budget, fitting_rows, forward_bytes, inner_width, state_bytes, stream_bytes
+from ..memory import FLOAT, budget, fitting_rows, forward_bytes, inner_width, state_bytes, stream_bytes
 from ..metrics import accuracy, kl_divergence
 from ..remote import ask
 from ..result import bootstrap_interval
@@ -147,7 +147,7 @@ class References:
     def of(cls, model, graph: Graph, batch: Pairs, known: Bool[Tensor, "n_pairs W"] | None) -> References:
         """Run them, from the position where the first row's prompts part."""
         begins = beginning(model, batch.clean, int(batch.start[0]))
-        corrupt = record(model, batch.corrupt, batch.last, begins, fine=graph.fine)
+        corrupt = record(model, batch.corrupt, batch.last, begins, fine=graph.fine, ssm=graph.ssm)
         clean = record(model, batch.clean, batch.last, begins).logits
         return cls(corrupt, clean, None if known is None else know(model, graph, batch.clean, corrupt, known))
 
@@ -208,22 +208,28 @@ def task_metrics(
 def row_bytes(model, graph: Graph, length: int, together: int) -> int:
     """What a row, a candidate on a prompt, needs: its forward and sources, and a share of the prompt's references."""
     references = reference_bytes(model, graph, length)
-    return forward_bytes(model, length) + stream_bytes(model, length) + references // together
+    overwritten = (
+        FLOAT * model.d_inner * (2 * length + 4 * model.d_state) if graph.fine and graph.ssm == "states" else 0
+    )
+    return forward_bytes(model, length) + overwritten + stream_bytes(model, length) + references // together
 
 
 def reference_bytes(model, graph: Graph, length: int) -> int:
     """What is held of a prompt: sources of the corrupt and of a known run, inner values, states where runs begin."""
-    inner = 16 * model.n_layers * length * inner_width(model) if graph.fine else 0
+    inner = FLOAT * model.n_layers * length * 4 * inner_width(model) if graph.fine else 0
+    if graph.fine and graph.ssm == "states":  # B beside gate, conv_input, ssm_input and delta
+        inner += FLOAT * model.n_layers * length * model.d_state
     return 2 * stream_bytes(model, length) + inner + state_bytes(model)
 
 
-def graph_for(circuit: Circuit, data: PromptPairs, model) -> Graph:
-    """The circuit's graph, with as many positions as the prompts have."""
+def graph_for(circuit: Circuit, data: PromptPairs, model, ssm: str | None = None) -> Graph:
+    """The circuit's graph, with as many positions as the prompts have, and ``ssm`` as given or else its own."""
     if not isinstance(circuit, Circuit):
         raise ValueError(f"a circuit is a Circuit, not {type(circuit).__name__}")
+    ssm = circuit.ssm if ssm is None else ssm
     if circuit.length is None:
-        return circuit.graph
+        return Graph(circuit.n_layers, circuit.fine, None, ssm)
     length = Pairs.of(model, data, positional=True).length
     if circuit.length > length:
         raise ValueError(f"the circuit has {circuit.length} positions, the prompts have {length}")
-    return Graph(circuit.n_layers, circuit.fine, length)
+    return Graph(circuit.n_layers, circuit.fine, length, ssm)

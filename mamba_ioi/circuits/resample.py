@@ -4,7 +4,8 @@ With the sources' values of the same run (paper, Equation 11),
 
     input_j = resid_j - sum_i (1 - keep_ij) d_i = corrupt_resid_j + sum_i keep_ij d_i,    d_i = output_i - corrupt_i
 
-so any set of edges is resampled at once. Inner nodes of a Mamba layer blend their own value with the corrupt run's.
+so any set of edges is resampled at once. Inner nodes of a Mamba layer blend their own value with the corrupt run's,
+w live + (1 - w) corrupt; a state that is blended at a position is what the next one follows from.
 Layers on no path from embed to output of any candidate are skipped, and so are those below the first node at which any
 candidate differs from a circuit whose run is known. Positions before the prompts part are those of the corrupt run.
 """
@@ -17,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..stages import conv_terms
+from ..scan import discretize_A, discretize_B, read_out
+from ..stages import ScanStages, conv_terms
 from .forward import Pass, Run, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 
@@ -54,7 +56,7 @@ class Resampled(Pass):
         self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
         inner = [keep[:, :, graph.inside(j)] for j in range(graph.n_layers if graph.fine else 0)]
         self.inner: list = [narrow(weights).to(device, dtype) if (weights != 1).any() else None for weights in inner]
-        anywhere = Graph(graph.n_layers, graph.fine)
+        anywhere = Graph(graph.n_layers, graph.fine, None, graph.ssm)
         used = anywhere.prune((keep != 0).amax((0, 1, 3))[:, None])
         self.live = [bool(used[graph.into(j)].any()) for j in range(graph.n_layers)]
         self.wanted = {source for mix in self.mixes[first:] for source, _ in mix.terms}
@@ -94,29 +96,91 @@ class Resampled(Pass):
         if weights is None:
             self.conv(layer, mixer)
             return
-        corrupt = self.corrupt.inner[layer]
-
-        def blend(name: str, live: Tensor, weight: Tensor) -> Tensor:
-            there = corrupt[name]
-            live = live.unflatten(0, (-1, there.shape[0]))
-            return torch.lerp(there.expand_as(live), live, weight[..., None].to(live)).flatten(0, 1)
-
+        corrupt, states = self.corrupt.inner[layer], self.graph.ssm == "states"
         skip = weights[:, :, SKIP] * weights[:, :, SKIP_OUT]
         if (skip != 1).any():
-            mixer.gate = blend("gate", mixer.gate, skip)
+            mixer.gate = blend(corrupt["gate"], mixer.gate, skip[..., None])
         slices = weights[:, :, SLICE]
         conv = self.conv(layer, mixer)
-        if (slices != 1).any() or (weights[:, :, SSM] != 1).any():
+        if (slices != 1).any() or (not states and (weights[:, :, SSM] != 1).any()):
             live = conv.peek("conv")
             if (slices != 1).any():
                 change = corrupt["conv_input"].transpose(1, 2) - conv.x.unflatten(0, (-1, corrupt["gate"].shape[0]))
                 terms = conv_terms(change.flatten(0, 1), conv.weight).unflatten(0, change.shape[:2])
                 share = (1 - slices).movedim(2, -1)[..., None, :].to(terms)
                 live = live + (terms * share).sum(-1).flatten(0, 1)
-            conv.set("conv", blend("conv", live, weights[:, :, SSM]))
-        if (weights[:, :, SSM_OUT] != 1).any():
+            conv.set("conv", live if states else blend(corrupt["conv"], live, weights[:, :, SSM, :, None]))
+        if states:
+            self.states(layer, mixer, weights[:, :, SSM], weights[:, :, SSM_OUT])
+        elif (weights[:, :, SSM_OUT] != 1).any():
             scan = self.scan(layer, mixer)
-            scan.set("ssm_output", blend("ssm_output", scan.peek("ssm_output"), weights[:, :, SSM_OUT]))
+            output = blend(corrupt["ssm_output"], scan.peek("ssm_output"), weights[:, :, SSM_OUT, :, None])
+            scan.set("ssm_output", output)
+
+    def states(self, layer: int, mixer, kept: Float[Tensor, "C R w"], read: Float[Tensor, "C R w"]) -> None:
+        """Put the corrupt run's states in place of the live ones, and read them in their place.
+
+        Args:
+            layer: which layer.
+            mixer: its mixer.
+            kept: the share of the live state, at each position or at all.
+            read: the share of the live state in what is read there.
+        """
+        read = torch.where(kept == 0, 1, read)  # the state there is the corrupt run's already
+        if kept.shape[-1] == 1 and ((kept == 0) | (kept == 1)).all():
+            kept, read = torch.ones_like(kept), kept * read  # all states or none: what is read of them is all they do
+        if (kept == 1).all() and (read == 1).all():
+            return
+        scan = self.scan(layer, mixer)
+        begins = self.begins.states
+        there = CorruptStates(self.corrupt.inner[layer], scan, None if begins is None else begins[layer][0])
+        length = scan.x.shape[1]
+        cut = [t for t in range(length) if (at(kept, t) != 1).any()]
+        if cut:
+            scan.hold(lambda t, h: blend(there.at(t), h, at(kept, t)[..., None, None]), cut)
+        if (read != 1).any():
+            C = scan.C.unflatten(0, (-1, len(there.x)))
+            corrupt = [read_out(there.at(t), C[:, :, t]) for t in range(length)]
+            scan.set("y", blend(torch.stack(corrupt, dim=2), scan.peek("y"), read[..., None]))
+
+
+class CorruptStates:
+    """The states of the corrupt run in one layer, position after position; one at a time is held."""
+
+    def __init__(self, inner: dict[str, Tensor], scan: ScanStages, initial: Tensor | None) -> None:
+        self.x, self.delta, self.B = inner["ssm_input"], inner["delta"], inner["B"]
+        self.A = scan.A.to(self.x)
+        zeros = self.x.new_zeros(len(self.x), *self.A.shape)
+        self.initial = zeros if initial is None else initial.to(self.x)
+        self.position, self.h = -1, self.initial
+
+    def at(self, position: int) -> Float[Tensor, "B E N"]:
+        """The state after a position, counted from where the run begins."""
+        if position < self.position:
+            self.position, self.h = -1, self.initial
+        while self.position < position:
+            self.position += 1
+            t = self.position
+            flow = discretize_B(self.delta[:, t], self.B[:, t]) * self.x[:, t, :, None]
+            self.h = discretize_A(self.delta[:, t], self.A) * self.h + flow
+        return self.h
+
+
+def at(weights: Float[Tensor, "C R w"], position: int) -> Float[Tensor, "C R"]:
+    """The weights at a position; they may be those of all."""
+    return weights[..., position if weights.shape[-1] > 1 else 0]
+
+
+def blend(there: Float[Tensor, "... B *value"], live: Float[Tensor, "rows *value"], weight: Tensor) -> Tensor:
+    """``weight`` of the live value and the rest of the corrupt one, row by row, for C candidates on B prompts each.
+
+    Args:
+        there: the corrupt run's, ``[B, ...]``, or each candidate's.
+        live: ``[C * B, ...]``.
+        weight: ``[C, B or 1, ...]``.
+    """
+    live = live.unflatten(0, (-1, there.shape[-live.dim()]))
+    return torch.lerp(there.expand_as(live), live, weight.to(live)).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -171,7 +235,7 @@ def resampled_logits(
             not run.
 
     Raises:
-        ValueError: if the weights fit neither graph nor prompts.
+        ValueError: if the weights fit neither graph nor prompts, or the corrupt run was recorded for another ``ssm``.
     """
     weights = _weights(graph, tokens, corrupt, keep)
     sources, first = (None, 0) if known is None else (known.sources, first_difference(graph, keep, known.mask))
@@ -250,4 +314,6 @@ def _weights(graph: Graph, tokens: Tensor, corrupt: Run, keep: Tensor) -> Float[
     if (others, start + left) != tokens.shape:
         there = others, start + left
         raise ValueError(f"clean and corrupt prompts must have one shape, not {tuple(tokens.shape)} and {there}")
+    if graph.fine and ("delta" in corrupt.inner[0]) != (graph.ssm == "states"):
+        raise ValueError(f"the corrupt run must be recorded as the graph is, with ssm={graph.ssm!r}")
     return keep[..., start if width > 1 else 0 :].float()

@@ -27,9 +27,11 @@ RANKINGS = ("signed", "absolute", "random")
 
 
 def scored_graph(
-    scores: Result | pd.DataFrame, n_layers: int | None = None
+    scores: Result | pd.DataFrame, n_layers: int | None = None, ssm: str | None = None
 ) -> tuple[Graph, Float[Tensor, "n_pairs W"]]:
     """The graph that scores are for, and the scores by edge.
+
+    Its ``ssm`` is as given; if None, as the scores' result has it, or ``conv``.
 
     Raises:
         ValueError: if the table lacks a column, or is not the scores of every edge of one graph.
@@ -42,7 +44,9 @@ def scored_graph(
         n_layers = sum(table.dst == "output") // max(1, int(table.get("position", pd.Series([-1])).max()) + 1) - 1
     positions = table.position if "position" in table else pd.Series(-1, index=table.index)
     length = int(positions.max()) + 1 if len(table) and positions.max() >= 0 else None
-    graph = Graph(n_layers, bool(table.src.str.contains(".", regex=False).any()), length)
+    if ssm is None:
+        ssm = scores.meta.get("graph", {}).get("ssm", "conv") if isinstance(scores, Result) else "conv"
+    graph = Graph(n_layers, bool(table.src.str.contains(".", regex=False).any()), length, ssm)
     values = torch.full((len(graph.pairs), graph.width), math.nan, dtype=torch.float64)
     for src, dst, position, score in zip(table.src, table.dst, positions, table.score, strict=True):
         if (src, dst) not in graph.index:
@@ -104,6 +108,7 @@ def minimal_circuit(
     by: Ranking = "signed",
     seed: int = 0,
     prune: bool = True,
+    ssm: str | None = None,
     absolute: bool = True,
     batch_rows: int | None = None,
 ) -> Circuit:
@@ -121,6 +126,7 @@ def minimal_circuit(
         by: the ranking: ``signed`` (the paper's), ``absolute`` or ``random``.
         seed: of the random ranking.
         prune: whether to remove dead ends.
+        ssm: what the edges conv -> ssm carry in fine graphs, as in `acdc`; None: as in the scores.
         absolute: of the normalized logit difference that is reported, as in `eap`.
         batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
@@ -134,7 +140,7 @@ def minimal_circuit(
     if not is_number(target) or not 0 <= target <= 1:
         raise ValueError(f"target is an accuracy from 0 to 1, not {target!r}")
     note_precisions(model, *([scores] if isinstance(scores, Result) else []))
-    graph, values = scored_graph(scores, model.n_layers)
+    graph, values = scored_graph(scores, model.n_layers, ssm)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows)
     order = rank(values, by, seed)
     tried: dict[int, dict[str, float]] = {}
@@ -158,6 +164,7 @@ def minimal_circuit(
         "target": target,
         "reached": found["accuracy"] > target,
         "prefix": k,
+        "ssm": graph.ssm,
         "tried": [[k, one["accuracy"], one["nld"]] for k, one in sorted(tried.items())],
     }
     if not meta["reached"]:
@@ -172,4 +179,4 @@ def _circuit(graph: Graph, values: Tensor, mask: Tensor, prune: bool, meta: dict
     edges = graph.edges(kept)
     table = edge_table(edges).assign(score=values[kept].tolist())
     meta = {**meta, "pruned": int(mask.sum() - kept.sum())}
-    return Circuit(edges, graph.n_layers, graph.fine, graph.length, accuracy, nld, table, meta)
+    return Circuit(edges, graph.n_layers, graph.fine, graph.length, accuracy, nld, table, meta, graph.ssm)
