@@ -49,6 +49,8 @@ def paths(graph: Graph, kept: set) -> set:
         ends.setdefault(start, []).append(((src, dst), stop))
     for layer, tap in itertools.product(range(graph.n_layers), (-3, -2, -1, 0)):
         ends.setdefault(f"{layer}.conv[{tap}]", []).append(((), f"{layer}.conv"))
+        if graph.ssm == "states":  # C and D x
+            ends.setdefault(f"{layer}.conv", []).append(((), f"{layer} out"))
     found: set = set()
 
     def walk(node: str, path: list) -> None:
@@ -61,10 +63,9 @@ def paths(graph: Graph, kept: set) -> set:
     return found - {()}
 
 
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("graph", [Graph(3), Graph(3, True), Graph(3, True, None, "states")], ids=str)
 @pytest.mark.parametrize("seed", range(5))
-def test_pruning_keeps_what_lies_on_a_path(fine: bool, seed: int) -> None:
-    graph = Graph(3, fine)
+def test_pruning_keeps_what_lies_on_a_path(graph: Graph, seed: int) -> None:
     mask = torch.rand(len(graph.pairs), 1, generator=torch.Generator().manual_seed(seed)) < 0.45
     kept = set(graph.edges(mask))
     assert set(graph.edges(graph.prune(mask))) == paths(graph, kept)
@@ -84,6 +85,52 @@ def test_a_slice_moves_positions() -> None:
     shifted = [("embed", "0", 0), ("0", "0.conv[-1]", 1), *edges]
     assert set(graph.edges(graph.prune(graph.mask(shifted)))) == set(shifted)
     assert not graph.prune(graph.mask([("embed", "0", 1), ("0", "0.conv[-1]", 1), *edges])).any()
+
+
+def state_paths(graph: Graph, kept: set) -> set:
+    """Every edge on a path, of one fine layer with positions whose ssm edges carry the states; by walking all."""
+    ends: dict = {}
+
+    def join(start, stop, edge=()) -> None:
+        if not edge or edge in kept:
+            ends.setdefault(start, []).append((edge, stop))
+
+    for p in range(graph.length):
+        join("embed", ("in", p), ("embed", "0", p))
+        for s in range(-3, 1):
+            if p + s >= 0:
+                join(("in", p + s), ("conv", p), ("0", f"0.conv[{s}]", p))
+        join(("conv", p), ("out", p))  # by C and D x
+        join(("conv", p), ("h", p), ("0.conv", "0.ssm", p))
+        join(("h", p - 1), ("h", p), ("0.conv", "0.ssm", p))  # a state that is cut does not go on either
+        join(("h", p), ("out", p), ("0.ssm", "0", p))
+        join(("in", p), ("gate", p), ("0", "0.skip", p))
+        join(("gate", p), ("out", p), ("0.skip", "0", p))
+    last = graph.length - 1
+    join(("out", last), "end", ("0", "output", last))
+    join("embed", "end", ("embed", "output", last))
+    found: set = set()
+
+    def walk(node, path: list) -> None:
+        if node == "end":
+            found.update(path)
+        for edge, stop in ends.get(node, ()):
+            walk(stop, [*path, edge])
+
+    walk("embed", [])
+    return found - {()}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_states_go_on_from_position_to_position(seed: int) -> None:
+    graph = Graph(1, True, 5, "states")
+    mask = torch.rand(len(graph.pairs), 5, generator=torch.Generator().manual_seed(seed)) < 0.5 + 0.05 * seed
+    assert set(graph.edges(graph.prune(mask))) == state_paths(graph, set(graph.edges(mask)))
+
+
+def test_what_the_ssm_edge_carries_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="conv or states, not 'h'"):
+        Graph(2, True, ssm="h")
 
 
 def test_refining_keeps_layers_whole() -> None:

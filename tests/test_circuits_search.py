@@ -99,11 +99,13 @@ def test_scores_find_the_planted_edges(planted, fine: bool, variant: str) -> Non
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_acdc_finds_the_planted_edges(planted, exact: bool) -> None:
+@pytest.mark.parametrize("ssm", ["conv", "states"])
+def test_acdc_finds_the_planted_edges(planted, exact: bool, ssm: str) -> None:
     model, data = planted
     whole = Circuit.of(model, Graph(model.n_layers).edges())
     for fine, truth in ((False, set(model.planted.edges)), (True, set(model.planted.fine_edges))):
-        found = acdc(model, data, whole, threshold=1e-2, fine=fine, exact=exact)
+        found = acdc(model, data, whole, threshold=1e-2, fine=fine, exact=exact, ssm=ssm)
+        assert found.ssm == found.meta["ssm"] == ssm
         assert set(found.edges) == truth
         table = found.table.set_index(["src", "dst"])
         assert set(table.index[table.kept]) == truth
@@ -133,24 +135,29 @@ def test_positions_of_the_planted_circuit(planted) -> None:
     assert table.n_edges.tolist() == [40, 21] and table.nld.tolist() == pytest.approx([1, 1], abs=1e-3)
 
 
-@pytest.mark.parametrize("graph", [Graph(3), Graph(3, True), Graph(3, True, 20)], ids=str)
+@pytest.mark.parametrize(
+    "graph", [Graph(3), Graph(3, True), Graph(3, True, 20), Graph(3, True, None, "states")], ids=str
+)
 def test_whole_and_empty_circuit(model: MambaModel, data: IOIDataset, graph: Graph) -> None:
     for edges, nld in ((graph.edges(), 1), ((), 0)):
-        circuit = Circuit(edges, 3, graph.fine, graph.length)
+        circuit = Circuit(edges, 3, graph.fine, graph.length, ssm=graph.ssm)
         found = evaluate(model, data, circuit, absolute=False)
         assert found.nld == pytest.approx(nld, abs=1e-5) and found.n_edges == len(circuit)
         assert (found.kl == pytest.approx(0, abs=1e-6)) == (nld == 1)
 
 
-def test_evaluation_equals_the_twin(model: MambaModel, data: IOIDataset) -> None:
+@pytest.mark.parametrize("ssm", ["conv", "states"])
+def test_evaluation_equals_the_twin(model: MambaModel, data: IOIDataset, ssm: str) -> None:
     graph = Graph(3, True)
     edges = graph.edges(torch.rand(len(graph.pairs), 1, generator=torch.Generator().manual_seed(3)) < 0.92)
     module, last = model._module, data.last_position
     clean, corrupt = (
         plain_circuits.mamba_run(module, tokens, last) for tokens in (data.clean_tokens, data.corrupt_tokens)
     )
-    run = plain_circuits.mamba_run(module, data.clean_tokens, last, corrupt, set(graph.edges()) - set(edges))
-    found = evaluate(model, data, Circuit(edges, 3, fine=True))
+    cut = set(graph.edges()) - set(edges)
+    run = plain_circuits.mamba_run(module, data.clean_tokens, last, corrupt, cut, ssm=ssm)
+    found = evaluate(model, data, Circuit(edges, 3, fine=True), ssm=ssm)
+    assert found.ssm == ssm and found == evaluate(model, data, Circuit(edges, 3, fine=True, ssm=ssm))
     expected = plain_circuits.nld(run, clean, corrupt, data).mean().item()
     assert found.nld == pytest.approx(expected, rel=1e-3) and abs(expected - 1) > 0.05
     best = [
@@ -209,7 +216,8 @@ def one_by_one(model: MambaModel, data: IOIDataset, graph: Graph, threshold: flo
     )
 
     def measure(kept: set) -> float:
-        run = plain_circuits.mamba_run(module, data.clean_tokens, last, corrupt, set(graph.edges()) - kept)
+        cut = set(graph.edges()) - kept
+        run = plain_circuits.mamba_run(module, data.clean_tokens, last, corrupt, cut, ssm=graph.ssm)
         return plain_circuits.nld(run, clean, corrupt, data).mean().item()
 
     order: list[tuple[str, str]] = [(str(src), "output") for src in (2, 1, 0, "embed")]
@@ -232,13 +240,49 @@ def one_by_one(model: MambaModel, data: IOIDataset, graph: Graph, threshold: flo
     return set(graph.edges(graph.prune(graph.mask(kept))))
 
 
-@pytest.mark.parametrize(("fine", "threshold"), [(False, 0.02), (False, 0.2), (True, 0.05)])
+@pytest.mark.parametrize(
+    ("fine", "threshold", "ssm"),
+    [(False, 0.02, "conv"), (False, 0.2, "conv"), (True, 0.05, "conv"), (True, 0.05, "states")],
+)
 def test_exact_acdc_is_the_sequential_algorithm(
-    model: MambaModel, data: IOIDataset, fine: bool, threshold: float
+    model: MambaModel, data: IOIDataset, fine: bool, threshold: float, ssm: str
 ) -> None:
-    found = acdc(model, data, None, threshold, fine, exact=True, batch_rows=40)
-    expected = one_by_one(model, data, Graph(3, fine), threshold)
-    assert set(found.edges) == expected and 0 < len(expected) < len(Graph(3, fine))
+    found = acdc(model, data, None, threshold, fine, exact=True, ssm=ssm, batch_rows=40)
+    graph = Graph(3, fine, None, ssm)
+    expected = one_by_one(model, data, graph, threshold)
+    assert set(found.edges) == expected and 0 < len(expected) < len(graph)
+
+
+def test_the_ssm_edge_as_the_authors_cut_it() -> None:
+    """Mean NLD on tiny with that edge of one layer cut alone, by their code and ours: 20 pairs, seed 27."""
+    model = mamba_ioi.load_model("tiny")
+    data = IOIDataset.generate(model.tokenizer, 20, seed=27)
+    whole = set(Graph(model.n_layers, True).edges())
+    measured = {
+        ssm: [
+            evaluate(model, data, Circuit(tuple(whole - {(f"{i}.conv", f"{i}.ssm")}), 6, True), ssm=ssm).nld
+            for i in (0, 1, 2, 5)
+        ]
+        for ssm in ("states", "conv")
+    }
+    assert measured["states"] == pytest.approx([0.9987, 0.0965, 0.9766, 0.9943], abs=6e-5)
+    assert measured["conv"] == pytest.approx([0.9449, 0.0793, 0.9498, 0.9658], abs=6e-5)
+
+
+def test_what_the_ssm_edge_carries_is_kept_from_scores_to_circuits(model: MambaModel, data: IOIDataset) -> None:
+    scores = exact_effects(model, data, fine=True, ssm="states")
+    assert scores.meta["graph"]["ssm"] == scores.meta["arguments"]["ssm"] == "states"
+    circuit = minimal_circuit(model, data, scores)
+    assert circuit.ssm == "states" and evaluate(model, data, circuit).nld == pytest.approx(circuit.nld, abs=1e-5)
+    curve = faithfulness(model, data, scores, (0.5, 1.0))
+    graph = Graph(3, True, None, "states")
+    half = Circuit(
+        graph.edges(prefix_mask(graph, rank(scored_graph(scores)[1]), len(graph) // 2)), 3, True, ssm="states"
+    )
+    assert curve.meta["graph"]["ssm"] == "states" and top_k(scores, 9).ssm == "states"
+    assert curve.table.nld[0] == pytest.approx(evaluate(model, data, half).nld, abs=1e-5)
+    other = faithfulness(model, data, scores, (0.5, 1.0), ssm="conv")
+    assert other.meta["graph"]["ssm"] == "conv" and abs(other.table.nld[0] - curve.table.nld[0]) > 1e-3
 
 
 def test_joint_acdc_tests_against_the_circuit_at_hand(model: MambaModel, data: IOIDataset) -> None:
@@ -306,6 +350,9 @@ def test_what_does_not_fit_is_refused(model: MambaModel, data: IOIDataset) -> No
         (lambda: overlap(3, []), "tuples .*, not int"),
         (lambda: overlap([], [3]), "tuples .*, not list"),
         (lambda: acdc(model, data, threshold=-1.0), "threshold"),
+        (lambda: acdc(model, data, ssm="h"), "conv or states, not 'h'"),
+        (lambda: exact_effects(model, data, fine=True, ssm=None), "conv or states, not None"),
+        (lambda: eap(model, data, fine=True, ssm="states"), "ssm='conv'; exact_effects has 'states'"),
         (lambda: evaluate(model, data, Circuit((("embed", "output"),), 9)), "9 layers"),
         (lambda: evaluate(model, data, [("embed", "0")]), "a circuit is a Circuit, not list"),
         (lambda: faithfulness(model, data, scores, (0.5, 0.2)), "fractions increase"),

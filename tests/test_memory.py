@@ -50,6 +50,7 @@ WORKS: dict[str, Callable] = {
     "eap": lambda model, data, _: circuits.eap(model, data, positional=True, fine=True).table,
     "minimal_circuit": lambda model, data, scores: circuits.minimal_circuit(model, data, scores).table,
     "acdc": lambda model, data, _: circuits.acdc(model, data).table,
+    "acdc of states": lambda model, data, _: circuits.acdc(model, data, ssm="states").table,
     "faithfulness": lambda model, data, scores: circuits.faithfulness(model, data, scores).table,
 }
 
