@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mamba_ioi.dataset import IOIDataset, single_token_names
 from mamba_ioi.experiments import name_means, name_pca, name_steering
+from mamba_ioi.experiments.name_steering import test_rows
 from mamba_ioi.model import MambaModel, wrap
 
 from . import plain
@@ -61,52 +63,81 @@ def test_means_equal_one_prompt_at_a_time(model: MambaModel, offset: int) -> Non
                 torch.testing.assert_close(means.means[i, slot - 1], values.mean(0), atol=1e-5, rtol=1e-4)
 
 
+def prompts_by_hand(model: MambaModel, n_pairs: int) -> list[SimpleNamespace]:
+    """Every prompt of the means' pairs: the clean ones, then the corrupt ones; `other` is the pair's other answer."""
+    data = IOIDataset.generate(model.tokenizer, n_pairs, seed=SEED, templates="all", symmetric=False)
+    sides = ((data.clean_tokens, data.answers), (data.corrupt_tokens, data.corrupt_answers))
+    prompts = []
+    for (tokens, answers), (_, others) in (sides, sides[::-1]):
+        for row in range(n_pairs):
+            ids, at = tokens[row, : data.last_position[row] + 1], data.name_positions[row]
+            prompts.append(SimpleNamespace(ids=ids[None], names=ids[at], at=at, answer=answers[row], other=others[row]))
+    return prompts
+
+
 def steer_by_hand(model: MambaModel, n_pairs: int, n_test: int) -> dict[tuple[str, int, int], list[bool]]:
     """(method, source, target) -> which of the test prompts succeed, those without means left out."""
     means = {key: values.mean(0) for key, values in means_by_hand(model, 1, n_pairs).items()}
-    pool = IOIDataset.generate(model.tokenizer, 20 * n_test, seed=SEED + 1, templates="all", symmetric=False)
+    prompts = prompts_by_hand(model, n_pairs)
+    drawn = test_rows(IOIDataset.generate(model.tokenizer, n_pairs, seed=SEED, templates="all"), n_test, SEED)
 
-    def word(token: int) -> str:
+    def word(token: Tensor) -> str:
         return model.tokenizer.decode([int(token)]).strip()
 
     found = defaultdict(list)
-    for target in range(1, 6):
-        tested = 0
-        for row in range(len(pool)):
-            one = pool[row]
-            old, answer, other = one.clean_names[0, target - 1], one.answers[0], one.corrupt_answers[0]
-            if tested == n_test or (target <= 3 and old != answer):
-                continue
-            tested += 1
-            new, winner = (other, other) if target <= 3 else (answer, old)
-            at = one.name_positions[0, target - 1] + 1
-            for method in ("replace", "subtract_add"):
-                for source in range(1, 6):
-                    needed = [(word(new), source)] + ([(word(old), source)] if method == "subtract_add" else [])
-                    if any(key not in means for key in needed):
-                        continue
+    for target, one in ((slot, prompts[row]) for slot, rows in drawn.items() for row in rows):
+        old = one.names[target - 1]
+        assert target > 3 or old == one.answer
+        new, winner = (one.other, one.other) if target <= 3 else (one.answer, old)
+        at = one.at[target - 1] + 1
+        for method in ("replace", "subtract_add"):
+            for source in range(1, 6):
+                needed = [(word(new), source)] + ([(word(old), source)] if method == "subtract_add" else [])
+                if any(key not in means for key in needed):
+                    continue
 
-                    def write(value: Tensor, method=method, needed=needed, at=at) -> Tensor:
-                        value = value.clone()
-                        if method == "replace":
-                            value[:, at] = means[needed[0]]
-                        else:
-                            value[:, at] += means[needed[0]] - means[needed[1]]
-                        return value
+                def write(value: Tensor, method=method, needed=needed, at=at) -> Tensor:
+                    value = value.clone()
+                    if method == "replace":
+                        value[:, at] = means[needed[0]]
+                    else:
+                        value[:, at] += means[needed[0]] - means[needed[1]]
+                    return value
 
-                    with plain.edited(model._module, {("ssm_input", LAYER): write}), torch.no_grad():
-                        tokens = one.clean_tokens[:, : one.last_position[0] + 1]
-                        logits = model._module(tokens, use_cache=False).logits[0, -1]
-                    found[method, source, target].append(bool(logits[winner] > logits[answer]))
-        assert tested == n_test
+                with plain.edited(model._module, {("ssm_input", LAYER): write}), torch.no_grad():
+                    logits = model._module(one.ids, use_cache=False).logits[0, -1]
+                found[method, source, target].append(bool(logits[winner] > logits[one.answer]))
     return found
+
+
+def test_test_prompts_are_of_both_directions_and_drawn_again_and_again(model: MambaModel) -> None:
+    """By the corruptions, the new name stands in the prompt in a third, a half, a third of those for slots 1, 2, 3.
+
+    The authors' draw had .35, .52 and .31 of theirs.
+    """
+    n_pairs, n = 400, 6000
+    pool = IOIDataset.generate(model.tokenizer, n_pairs, seed=5, templates="all")
+    drawn = test_rows(pool, n, 5)
+    for target, share in ((1, 1 / 3), (2, 1 / 2), (3, 1 / 3)):
+        rows = torch.tensor(drawn[target])
+        assert (pool.clean_names[rows, target - 1] == pool.answers[rows]).all()
+        fits = (pool.clean_names[:, target - 1] == pool.answers).nonzero()[:, 0].tolist()
+        assert set(rows.tolist()) == set(fits), "every prompt that fits is drawn, and more than once"
+        there = (pool.clean_names[rows] == pool.corrupt_answers[rows, None]).any(1).float().mean()
+        assert there == pytest.approx(share, abs=0.06)
+    for target in (4, 5):
+        swapped = (torch.tensor(drawn[target]) >= n_pairs).float().mean()
+        assert swapped == pytest.approx(0.5, abs=0.03) and len(drawn[target]) == n > len(set(drawn[target]))
+    assert test_rows(pool, 7, 5)[1] == test_rows(pool, 9, 5)[1][:7] != test_rows(pool, 7, 6)[1]
+    alone = pool[[row for row in range(len(pool)) if pool.clean_names[row, 0] != pool.answers[row]]]
+    assert test_rows(alone, 7, 5)[1] == [] and len(test_rows(alone, 7, 5)[2]) == 7
 
 
 @pytest.mark.parametrize(("n_pairs", "n_test"), [(PAIRS, 5), (4, 4)])
 def test_steering_equals_one_prompt_at_a_time(model: MambaModel, n_pairs: int, n_test: int) -> None:
     result = name_steering(model, LAYER, n_pairs, n_test, SEED, progress=False)
     expected = steer_by_hand(model, n_pairs, n_test)
-    assert len(result.table) == 2 * 5 * 5
+    assert len(result.table) == 2 * 5 * 5 and (result.table["n"] <= n_test).all()
     for row in result.table.itertuples():
         outcomes = expected[row.method, row.source_slot, row.target_slot]
         assert row.n == len(outcomes)
@@ -128,9 +159,8 @@ def test_adding_no_difference_changes_nothing(model: MambaModel) -> None:
     same = replace(means, means=means.means[:1].expand_as(means.means))
     table = name_steering(model, means=same, n_test=10, progress=False).table
     added = table[table["method"] == "subtract_add"]
-    pool = IOIDataset.generate(model.tokenizer, 200, seed=SEED + 1, templates="all", symmetric=False)
-    for target in range(1, 6):
-        rows = [r for r in range(200) if target > 3 or pool.clean_names[r, target - 1] == pool.answers[r]][:10]
+    pool = IOIDataset.generate(model.tokenizer, PAIRS, seed=SEED, templates="all")
+    for target, rows in test_rows(pool, 10, SEED).items():
         data = pool[rows]
         logits = plain.last_logits(model._module, data.clean_tokens, data.last_position)
         winners = data.corrupt_answers if target <= 3 else data.clean_names[:, target - 1]

@@ -83,7 +83,7 @@ def name_means(
     layer = default_layer(model, seed=seed, progress=progress) if layer is None else check_layer(model, layer)
     known = sorted(name_tokens(model.tokenizer).items(), key=lambda item: item[1])
     tokens = torch.tensor([token for _, token in known])
-    data = IOIDataset.generate(model.tokenizer, n_pairs, seed=seed, templates="all")
+    data = mean_prompts(model, n_pairs, seed)
     cells = len(known) * len(SLOTS)
     sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
     counts = torch.zeros(cells, dtype=torch.long)
@@ -107,6 +107,11 @@ def name_means(
         means=means.unflatten(0, (len(known), len(SLOTS))),
         counts=counts.unflatten(0, (len(known), len(SLOTS))),
     )
+
+
+def mean_prompts(model: MambaModel, n_pairs: int, seed: int) -> IOIDataset:
+    """The prompts that means are taken over: both of each pair, of all templates, each once the clean one of a row."""
+    return IOIDataset.generate(model.tokenizer, n_pairs, seed=seed, templates="all")
 
 
 def rows_at_once(model: MambaModel, data: IOIDataset) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +18,7 @@ from ..patching import Patch, cache
 from ..result import Result
 from ..sweep import Readout, sweep
 from .common import mean_with_interval
-from .name_means import SLOTS, NameMeans, check_names, name_means, rows_at_once
+from .name_means import SLOTS, NameMeans, check_names, mean_prompts, name_means, rows_at_once
 
 METHODS = ("replace", "subtract_add")
 
@@ -36,10 +38,11 @@ def name_steering(
 
     At the target slot's position + ``offset``, ``replace`` puts the mean that the new name has in the source slot in
     place of ``ssm_input``; ``subtract_add`` adds that mean less the mean that the old name has in the source slot. The
-    test prompts are held out (``seed`` + 1), ``n_test`` for each target slot (paper, Section 4.3 and Figure 9):
+    test prompts, ``n_test`` for each target slot, are drawn with replacement from those that the means are taken over,
+    of each pair either prompt, as the authors do (paper, Section 4.3 and Figure 9):
 
-    * slots 1 to 3: prompts whose answer stands in that slot. The pair's corrupt answer is written over it; success is
-      its logit above the answer's.
+    * slots 1 to 3: prompts whose answer stands in that slot. The pair's other answer is written over it, which may
+      stand in the prompt already; success is its logit above the answer's.
     * slots 4 and 5: all prompts. The answer is written over the repeated name; success is that name's logit above the
       answer's, because now it is the one that is not repeated.
 
@@ -48,7 +51,7 @@ def name_steering(
         layer: the layer; the model's bottleneck on a few pairs drawn with ``seed`` if None.
         n_pairs: pairs that the means are taken over.
         n_test: test prompts for each target slot.
-        seed: of the pairs that the means are taken over; the test prompts have the next.
+        seed: of the pairs that the means are taken over, and of the draw of test prompts from them.
         offset: how far after its token a name reaches the SSM; see `name_means`.
         means: what `name_means` found, to save taking them again; then ``layer``, ``n_pairs``, ``seed`` and ``offset``
             are its own.
@@ -57,7 +60,8 @@ def name_steering(
     Returns:
         A row for each ``method``, ``source_slot`` and ``target_slot``: ``success`` (share of prompts), ``low`` and
         ``high`` (its bootstrap 95 % interval), ``n`` (prompts). Prompts with a name that has no mean in the source
-        slot are left out; where none is left, ``n`` is 0 and the rest is NaN.
+        slot are left out; where none is left, or none has its answer in the target slot, ``n`` is 0 and the rest is
+        NaN.
 
     Raises:
         ValueError: as `name_means`; and if no test prompt has names with means.
@@ -66,8 +70,10 @@ def name_steering(
     check_names(model, means.offset)
     n_test = whole_number(n_test, "n_test", least=1)
     rows = []
+    pool = mean_prompts(model, means.n_pairs, means.seed)
+    drawn = test_rows(pool, n_test, means.seed)
     for target in tqdm(SLOTS, desc="steering, by target slot", disable=not progress):
-        data = test_prompts(model, target, n_test, seed=means.seed + 1)
+        data = pool[drawn[target]]
         outcomes = _steer(model, data, means, target)
         for method, source in ((method, source) for method in METHODS for source in SLOTS):
             success, usable = outcomes[method, source]
@@ -91,18 +97,23 @@ def name_steering(
     return Result.create("name_steering", table, model=model, arguments=arguments, seed=means.seed)
 
 
-def test_prompts(model: MambaModel, target: int, n_test: int, *, seed: int) -> IOIDataset:
-    """The first ``n_test`` prompts that the seed draws and the target slot can be tested on."""
-    draws = 2 * n_test
-    while True:
-        data = IOIDataset.generate(model.tokenizer, draws, seed=seed, templates="all", symmetric=False)
-        fits = torch.ones(draws, dtype=torch.bool) if target > 3 else data.clean_names[:, target - 1] == data.answers
-        if fits.sum() >= n_test:
-            return data[fits.nonzero()[:n_test, 0]]
-        draws *= 2
+def test_rows(pool: IOIDataset, n_test: int, seed: int) -> dict[int, list[int]]:
+    """By target slot, ``n_test`` rows of the prompts, drawn with replacement from those that it can be tested on.
+
+    Every row for slots 4 and 5, those whose answer stands in the slot for the others; none where there are none.
+    """
+    rng = random.Random(seed)
+    drawn = {}
+    for target in SLOTS:
+        fits = torch.ones(len(pool), dtype=torch.bool)
+        if target <= 3:
+            fits = pool.clean_names[:, target - 1] == pool.answers
+        rows = fits.nonzero()[:, 0].tolist()
+        drawn[target] = [rows[int(rng.random() * len(rows))] for _ in range(n_test if rows else 0)]
+    return drawn
 
 
-test_prompts.__test__ = False  # its name is no reason for pytest to collect it
+test_rows.__test__ = False  # its name is no reason for pytest to collect it
 
 
 def _steer(
