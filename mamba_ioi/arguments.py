@@ -116,7 +116,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--pairs", type=_from_one, metavar="N", help="pairs of prompts (default: the paper's number)")
+    parser.add_argument(
+        "--pairs",
+        type=_from_one,
+        metavar="N",
+        help="pairs of prompts (default: as 'mamba-ioi list' says, which gives the paper's number where it is smaller)",
+    )
     parser.add_argument("--seed", type=_from_zero, default=27, help="of the prompts (default: 27)")
     parser.add_argument("--layer", type=_from_zero, help="layer to look at (default: the bottleneck that is found)")
     parser.add_argument(

@@ -124,6 +124,7 @@ def _list(arguments: argparse.Namespace) -> int:
         return 0
     for figure, maker in MAKERS.items():
         pairs = "" if maker.pairs is None else f"; {maker.pairs} pairs {maker.per_pair}".rstrip()
+        pairs += f" (the paper: {maker.paper})" if maker.paper else ""
         needs = "" if maker.needs_mamba else "; any causal language model"
         layer = "; one layer" if maker.takes_layer else ""
         _say(f"{figure:12} {maker.experiment:27} {maker.shows}{pairs}{layer}{needs}")

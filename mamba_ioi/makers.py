@@ -23,7 +23,7 @@ class Settings:
 
     Attributes:
         model: as for `load_model`.
-        pairs: how many pairs, instead of the paper's number.
+        pairs: how many pairs, instead of each figure's own number.
         seed: of the prompts.
         layer: the layer to look at where one is needed, instead of the bottleneck.
         device: where to compute; the CPU unless given.
@@ -53,8 +53,9 @@ class Maker:
         shows: what the figure shows, in a line.
         columns: of the result's table.
         make: computes the result.
-        pairs: the paper's number of pairs; None where no number of them can be chosen.
+        pairs: how many pairs it takes if no other number is asked for; None where no number of them can be chosen.
         per_pair: what ``pairs`` counts, where it is not the pairs of the whole experiment.
+        paper: how many pairs the paper takes, where that is another number.
         draws: whether prompts are drawn, so that the seed matters.
         takes_layer: whether it looks at one layer.
         needs_mamba: whether it works on Mambas only.
@@ -66,6 +67,7 @@ class Maker:
     make: Callable[[CausalLM, Settings], Result]
     pairs: int | None = None
     per_pair: str = ""
+    paper: str = ""
     draws: bool = True
     takes_layer: bool = False
     needs_mamba: bool = True
@@ -115,7 +117,7 @@ def _circuit(name: str, experiment: str, shows: str, columns: str, **options: An
         result = getattr(pipeline, name)(model, **arguments)
         return _beside_the_paper(result, model.model_id)
 
-    return Maker(experiment, shows, tuple(columns.split()), make, pairs=80, **options)
+    return Maker(experiment, shows, tuple(columns.split()), make, pairs=200, **options)
 
 
 def _beside_the_paper(result: Result, model_id: str) -> Result:
@@ -136,6 +138,7 @@ def _beside_the_paper(result: Result, model_id: str) -> Result:
 
 
 _EFFECTS = "corruption layer position label effect low high n"
+_OF_EACH = "10 of each corruption"
 _SCORES = "accuracy accuracy_low accuracy_high probability low high n"
 
 MAKERS: dict[str, Maker] = {
@@ -148,15 +151,18 @@ MAKERS: dict[str, Maker] = {
         draws=False,
         needs_mamba=False,
     ),
-    "fig4": _experiment("resample_ablation", "which layer inputs matter, by position", _EFFECTS, pairs=80),
+    "fig4": _experiment(
+        "resample_ablation", "which layer inputs matter, by position", _EFFECTS, pairs=80, paper=_OF_EACH
+    ),
     "fig5": _experiment(
-        "layer_removal", "the answer without each layer", f"layer {_SCORES}", pairs=40, needs_mamba=False
+        "layer_removal", "the answer without each layer", f"layer {_SCORES}", pairs=40, paper="10", needs_mamba=False
     ),
     "fig5_greedy": _experiment(
         "greedy_layer_removal",
         "the answer as layer after layer is removed",
         f"step layer {_SCORES}",
         pairs=40,
+        paper="10",
         needs_mamba=False,
     ),
     "fig6": _experiment(
@@ -177,6 +183,7 @@ MAKERS: dict[str, Maker] = {
         "which tap of the conv brings the names",
         "corruption slice position label effect low high n",
         pairs=80,
+        paper=_OF_EACH,
         takes_layer=True,
     ),
     "fig9": _experiment(
@@ -195,8 +202,12 @@ MAKERS: dict[str, Maker] = {
         per_pair="times 125",
         takes_layer=True,
     ),
-    "fig10": _experiment("resample_ablation_h", "which SSM states matter, by position", _EFFECTS, pairs=80),
-    "fig11": _experiment("resample_ablation_out_proj", "which layer outputs matter, by position", _EFFECTS, pairs=80),
+    "fig10": _experiment(
+        "resample_ablation_h", "which SSM states matter, by position", _EFFECTS, pairs=80, paper=_OF_EACH
+    ),
+    "fig11": _experiment(
+        "resample_ablation_out_proj", "which layer outputs matter, by position", _EFFECTS, pairs=80, paper=_OF_EACH
+    ),
     "fig12": _sizes("ssm_internals", "inside the selective SSM, with its hook points"),
     "appd1": _circuit(
         "edge_matrices",

@@ -54,7 +54,7 @@ def parts(n_layers: int = 6) -> Result:
     random, table = np.random.default_rng(1), edge_table(Graph(n_layers, fine=True).edges())
     table["kept"] = random.uniform(size=len(table)) < 0.4
     table["effect"] = np.where(table["kept"], random.exponential(0.05, len(table)), np.nan)
-    graph = {"n_layers": n_layers, "fine": True, "length": None}
+    graph = {"n_layers": n_layers, "fine": True, "length": None, "ssm": "states"}
     circuit = known(int(table["kept"].sum()), len(table))
     return circuit_result("layer_parts", table, n_layers, circuit=circuit, graph=graph)
 

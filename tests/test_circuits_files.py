@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -47,6 +48,18 @@ def test_an_acdc_table_survives(tmp_path: Path) -> None:
     again = Circuit.load(authors.save(tmp_path / "acdc.json"))
     pd.testing.assert_frame_equal(again.table, authors.table)
     assert again.table.effect.isna().sum() == 1609 - 293 - 11
+
+
+def test_what_the_ssm_edge_carries_is_in_the_file(tmp_path: Path) -> None:
+    """A file of the version before, which knew the conv's output only, says nothing of it."""
+    path = replace(FINE, ssm="states").save(tmp_path / "circuit.json")
+    assert Circuit.load(path).graph == Graph(3, True, None, "states")
+    stored = json.loads(FINE.save(path).read_text())
+    path.write_text(json.dumps({key: value for key, value in stored.items() if key != "ssm"} | {"format_version": 1}))
+    assert Circuit.load(path).graph == FINE.graph == Graph(3, True)
+    path.write_text(json.dumps({key: value for key, value in stored.items() if key != "ssm"}))
+    with pytest.raises(ValueError, match="no complete circuit"):
+        Circuit.load(path)
 
 
 def test_files_that_are_no_circuits_are_refused(tmp_path: Path) -> None:
@@ -160,6 +173,15 @@ def test_comparisons() -> None:
     circuit = reference.eap_circuit()
     table = reference.compare_circuit(circuit)
     assert (table.jaccard == 1).all() and table.shared[0] == 188
+    pruned = reference.compare_circuit(circuit.pruned())
+    assert (pruned.jaccard == 1).all() and pruned.shared[0] == 188 - 7 and "ssm" not in pruned
+    whole = reference.acdc_circuit()
+    slices = [("1", "1.conv[0]"), ("28", "28.conv[-2]")]  # kept by the authors' test, and pruned without conv -> ssm
+    more = replace(whole, edges=(*whole.edges, *slices))
+    assert len(more.pruned()) == 366 and len(more.on_paths()) == 364 and len(replace(more, ssm="conv").pruned()) == 364
+    for one in (more, replace(more, ssm="conv")):
+        compared = reference.compare_circuit(one)
+        assert (compared.jaccard == 1).all() and compared.theirs[0] == 364 and set(compared.ssm) == {one.ssm}
     fine = reference.compare_circuit(reference.acdc_circuit()).set_index("kind")
     assert fine.shared["conv"] == 51 and fine.shared["layer -> layer"] == 124 and (fine.jaccard == 1).all()
     with pytest.raises(ValueError, match="48 layers"):

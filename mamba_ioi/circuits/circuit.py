@@ -88,6 +88,15 @@ class Circuit:
         graph = self.graph
         return self._with(graph.edges(graph.prune(graph.mask(self.edges))))
 
+    def on_paths(self) -> Circuit:
+        """The circuit's edges that lie on a path of kept edges from embed to output, as the authors prune.
+
+        Those of `pruned`, but for slices whose conv -> ssm is cut where ``ssm`` is ``states``: they still reach the
+        output through C and D x, along no edge.
+        """
+        graph = replace(self.graph, ssm="conv")
+        return self._with(graph.edges(graph.prune(graph.mask(self.edges))))
+
     def without(self, edges: Iterable[Edge]) -> Circuit:
         """The circuit without these edges; ``(src, dst)`` takes all positions of an edge away."""
         graph = self.graph

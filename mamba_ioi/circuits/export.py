@@ -34,7 +34,7 @@ def to_mib(path: str | os.PathLike[str], circuit: Circuit, *, d_model: int, scor
     known: dict[tuple[str, str], float] = {}
     if scores is not None:
         scored, values = scored_graph(scores, circuit.n_layers)
-        if scored != graph:
+        if scored.fine or scored.length is not None:
             raise ValueError("the MIB format needs scores without positions and without nodes inside layers")
         known = dict(zip(graph.pairs, values.flatten().tolist(), strict=True))
     elif "score" in circuit.table:

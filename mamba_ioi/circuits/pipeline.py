@@ -1,6 +1,8 @@
 """From a model to the results that the paper's circuit figures show: App. D.1, D.2, D.3 and Section 4.4.
 
 Each function draws pairs, scores edges on them, finds a circuit, and judges it on held-out pairs beside a random one.
+Edges are scored and cut as the authors do it, since their numbers stand beside these for mamba-370m: ``eap`` in its
+variant ``paper``, and in ACDC the edges conv -> ssm by their states (``ssm="states"``). ``meta`` says both.
 The Result's table lists edges; ``meta["circuit"]`` says how many were found and how well they do. `circuit_of` gives
 the Circuit back from a stored result.
 """
@@ -23,7 +25,9 @@ from .evaluate import evaluate, last_position_only
 from .pairs import HELD_OUT_PAIRS
 from .search import minimal_circuit
 
-PAIRS, TARGET, THRESHOLD = 80, 0.85, 1e-4
+PAIRS, TARGET, THRESHOLD = 200, 0.85, 1e-4
+"""The paper's: pairs, in both directions; the accuracy asked for; the threshold of ACDC."""
+VARIANT = "paper"
 EXACT_EDGES = 200
 """Graphs of up to so many edges have each edge's effect measured alone; of larger ones, the circuit's by ACDC."""
 
@@ -33,7 +37,7 @@ def edge_matrices(model, *, pairs: int | None = None, seed: int = 27, progress: 
 
     Args:
         model: a model from `load_model`, of any kind.
-        pairs: how many pairs to score on, 80 if not given; the held-out ones, of the next seed, are 100.
+        pairs: how many pairs to score on, 200 if not given; the held-out ones, of the next seed, are 100.
         seed: of the pairs.
         progress: show bars.
 
@@ -42,7 +46,7 @@ def edge_matrices(model, *, pairs: int | None = None, seed: int = 27, progress: 
         where it was not measured: ``meta["effects"]`` says how it was).
     """
     data = _data(model, pairs, seed)
-    scores = eap(model, data, progress=progress)
+    scores = eap(model, data, variant=VARIANT, progress=progress)
     circuit = minimal_circuit(model, data, scores, TARGET)
     table = scores.table.assign(kept=_kept(scores.table, circuit))
     if len(table) <= EXACT_EDGES:
@@ -63,11 +67,13 @@ def layer_parts(model, *, pairs: int | None = None, seed: int = 27, progress: bo
         progress: show bars.
 
     Returns:
-        A Result, a row an edge of the fine graph: src, dst, position (-1), kept, effect.
+        A Result, a row an edge of the fine graph: src, dst, position (-1), kept, effect. ``meta["circuit"]`` counts
+        also the edges ``on_paths`` of kept edges, which is how the authors count: a slice without conv -> ssm, whose
+        cut changes the run through C and D x, is not among those.
     """
     data = _data(model, pairs, seed)
-    start = minimal_circuit(model, data, eap(model, data, progress=progress), TARGET)
-    circuit = acdc(model, data, start, THRESHOLD, progress=progress)
+    start = minimal_circuit(model, data, eap(model, data, variant=VARIANT, progress=progress), TARGET)
+    circuit = acdc(model, data, start, THRESHOLD, ssm="states", progress=progress)
     return _result("layer_parts", model, circuit.table, circuit, data, seed, pairs)
 
 
@@ -92,7 +98,7 @@ def positional_circuit(model, *, pairs: int | None = None, seed: int = 27, progr
 def last_position(
     model, *, pairs: int | None = None, seed: int = 27, layer: int | None = None, progress: bool = False
 ) -> Result:
-    """Section 4.4: the positional circuit, held out, without the edges of one layer before the last position.
+    """Section 4.4: the positional circuit without the edges of one layer before the last position.
 
     Args:
         model: a model from `load_model`; a Mamba if ``layer`` is not given.
@@ -102,12 +108,18 @@ def last_position(
         progress: show bars.
 
     Returns:
-        The Result of `last_position_only`.
+        The Result of `last_position_only` on held-out pairs; ``meta["found_on"]`` holds the rows of its table on the
+        pairs that the circuit was found on, which is what the paper gives.
     """
     data = _data(model, pairs, seed)
     layer = bottleneck(model, data, progress=progress) if layer is None else layer
     _, circuit = _positional(model, data, progress)
-    return last_position_only(model, _data(model, HELD_OUT_PAIRS, seed + 1), circuit, layer)
+    found_on, result = (
+        last_position_only(model, pairs_of, circuit, layer)
+        for pairs_of in (data, _data(model, HELD_OUT_PAIRS, seed + 1))
+    )
+    extra = {"found_on": found_on.table.to_dict("records"), "variant": VARIANT}
+    return Result(result.table, result.meta | extra)
 
 
 def circuit_of(result: Result) -> Circuit:
@@ -132,6 +144,7 @@ def circuit_of(result: Result) -> Circuit:
         known["nld"],
         table,
         {"found_by": known["found_by"]},
+        graph.get("ssm", "conv"),
     )
 
 
@@ -142,7 +155,7 @@ def _data(model, pairs: int | None, seed: int) -> IOIDataset:
 
 
 def _positional(model, data: IOIDataset, progress: bool) -> tuple[Result, Circuit]:
-    scores = eap(model, data, positional=True, progress=progress)
+    scores = eap(model, data, positional=True, variant=VARIANT, progress=progress)
     return scores, minimal_circuit(model, data, scores, TARGET)
 
 
@@ -166,6 +179,7 @@ def _result(
     known = {
         "n_edges": len(circuit),
         "of": len(graph),
+        "on_paths": len(circuit.on_paths()),
         "accuracy": circuit.accuracy,
         "nld": circuit.nld,
         "found_by": circuit.meta["found_by"],
@@ -180,10 +194,10 @@ def _result(
         experiment,
         table,
         model=model,
-        arguments={"pairs": PAIRS if pairs is None else pairs},
+        arguments={"pairs": PAIRS if pairs is None else pairs, "variant": VARIANT},
         seed=seed,
         circuit=known,
-        graph={"n_layers": graph.n_layers, "fine": graph.fine, "length": graph.length},
+        graph=graph.stored(),
         position_labels=data.position_labels,
         n_rows=len(data.clean_tokens),
         **extra,

@@ -1,6 +1,6 @@
 """The node-level experiments of the paper: each a function from a model and prompts to a `Result`.
 
-`EXPERIMENTS` holds them by name, with the figure they are drawn in and the paper's parameters.
+`EXPERIMENTS` holds them by name, with the figure they are drawn in and the parameters they are run with there.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment with the paper's parameters, to be called with a model.
+    """An experiment with its figure's parameters, to be called with a model.
 
     Attributes:
         function: the experiment.
         figure: the figure that shows it, in the paper's numbering: ``fig4``; ``fig5_greedy`` for a second panel.
         input: what the function gets: ``pairs`` drawn uniformly, ``balanced`` pairs (as many of each template and
             corruption), ``prompts`` (a few texts), or ``names`` (nothing: it draws its own pairs).
-        pairs: how many pairs the paper uses (``balanced``: of each template and corruption).
+        pairs: how many pairs are drawn (``balanced``: of each template and corruption), at least the paper's number.
         multiple: how many pairs to draw for each of ``pairs``, so that means over names are over enough of them.
         templates: which templates the pairs are of.
         takes_layer: whether it looks at one layer, the bottleneck unless one is named.
@@ -81,7 +81,7 @@ class Experiment:
 
         Args:
             model: the model, with its tokenizer.
-            pairs: how many pairs, instead of the paper's number (where means of names are taken: times ``multiple``).
+            pairs: how many pairs, instead of its own number (where means of names are taken: times ``multiple``).
             seed: of the prompts; it is kept in ``meta``.
             layer: the layer to look at, instead of the bottleneck.
             progress: show bars.

@@ -9,6 +9,10 @@ from typing import Any
 from .evidence import Finding, Number, Results, Table, plural, shown
 from .layers import LAYER_UNKNOWN, found_bottleneck
 
+CUTS = {
+    "conv": "resampling the conv's output, and with it x, B, C and delta",
+    "states": "overwriting all states h with the corrupt run's, C and D x staying live",
+}
 TENTH = 0.1
 LOSS = 0.05
 HALF = 0.5
@@ -80,18 +84,28 @@ def cut(results: Results, paper: dict[str, Any] | None) -> Finding:
         sentence += f" As the circuit itself misses the accuracy of {TARGET}, this decides nothing."
     known = (paper or {}).get("positional", {})
     theirs = {"whole": known, "cut": known.get("only_last_of_39", {})}
-    words = {"whole": "whole circuit", "cut": "cut circuit"}
-    numbers = tuple(
-        Number(
-            f"{words[name]}, {measure}",
-            row[column],
-            row.get(f"{column}_low"),
-            row.get(f"{column}_high"),
-            n,
-            theirs[name].get(column),
-        )
-        for name, row in (("whole", whole), ("cut", without))
-        for column, measure in (("accuracy", "accuracy"), ("nld", "NLD"))
+    found_on = {row["circuit"]: row for row in result.meta.get("found_on", ())}
+
+    def measures(name: str, row: Mapping, where: str, n: int | None, theirs: Mapping) -> list[Number]:
+        return [
+            Number(
+                f"{name} circuit, {measure}{where}",
+                row[column],
+                row.get(f"{column}_low"),
+                row.get(f"{column}_high"),
+                n,
+                theirs.get(column),
+            )
+            for column, measure in (("accuracy", "accuracy"), ("nld", "NLD"))
+        ]
+
+    numbers = (
+        *(number for name in ("whole", "cut") for number in measures(name, table.loc[name], "", n, {})),
+        *(
+            number
+            for name, row in found_on.items()
+            for number in measures(name, row, ", on the pairs it was found on", None, theirs.get(name, {}))
+        ),
     )
     counts = (Number("edges, whole circuit", int(whole.n_edges)), Number("edges cut", gone))
     rule = f"the circuit's accuracy reaches {TARGET}, and accuracy and NLD fall by at most {LOSS} each"
@@ -102,27 +116,46 @@ def minimal(results: Results, paper: dict[str, Any] | None) -> Finding:
     """Appendix D.1: the minimal circuit by EAP."""
     known: dict[str, Any] = {}
     if paper:
+        from ..reference import eap_circuit
+
         eap = paper["eap"]
         _, nld, accuracy = next(row for row in eap["curve"] if row[0] == eap["kept"])
-        known = {"n_edges": eap["kept"], "of": eap["edges"], "accuracy": accuracy, "nld": nld}
+        dead = len(eap_circuit()) - len(eap_circuit().pruned())
+        known = {
+            "prefix": eap["kept"],
+            "n_edges": eap["kept"] - dead,
+            "of": eap["edges"],
+            "accuracy": accuracy,
+            "nld": nld,
+        }
     return _circuit("appd1", results, "EAP", known, {})
 
 
 def fine(results: Results, paper: dict[str, Any] | None) -> Finding:
     """Appendix D.2: ACDC inside the layers."""
-    acdc = (paper or {}).get("acdc", {})
-    known = {"n_edges": acdc["kept"], "of": acdc["edges"]} if acdc else {}
+    cut = results["appd2"].meta.get("graph", {}).get("ssm", "conv")
+    acdc = (paper or {}).get("acdc", {}) if cut == "states" else {}
+    known = {"on_paths": acdc["kept"], "of": acdc["edges"]} if acdc else {}
     held_out = {"accuracy": acdc.get("held_out_accuracy"), "nld": acdc.get("held_out_nld")}
-    return _circuit("appd2", results, "ACDC, with the layers' parts", known, held_out)
+    remark = f" The edge conv -> ssm was cut by {CUTS[cut]}."
+    if acdc:
+        remark += (
+            " The authors cut it so, too. Their held-out numbers may leave cut slices out, as such scores do in the "
+            "version of their code that could be run."
+        )
+    return _circuit("appd2", results, "ACDC, with the layers' parts", known, held_out, remark)
 
 
 def positional(results: Results, paper: dict[str, Any] | None) -> Finding:
     """Appendix D.3: the minimal circuit by positional EAP."""
     known = (paper or {}).get("positional", {})
-    return _circuit("appd3", results, "positional EAP", {"of": known.get("edges")}, known)
+    found_on = {"of": known.get("edges"), "accuracy": known.get("accuracy"), "nld": known.get("nld")}
+    return _circuit("appd3", results, "positional EAP", found_on, {})
 
 
-def _circuit(figure: str, results: Results, method: str, known: Mapping, known_held_out: Mapping) -> Finding:
+def _circuit(
+    figure: str, results: Results, method: str, known: Mapping, known_held_out: Mapping, remark: str = ""
+) -> Finding:
     result = results[figure]
     circuit = result.meta["circuit"]
     held_out = circuit["held_out"]
@@ -148,7 +181,7 @@ def _circuit(figure: str, results: Results, method: str, known: Mapping, known_h
         )
         if wrong
     ]
-    sentence += f": {', and '.join(short)}." if short else "."
+    sentence += (f": {', and '.join(short)}." if short else ".") + remark
     rule = (
         f"at most half of the edges; held out, the accuracy's interval reaches {target:g} and lies above that of a "
         f"random circuit of as many edges"
@@ -168,7 +201,13 @@ def _circuit(figure: str, results: Results, method: str, known: Mapping, known_h
         ]
 
     own = {"accuracy": circuit["accuracy"], "nld": circuit["nld"], "n_rows": result.meta.get("n_rows")}
+    counts = {"prefix": "edges of the ranking up to there", "on_paths": "edges kept, on a path of kept edges"}
     numbers = [
+        *(
+            Number(what, int(circuit[key]), paper=known[key])
+            for key, what in counts.items()
+            if key in known and key in circuit
+        ),
         Number("edges kept", count, paper=known.get("n_edges")),
         Number("edges of the graph", of, paper=known.get("of")),
         *scores("on the pairs it was found on", own, known),

@@ -67,6 +67,8 @@ def steering(results: Results, paper: dict[str, Any] | None) -> Finding:
     if not holds:
         weak = main.value < HALF
         sentence += " Steering at that one position is weak." if weak else f" That is less than {STEERED}."
+    if known:
+        sentence += f" The paper's numbers for replacing are read off its picture, ±{known['replace_precision']}."
     every = tuple(map(cell, table.itertuples()))
     rule = f"subtract and add wins in at least {STEERED} of the tests within slots 1 to 3"
     return Finding("fig9", holds, sentence, rule, tuple(blocks.values()), every)
