@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mamba_ioi import circuits, experiments, memory
+from mamba_ioi.circuits.measure import References, reference_bytes
+from mamba_ioi.circuits.pairs import Pairs
 from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.model import MambaModel, wrap
 
@@ -90,3 +92,19 @@ def test_what_a_gradient_pass_keeps_is_estimated(model, data, estimate, monkeypa
     skipped = int((one.clean_tokens != one.corrupt_tokens)[0].nonzero()[0]) if estimate == "eap" else 0
     estimated = memory.backward_bytes(model, one.clean_tokens.shape[1] - skipped)
     assert estimated / 4 < floats < estimated
+
+
+@pytest.mark.parametrize("ssm", ["conv", "states"])
+@pytest.mark.parametrize("fine", [False, True])
+def test_what_is_held_of_a_prompt_is_estimated(model, data, fine: bool, ssm: str) -> None:
+    graph = circuits.Graph(model.n_layers, fine, None, ssm)
+    pairs = Pairs.of(model, data)
+    held = References.of(model, graph, pairs, torch.ones(len(graph.pairs), 1, dtype=torch.bool))
+    states = [tensor for pair in held.corrupt.begins.states or () for tensor in pair if tensor is not None]
+    inner = [tensor for layer in held.corrupt.inner for tensor in layer.values()]
+    tensors = [*held.corrupt.sources, *inner, *held.known.sources, *states]
+    floats = sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values()) / 2
+    run = pairs.length - held.corrupt.begins.position
+    estimated = len(pairs) * reference_bytes(model, graph, pairs.length)
+    assert 0.6 * estimated * run / pairs.length < floats <= estimated
+    assert len(inner) == (0 if not fine else model.n_layers * (4 if ssm == "conv" else 5))

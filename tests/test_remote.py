@@ -238,6 +238,8 @@ def test_circuits_agree_with_local_ones(there: MambaModel, local: MambaModel, da
     scores = circuits.eap(local, data, steps=1)
     start = circuits.minimal_circuit(local, data, scores)
     assert circuits.minimal_circuit(there, data, scores).edges == start.edges
+    found, expected = (circuits.acdc(model, data, start, 1e-2, ssm="states") for model in (there, local))
+    assert found.edges == expected.edges
     found, expected = (circuits.acdc(model, data, start, 1e-2) for model in (there, local))
     assert found.edges == expected.edges
     pd.testing.assert_frame_equal(found.table, expected.table, check_exact=False, rtol=0, atol=1e-5)

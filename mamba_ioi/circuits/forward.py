@@ -179,7 +179,7 @@ class Record(Pass):
         if self.ssm == "conv":
             values["ssm_output"] = scan.peek("ssm_output")
         else:
-            values |= {"ssm_input": scan.x, "delta": scan.peek("delta"), "B": scan.B}
+            values |= {"ssm_input": scan.x, "delta": scan.peek("delta"), "B": scan.B.clone()}
         self.inner.append(values)
 
     def leave(self, layer, resid, added):
