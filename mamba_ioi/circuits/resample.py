@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..scan import discretize_A, discretize_B, read_out
+from ..scan import discretize_A, discretize_B
 from ..stages import ScanStages, conv_terms
 from .forward import Pass, Run, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
@@ -140,7 +140,7 @@ class Resampled(Pass):
             scan.hold(lambda t, h: blend(there.at(t), h, at(kept, t)[..., None, None]), cut)
         if (read != 1).any():
             C = scan.C.unflatten(0, (-1, len(there.x)))
-            corrupt = [read_out(there.at(t), C[:, :, t]) for t in range(length)]
+            corrupt = [torch.matmul(there.at(t), C[:, :, t, :, None]).squeeze(-1) for t in range(length)]
             scan.set("y", blend(torch.stack(corrupt, dim=2), scan.peek("y"), read[..., None]))
 
 
@@ -171,7 +171,7 @@ def at(weights: Float[Tensor, "C R w"], position: int) -> Float[Tensor, "C R"]:
     return weights[..., position if weights.shape[-1] > 1 else 0]
 
 
-def blend(there: Float[Tensor, "... B *value"], live: Float[Tensor, "rows *value"], weight: Tensor) -> Tensor:
+def blend(there: Tensor, live: Float[Tensor, "rows *value"], weight: Tensor) -> Float[Tensor, "rows *value"]:
     """``weight`` of the live value and the rest of the corrupt one, row by row, for C candidates on B prompts each.
 
     Args:

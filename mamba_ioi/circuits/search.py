@@ -45,7 +45,8 @@ def scored_graph(
     positions = table.position if "position" in table else pd.Series(-1, index=table.index)
     length = int(positions.max()) + 1 if len(table) and positions.max() >= 0 else None
     if ssm is None:
-        ssm = scores.meta.get("graph", {}).get("ssm", "conv") if isinstance(scores, Result) else "conv"
+        known = scores.meta.get("graph", {}) if isinstance(scores, Result) else {}
+        ssm = str(known.get("ssm", "conv"))
     graph = Graph(n_layers, bool(table.src.str.contains(".", regex=False).any()), length, ssm)
     values = torch.full((len(graph.pairs), graph.width), math.nan, dtype=torch.float64)
     for src, dst, position, score in zip(table.src, table.dst, positions, table.score, strict=True):
