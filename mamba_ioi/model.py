@@ -18,12 +18,13 @@ from transformers import __version__ as TRANSFORMERS
 
 from .anatomy import Anatomy, find_anatomy, output_logits, relative_difference, stream_differences
 from .batching import model_input
-from .checkpoints import empty_tokenizer, one_line, read_checkpoint, read_config, read_tokenizer, refuse_missing
+from .checkpoints import empty_tokenizer, read_checkpoint, read_config, read_tokenizer, refuse_missing
 from .location import logits_of, take_over
 from .served import Served, ServedEnvoy
 from .sites import ModelSites, envoys, missing_operations
 from .stages import ScanStages
 from .touched import hooks, refuse_touched
+from .weights import DTYPES, dtype_name, one_line, refuse_not_finite
 
 if TYPE_CHECKING:
     from .remote import Remote
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 OLDEST_TRANSFORMERS = (5, 15)
 PACKAGED = Path(__file__).parent / "zoo" / "tiny"
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _version = tuple(int(part) for part in TRANSFORMERS.split(".")[:2])
 if _version < OLDEST_TRANSFORMERS:
@@ -270,14 +269,16 @@ def load_model(
             a local directory, or a Hub id. The original state-spaces layout is converted on the way. Another causal
             language model (GPT-2, Llama) loads too, without the sites of a Mamba.
         device: where to put it; the CPU unless given.
-        dtype: precision of the weights, e.g. ``torch.bfloat16`` or ``"float32"``; the checkpoint's unless given.
+        dtype: precision of the weights, e.g. ``torch.bfloat16`` or ``"float32"``; unless given, the one that the
+            checkpoint's config names, or a wider one if it stores its weights in that.
         revision: the Hub revision.
         remote: build the model without weights; its traces, and every experiment, run on the NDIF server that nnsight
             is configured for (True), or on the one with this URL. Precision and place are the server's own.
 
     Raises:
-        ValueError: for a model that is not there, cannot be read, or has another architecture, and for a Mamba whose
-            slow path does not reproduce the untouched model's logits.
+        ValueError: for a model that is not there, cannot be read, or has another architecture; naming the first tensor
+            that is missing, left over, of another shape, not finite, or beyond what ``dtype`` holds; and for a Mamba
+            whose slow path does not reproduce the untouched model's logits.
     """
     dtype = _as_dtype(dtype)
     device = _as_device(device)
@@ -291,8 +292,8 @@ def load_model(
     refuse_missing(source)
     if remote:
         return _wrap_remote(source, revision, remote)
-    module, tokenizer = read_checkpoint(source, revision)
-    module = module.to(device=device, dtype=dtype).eval()
+    module, tokenizer = read_checkpoint(source, revision, dtype)
+    module = module.to(device=device).eval()
     return wrap(module, tokenizer, model_id=str(name), revision=revision)
 
 
@@ -411,6 +412,9 @@ def check_slow_path(model: MambaModel) -> float:
         ValueError: naming the first site that differs, or saying that the logits are not finite.
     """
     differences = {site: float(difference) for site, difference in slow_path_differences(model).items()}
+    if list(differences) == ["hook_logits"]:
+        for name, parameter in model._module.named_parameters():
+            refuse_not_finite(name, parameter.detach(), parameter.dtype)
     return judge_slow_path(model.model_id, differences, model.dtype)
 
 
@@ -437,7 +441,10 @@ def judge_slow_path(model_id: str, differences: Mapping[str, float], dtype: torc
         ValueError: as `check_slow_path`.
     """
     if list(differences) == ["hook_logits"]:
-        raise ValueError(f"{model_id} gives logits that are not finite: its weights hold NaN or infinite values")
+        raise ValueError(
+            f"{model_id} gives logits that are not finite in {dtype_name(dtype)}, which holds nothing beyond "
+            f"{torch.finfo(dtype).max:g}, unless its weights hold NaN: load it with another dtype, such as float32"
+        )
     for site, difference in differences.items():
         if not difference <= slow_path_tolerance(dtype):
             raise ValueError(
@@ -517,8 +524,8 @@ def _wrap_remote(source: str, revision: str | None, target: bool | str) -> Mamba
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}")
+    if dtype is not None and found not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(dtype_name, DTYPES))}")
     return found
 
 
