@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import torch
 from jaxtyping import Int
 from nnsight import TransformersModel
 from torch import Tensor, nn
-from transformers import AutoConfig, MambaForCausalLM
+from transformers import AutoConfig, MambaForCausalLM, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS
 
 from .anatomy import Anatomy, find_anatomy, output_logits, relative_difference, stream_differences
@@ -41,6 +43,19 @@ if _version < OLDEST_TRANSFORMERS:
     )
 
 
+class _Travels:
+    """Stands first in what is pickled of a model: nnsight sends a reference in its place, and others are refused."""
+
+    def __init__(self) -> None:
+        self._persistent_id = "Interleaver"
+
+    def __reduce__(self):
+        raise ValueError(
+            "a model is not pickled: save its weights by model._module.save_pretrained(folder), its tokenizer by "
+            "model.tokenizer.save_pretrained(folder), and load them by load_model(folder)"
+        )
+
+
 class CausalLM(Served, TransformersModel):
     """Any causal language model: what the experiments that need no Mamba work on (layer removal, residual edges)."""
 
@@ -54,8 +69,28 @@ class CausalLM(Served, TransformersModel):
         self._built = True
 
     def __getstate__(self) -> dict:
-        """What travels to a server: there, traces run where the model is."""
-        return TransformersModel.__getstate__(self) | {"remote": None}
+        """What travels to a server: there, traces run where the model is. An ordinary pickle is refused."""
+        return {"_travels": _Travels()} | TransformersModel.__getstate__(self) | {"remote": None}
+
+    def __deepcopy__(self, memo: dict) -> CausalLM:
+        """A model with weights of its own; of a remote one, another client.
+
+        Raises:
+            ValueError: if the model carries edits, which name the model that they were written for.
+        """
+        if self._edits:
+            raise ValueError("a model with edits has no copy: call its clear_edits() first, and edit the copy anew")
+        if self.remote is not None:
+            model = _wrap_remote(self.model_id, self.revision, self.remote.target)
+        else:
+            module, tokenizer = copy.deepcopy((self._module, self.tokenizer), memo)
+            model = _trace_module(module, tokenizer)
+            model.repo_id, model.revision = self.repo_id, self.revision
+        model.memory = self.memory
+        if hasattr(self, "planted"):
+            model.planted = self.planted
+        memo[id(self)] = model
+        return model
 
     memory: int | None = None
     """How many bytes an experiment may use, about; None: half of what is free. Results do not depend on it."""
@@ -326,20 +361,65 @@ def planted(n_layers: int = 6, layer: int = 3, slice: int = -1, n_names: int = 2
 def wrap(module: nn.Module, tokenizer, *, model_id: str, revision: str | None = None) -> MambaModel | CausalLM:
     """Make an nnsight model of a transformers model in memory, and check it.
 
+    The model may be spread over devices and the disk by a ``device_map``.
+
     Raises:
-        ValueError: if a Mamba's mixers lack an operation that the sites stand on, its slow path gives other logits, or
-            its logits do not follow from its residual stream. (Of other models, what needs that refuses.)
+        ValueError: if the model is compiled or has no weights; if a Mamba's activation is not silu, its mixers lack an
+            operation that the sites stand on, its slow path gives other logits, or its logits do not follow from its
+            residual stream. (Of other models, what needs that refuses.)
     """
-    is_mamba = isinstance(module, MambaForCausalLM)
-    model = _trace(module, tokenizer, is_mamba, device=module.device)
+    _refuse_untraceable(module)
+    model = _trace_module(module, tokenizer)
     model.repo_id, model.revision = model_id, revision
-    if is_mamba:
+    if isinstance(model, MambaModel):
         check_slow_path(model)
     if not any(hooks(model)):
         check_stream(model)
-        if is_mamba and model.anatomy.broken:
+        if model.is_mamba and model.anatomy.broken:
             raise ValueError(model.anatomy.broken)
     return model
+
+
+def _refuse_untraceable(module: nn.Module) -> None:
+    """Refuse a module in memory whose forward nnsight cannot look into, or that has no weights.
+
+    Raises:
+        ValueError: naming the part and what would be right.
+    """
+    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
+        forward = vars(part).get("forward")
+        if hasattr(part, "_orig_mod") or part._compiled_call_impl or hasattr(forward, "_torchdynamo_orig_callable"):
+            what = f"its {name}" if name else "the model"
+            raise ValueError(f"{what} is compiled by torch.compile, and no trace sees inside: wrap the uncompiled model")
+    if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
+        raise ValueError(f"a model in memory is a transformers model with a head, not a {type(module).__name__}")
+    for name, part in module.named_modules():
+        if not hasattr(part, "_hf_hook") and any(own.is_meta for own in part.parameters(recurse=False)):
+            raise ValueError(f"the model has no weights: those of its {name or type(module).__name__} are on 'meta'")
+
+
+def _trace_module(module: nn.Module, tokenizer) -> MambaModel | CausalLM:
+    """The nnsight model of a module in memory."""
+    with _placed(module) as device:
+        return _trace(module, tokenizer, isinstance(module, MambaForCausalLM), **device)
+
+
+@contextmanager
+def _placed(module: nn.Module) -> Iterator[dict]:
+    """Where nnsight's pipeline shall put the module: where it is, or nowhere if accelerate's hooks move its weights."""
+    if not hasattr(module, "_hf_hook") and getattr(module, "hf_device_map", None) is None:
+        yield {"device": module.device}
+        return
+    own = vars(module).get("hf_device_map")
+    places = [place for place in (own or {}).values() if place != "disk"]
+    module.hf_device_map = {"": places[0] if places else "cpu"}  # pyright: ignore[reportArgumentType]
+    try:
+        yield {}
+    finally:
+        if own is None:
+            del module.hf_device_map
+        else:
+            module.hf_device_map = own
 
 
 def _trace(source: nn.Module | str, tokenizer, is_mamba: bool, **kwargs) -> MambaModel | CausalLM:
@@ -356,14 +436,17 @@ def _trace(source: nn.Module | str, tokenizer, is_mamba: bool, **kwargs) -> Mamb
 
 
 def refuse_other_operations(model: MambaModel) -> None:
-    """Refuse a transformers whose mixer does not have the operations that the sites stand on.
+    """Refuse a mixer with another activation, or a transformers whose mixer lacks operations that the sites stand on.
 
     This looks into every mixer, after which nnsight serves the operations inside. It has to happen before a trace: a
     mixer that is first looked into while it runs would not serve them any more.
 
     Raises:
-        ValueError: naming the version and the missing operation.
+        ValueError: naming the activation, or the version and the missing operation.
     """
+    activation = model._module.config.hidden_act
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"its conv's activation is {activation!r} (hidden_act); mamba_ioi's own conv has silu alone")
     missing = [operation for layer in model.layers for operation in missing_operations(layer.mixer)]
     if missing:
         raise ValueError(
@@ -414,7 +497,8 @@ def check_slow_path(model: MambaModel) -> float:
     differences = {site: float(difference) for site, difference in slow_path_differences(model).items()}
     if list(differences) == ["hook_logits"]:
         for name, parameter in model._module.named_parameters():
-            refuse_not_finite(name, parameter.detach(), parameter.dtype)
+            if not parameter.is_meta:
+                refuse_not_finite(name, parameter.detach(), parameter.dtype)
     return judge_slow_path(model.model_id, differences, model.dtype)
 
 
