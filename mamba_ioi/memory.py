@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .checks import integer
+
 if TYPE_CHECKING:
     from .sites import SiteInfo
 
@@ -26,9 +28,10 @@ def budget(model) -> int:
         ValueError: if the model's ``memory`` is not a positive whole number.
     """
     if model.memory is not None:
-        if isinstance(model.memory, bool) or not isinstance(model.memory, int) or model.memory < 1:
+        size = integer(model.memory)
+        if size is None or size < 1:
             raise ValueError(f"memory is a positive whole number of bytes, or None, not {model.memory!r}")
-        return model.memory
+        return size
     if model.remote is not None:
         return _SERVER
     device = model.device

@@ -6,11 +6,9 @@ This file is shipped to remote servers: what runs inside a trace uses torch alon
 from __future__ import annotations
 
 import difflib
-import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .anatomy import output_logits
-from .checks import whole_number
+from .checks import integer, integers, real_number, scalar, whole_number
 from .location import StageSite, open_stages, take_over
 from .memory import fitting_rows, forward_bytes, site_bytes
 from .sites import SITES, SiteInfo, owner
@@ -63,7 +61,7 @@ class Patch:
     Attributes:
         site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
         layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
-        value: a float, or a tensor broadcastable to the site at those positions: ``[B, len(positions), ...]``
+        value: a number, or a tensor (or numpy array) broadcastable to the site at those positions: ``[B, len(positions), ...]``
             (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an alias with a position the
             position's dimension may be left out). Or a callable that is given a copy of what is there, of that shape,
             and returns what takes its place; at ``h`` it is called position by position, ``[B, 1, E, N]``, with the
@@ -92,8 +90,10 @@ def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = 
         site, layer = site
     if not isinstance(site, str):
         raise ValueError(f"a site is a name, or a pair (name, layer), not {site!r}")
-    if not (layer is None or (isinstance(layer, int) and not isinstance(layer, bool))):
-        raise ValueError(f"a layer is an integer, not {layer!r}")
+    if layer is not None:
+        if (whole := integer(layer)) is None:
+            raise ValueError(f"a layer is an integer, not {layer!r}")
+        layer = whole
     position = None
     if match := _ALIAS.fullmatch(site):
         number, name, at = match.groups()
@@ -460,16 +460,16 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
     tap = None
     if patch.slice is not None:
         taps = range(1 - model.d_conv, 1)
-        whole = isinstance(patch.slice, Integral) and not isinstance(patch.slice, bool)
-        if site.name != "conv_slice" or not whole or patch.slice not in taps:
+        tap = integer(patch.slice)
+        if tap is None or site.name != "conv_slice" or tap not in taps:
             raise ValueError(
                 f"slice={patch.slice} at the site {site.name!r}: slices are {list(taps)}, at the site 'conv_slice'"
             )
-        tap = patch.slice - 1
+        tap -= 1
     letters = {"B": batch, "L": length if positions is None else len(positions), **model.sizes()}
     shape = [letters[letter] for letter in site.shape[: -1 if tap is not None else None]]
-    value = patch.value
-    if isinstance(value, Tensor) and not value.is_complex():
+    value = _patch_value(patch.value)
+    if isinstance(value, Tensor):
         if ref.position is not None and value.dim() == len(shape) - 1:
             value = value.unsqueeze(1)
         try:
@@ -480,28 +480,29 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
             raise ValueError(
                 f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
             )
-    elif not isinstance(value, int | float) and not callable(value):
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"a patch's value is a real tensor, a float or a callable, not {kind}")
     return ref, Change(site, value, positions, tap)
 
 
-def integers(positions: int | Iterable[int]) -> list[int]:
-    """Positions as a list of integers.
-
-    Raises:
-        ValueError: if one of them is no integer.
-    """
-    numbers = listed(positions)
-    if all(hasattr(p, "__index__") and not isinstance(p, bool) for p in numbers):
-        return [operator.index(p) for p in numbers]
-    raise ValueError(f"positions are integers, not {positions!r}")
-
-
-def listed(values) -> list:
-    """One value, or any collection of them, tensors and arrays included, as a list."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    return list(values) if isinstance(values, Iterable) else [values]
+def _patch_value(given) -> Tensor | float | Callable:
+    """What a patch puts in: a tensor or callable as it is, an array as a tensor, a number as Python's own."""
+    value = given
+    if callable(value):
+        return value
+    if not isinstance(value, Tensor):
+        value = scalar(value)
+        if hasattr(value, "__array__"):
+            array = value.__array__()
+            try:
+                value = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+            except TypeError:
+                raise ValueError(f"a patch's value is a real tensor, a number or a callable, not {array.dtype}") from None
+    if isinstance(value, Tensor):
+        if not value.is_complex() and value.dtype != torch.bool:
+            return value
+    elif (number := real_number(value)) is not None:
+        return float(number)
+    kind = value.dtype if isinstance(value, Tensor) else type(given).__name__
+    raise ValueError(f"a patch's value is a real tensor, a number or a callable, not {kind}")
 
 
 def read_sites(model, ids: Int[Tensor, "B L"], plan: Plan) -> dict[str, Tensor]:
@@ -631,7 +632,7 @@ def state_patch(change: Change, positions: list[int]):
     if callable(value):
         held = set(positions)
         return lambda t, h: new_value(change, h[:, None])[:, 0] if t in held else h
-    value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+    value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     per_position = value.dim() >= 3 and value.shape[-3] > 1
     where = {position: index for index, position in enumerate(positions)}
 

@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
+from .checks import integer, real_number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
@@ -88,7 +89,8 @@ class Result:
             table: tidy data, one observation a row.
             model: read for `model_id` (or `name_or_path`), `revision`, `dtype`, `device`, `n_layers`, each optional; of
                 a remote model, ``dtype`` is what the server computed in, and ``device`` the server's URL.
-            arguments: the arguments the experiment was called with.
+            arguments: the arguments the experiment was called with; numbers and arrays of numpy or torch are stored
+                as Python's.
             seed: the seed of the data, where there is one.
             **extra: more entries of meta, such as units or notes.
 
@@ -111,7 +113,7 @@ class Result:
         }
         if taken := sorted(meta.keys() & extra.keys()):
             raise ValueError(f"meta[{taken[0]!r}] is filled in by Result.create; give the extra entry another name")
-        return cls(table, meta | extra)
+        return cls(table, _as_json(meta | extra, default=jsonable))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `table.parquet` and `meta.json` into `folder`, which is made if absent; return the folder.
@@ -230,29 +232,39 @@ def bootstrap_interval(
         raise ValueError(f"a bootstrap interval needs at least one value on the last axis; the shape is {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError("a bootstrap interval needs finite values; some are NaN or infinite")
-    if not 0 < level < 1:
+    if (share := real_number(level)) is None or not 0 < share < 1:
         raise ValueError(f"level must lie between 0 and 1, both excluded; it is {level}")
-    if n_resamples < 1:
+    if (resamples := integer(n_resamples)) is None or resamples < 1:
         raise ValueError(f"n_resamples must be at least 1; it is {n_resamples}")
     n = array.shape[-1]
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     means = array @ (counts.T / n)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2], axis=-1)
     smallest, largest = array.min(axis=-1), array.max(axis=-1)
     return np.clip(low, smallest, largest), np.clip(high, smallest, largest)
 
 
-def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping as it would be after a journey through JSON; refuses what JSON cannot store."""
+def _as_json(meta: Mapping[str, Any], default: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """The mapping as it would be after a journey through JSON; refuses what JSON cannot store.
+
+    ``default`` makes something that JSON stores of what it does not.
+    """
     stored = {}
     for key, value in meta.items():
         if not isinstance(key, str) or key in _STORED_ONLY:
             raise ValueError(f"meta's keys must be text other than {' and '.join(_STORED_ONLY)}; {key!r} is not")
         try:
-            stored[key] = json.loads(json.dumps(value, allow_nan=False))
+            stored[key] = json.loads(json.dumps(value, allow_nan=False, default=default))
         except (TypeError, ValueError) as error:
             raise ValueError(f"meta[{key!r}] must be storable as JSON, {value!r} is not: {error}") from error
     return stored
+
+
+def jsonable(value: Any) -> Any:
+    """Numbers and arrays of numpy or torch as JSON holds them."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return value.tolist()
 
 
 def replace_files(folder: Path, contents: dict[str, bytes]) -> None:

@@ -231,8 +231,8 @@ def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[E
             raise ValueError("a sweep's values are tensors and floats; a callable is for run, cache and generate")
         if not resampled:
             dims = len(site.shape) - (checked.tap is not None)
-            dtype = None if isinstance(checked.value, Tensor) else torch.float64
-            value = torch.as_tensor(checked.value, dtype=dtype, device=tokens.device)
+            exact = None if isinstance(checked.value, Tensor) else torch.float64
+            value = torch.as_tensor(checked.value, dtype=exact, device=tokens.device)
             value = value.reshape((1,) * (dims - value.dim()) + value.shape)
         edits.append(Edit(layer, Change(site, 0.0, checked.positions, checked.tap), value))
     return edits

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import is_number
+from ..checks import real_number
 from ..tasks.pairs import PromptPairs
 from .circuit import Circuit, edge_table
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
@@ -70,8 +70,10 @@ def acdc(
     Raises:
         ValueError: if the threshold is negative, or circuit and data do not fit the model.
     """
-    if not is_number(threshold) or not threshold >= 0:
+    drop = real_number(threshold)
+    if drop is None or not drop >= 0:
         raise ValueError(f"the threshold is a drop of the metric, 0 or more, not {threshold!r}")
+    threshold = drop
     if circuit is None:
         circuit = Circuit.of(model, Graph(model.n_layers).edges())
     graph = graph_for(circuit, data, model, ssm)

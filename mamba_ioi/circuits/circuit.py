@@ -12,7 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..result import replace_files
+from ..checks import integer
+from ..result import jsonable, replace_files
 from .graph import Edge, Graph, describe
 
 FORMAT = "mamba_ioi.circuit"
@@ -51,6 +52,8 @@ class Circuit:
 
     def __post_init__(self) -> None:
         graph = self.graph
+        object.__setattr__(self, "n_layers", graph.n_layers)
+        object.__setattr__(self, "length", graph.length)
         object.__setattr__(self, "edges", graph.edges(graph.mask(self.edges)))
         if self.table.empty:
             object.__setattr__(self, "table", edge_table(self.edges))
@@ -110,9 +113,9 @@ class Circuit:
         """
         if self.length is None:
             raise ValueError("this circuit has no positions; find one with eap(..., positional=True)")
-        if not 0 <= layer < self.n_layers:
+        if integer(layer) not in range(self.n_layers):
             raise ValueError(f"layers are 0 to {self.n_layers - 1}, not {layer}")
-        leaving = [edge for edge in self.edges if edge[0] == str(layer) and "." not in edge[1]]
+        leaving = [edge for edge in self.edges if edge[0] == str(integer(layer)) and "." not in edge[1]]
         return self.without(edge for edge in leaving if edge[-1] != self.length - 1)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -131,7 +134,7 @@ class Circuit:
             "table": {name: [_plain(value) for value in column] for name, column in self.table.items()},
             "meta": self.meta,
         }
-        text = json.dumps(stored, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(stored, ensure_ascii=False, allow_nan=False, default=jsonable)
         replace_files(path.parent, {path.name: text.encode()})
         return path
 

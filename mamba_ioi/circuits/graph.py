@@ -43,6 +43,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ..checks import integer, scalar
+
 Edge = tuple[str, str] | tuple[str, str, int]
 """``(src, dst)``, or ``(src, dst, position)``."""
 
@@ -101,10 +103,13 @@ class Graph:
     index: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.n_layers < 1 or (self.length is not None and self.length < 1):
+        n_layers, length = integer(self.n_layers), integer(self.length)
+        if n_layers is None or n_layers < 1 or (self.length is not None and (length is None or length < 1)):
             raise ValueError(f"a graph has at least one layer and one position, not {self.n_layers} and {self.length}")
         if self.ssm not in SSM_CUTS:
             raise ValueError(f"ssm is what the edge conv -> ssm carries, {' or '.join(SSM_CUTS)}, not {self.ssm!r}")
+        object.__setattr__(self, "n_layers", n_layers)
+        object.__setattr__(self, "length", length)
         found: list[tuple[str, str]] = []
         for layer in range(self.n_layers):
             found += [(source, str(layer)) for source in self.sources(layer)]
@@ -166,8 +171,9 @@ class Graph:
         """
         mask = torch.zeros(len(self.pairs), self.width, dtype=torch.bool)
         for edge in edges:
-            pair, position = (str(edge[0]), str(edge[1])), edge[2] if len(edge) == 3 else None
-            if pair not in self.index or (position is not None and not 0 <= position < (self.length or 0)):
+            pair, position = (str(scalar(edge[0])), str(scalar(edge[1]))), integer(edge[2]) if len(edge) == 3 else None
+            outside = len(edge) == 3 and (position is None or not 0 <= position < (self.length or 0))
+            if pair not in self.index or outside:
                 raise ValueError(f"the edge {edge!r} is not in {self}")
             mask[self.index[pair], slice(None) if position is None else position] = True
         return mask

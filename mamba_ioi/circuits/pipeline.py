@@ -116,7 +116,7 @@ def last_position(
     _, circuit = _positional(model, data, progress)
     found_on, result = (
         last_position_only(model, pairs_of, circuit, layer)
-        for pairs_of in (data, _data(model, HELD_OUT_PAIRS, seed + 1))
+        for pairs_of in (data, _data(model, HELD_OUT_PAIRS, int(seed) + 1))
     )
     extra = {"found_on": found_on.table.to_dict("records"), "variant": VARIANT}
     return Result(result.table, result.meta | extra)
@@ -188,7 +188,7 @@ def _result(
             for name in ("target", "reached", "prefix", "pruned", "threshold", "tested")
             if name in circuit.meta
         },
-        "held_out": asdict(evaluate(model, _data(model, HELD_OUT_PAIRS, seed + 1), circuit)),
+        "held_out": asdict(evaluate(model, _data(model, HELD_OUT_PAIRS, int(seed) + 1), circuit)),
     }
     return Result.create(
         experiment,

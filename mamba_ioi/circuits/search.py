@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from numbers import Integral
 from typing import Literal
 
 import pandas as pd
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import is_number, whole_number
+from ..checks import integer, real_number, whole_number
 from ..result import Result, note_precisions
 from ..tasks.pairs import PromptPairs
 from .circuit import Circuit, edge_table
@@ -94,9 +93,10 @@ def top_k(scores: Result, k: int, *, by: Ranking = "signed", seed: int = 0, prun
         prune: remove those on no path from embed to output, which change no run.
     """
     graph, values = scored_graph(scores)
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 0 <= k <= len(graph):
+    size = integer(k)
+    if size is None or not 0 <= size <= len(graph):
         raise ValueError(f"k is from 0 to {len(graph)}, a whole number, not {k!r}")
-    mask = prefix_mask(graph, rank(values, by, seed), k)
+    mask = prefix_mask(graph, rank(values, by, seed), size)
     return _circuit(graph, values, mask, prune, meta={"found_by": f"top {k} by {by} score"})
 
 
@@ -138,8 +138,10 @@ def minimal_circuit(
     Raises:
         ValueError: if the scores are not of this model's graph, or the data do not fit.
     """
-    if not is_number(target) or not 0 <= target <= 1:
+    accuracy = real_number(target)
+    if accuracy is None or not 0 <= accuracy <= 1:
         raise ValueError(f"target is an accuracy from 0 to 1, not {target!r}")
+    target = accuracy
     note_precisions(model, *([scores] if isinstance(scores, Result) else []))
     graph, values = scored_graph(scores, model.n_layers, ssm)
     bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows)

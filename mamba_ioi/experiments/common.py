@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import integers, listed
 from ..dataset import CORRUPTIONS, IOIDataset
 from ..metrics import accuracy, answer_probability, normalized_logit_diff
-from ..patching import listed
 from ..result import bootstrap_interval
 from ..sweep import Readout, Resample, sweep
 from ..tasks.pairs import check_fit, require_metric, require_single_answers
@@ -79,21 +78,17 @@ def check_positions(data: IOIDataset, positions: Sequence[int] | int | None) -> 
 
 
 def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
-    values = listed(values)
-    allowed = range(count)
-    if not values or any(isinstance(value, bool) or not _is_in(value, allowed) for value in values):
-        shown = values[0] if len(values) == 1 else values
-        raise ValueError(f"{kind}s are whole numbers from 0 to {count - 1}, at least one of them, not {shown!r}")
-    if len(set(values)) < len(values):
-        raise ValueError(f"each {kind} is named once, not {values!r}")
-    return [int(value) for value in values]
-
-
-def _is_in(value: int, allowed: range) -> bool:
+    listed_ones = listed(values)
     try:
-        return operator.index(value) in allowed
-    except TypeError:
-        return False
+        numbers = integers(listed_ones)
+    except ValueError:
+        numbers = []
+    if not numbers or not all(number in range(count) for number in numbers):
+        shown = listed_ones[0] if len(listed_ones) == 1 else listed_ones
+        raise ValueError(f"{kind}s are whole numbers from 0 to {count - 1}, at least one of them, not {shown!r}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"each {kind} is named once, not {numbers!r}")
+    return numbers
 
 
 def resample_effects(

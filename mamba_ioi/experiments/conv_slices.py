@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 
+from ..checks import integer, integers, listed
 from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..result import Result
@@ -50,9 +51,10 @@ def conv_slices(
     model.require_mamba("conv slices")
     check_data(model, data, aligned="conv_slices")
     taps = range(1 - model.d_conv, 1)
-    slices = [slices] if isinstance(slices, int) else list(slices)
-    if not slices or any(tap not in taps for tap in slices) or len(set(slices)) < len(slices):
+    named = [integer(tap) for tap in listed(slices)]
+    if not named or any(tap not in taps for tap in named) or len(set(named)) < len(named):
         raise ValueError(f"slices are among {list(taps)}, each once, not {slices}")
+    slices = integers(slices, "slice")
     positions = check_positions(data, positions)
     layer = bottleneck(model, data, progress=progress) if layer is None else check_layer(model, layer)
     cells = list(product(slices, positions))

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import is_number
+from ..checks import real_number
 from ..dataset import CORRUPTIONS, TEMPLATES, IOIDataset
 from ..model import MambaModel
 from ..result import Result
@@ -46,8 +46,10 @@ def cross_talk(model: MambaModel, data: IOIDataset, target: float = 0.9, *, prog
     """
     model.require_mamba("cross-talk sets")
     check_data(model, data)
-    if not is_number(target) or not 0 <= target < 1:
+    accuracy = real_number(target)
+    if accuracy is None or not 0 <= accuracy < 1:
         raise ValueError(f"target is an accuracy to exceed, from 0 to below 1, not {target!r}")
+    target = accuracy
     present = set(zip(data.templates, data.corruptions, strict=True))
     kinds = [(template, corruption) for template in _templates_of(data) for corruption in corruptions_of(data)]
     kinds = [kind for kind in kinds if kind in present]

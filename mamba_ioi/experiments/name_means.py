@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import integer, whole_number
 from ..dataset import IOIDataset
 from ..memory import fitting_rows, forward_bytes
 from ..model import MambaModel
@@ -80,6 +81,7 @@ def name_means(
     """
     check_names(model, offset)
     model.require_stream("name means")
+    n_pairs, seed = whole_number(n_pairs, "n_pairs", least=1), whole_number(seed, "seed", least=0)
     layer = default_layer(model, seed=seed, progress=progress) if layer is None else check_layer(model, layer)
     known = sorted(name_tokens(model.tokenizer).items(), key=lambda item: item[1])
     tokens = torch.tensor([token for _, token in known])
@@ -93,13 +95,13 @@ def name_means(
             prompts, at = data.clean_tokens[rows], data.name_positions[rows]
             names = torch.searchsorted(tokens, prompts.gather(1, at))
             cell = names * len(SLOTS) + torch.arange(len(SLOTS))
-            sums += ask(model, name_sums, layer, prompts, at + offset, cell, cells, at_once)["sums"]
+            sums += ask(model, name_sums, layer, prompts, at + int(offset), cell, cells, at_once)["sums"]
             counts += torch.bincount(cell.flatten(), minlength=cells)
             bar.update(len(rows))
     means = (sums / counts.clamp(min=1)[:, None]).float()
     return NameMeans(
         layer=layer,
-        offset=offset,
+        offset=int(offset),
         n_pairs=n_pairs,
         seed=seed,
         names=tuple(name for name, _ in known),
@@ -146,5 +148,5 @@ def check_names(model: MambaModel, offset: int) -> None:
     model.require_mamba("name representations")
     if model.tokenizer is None:
         raise ValueError(f"{model.model_id} has no tokenizer, which is needed to draw prompts")
-    if isinstance(offset, bool) or offset not in range(model.d_conv):
+    if integer(offset) not in range(model.d_conv):
         raise ValueError(f"offset is a whole number from 0 to {model.d_conv - 1}, the conv's reach, not {offset!r}")

@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import listed
 from ..dataset import BOS, TEMPLATES, IOIDataset
 from ..model import MambaModel
 from ..names import NAMES
-from ..patching import cache, listed
+from ..patching import cache
 from ..remote import ask
 from ..result import Result
 from .bottleneck import default_layer

@@ -150,6 +150,7 @@ def build_planted(
     n_layers = whole_number(n_layers, "n_layers", least=1)
     layer = whole_number(layer, "layer", least=0, most=n_layers - 1)
     slice = whole_number(slice, "slice", least=min(SLICES), most=max(SLICES))
+    seed = whole_number(seed, "seed", least=0, most=2**63 - 1)
     names = planted_names(n_names, seed)
     rng = random.Random(f"layers {seed}")
     flag_layer = int(rng.random() * layer) if layer else None

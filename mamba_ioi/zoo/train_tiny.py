@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 
+from ..checks import integer, whole_number
 from ..dataset import BOS, OBJECTS, PLACES, TEMPLATES
 from .fast_forward import fast_logits
 from .tokenizer import TINY_NAMES, build_tokenizer
@@ -121,8 +122,10 @@ def train(out: Path, *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, p
     Raises:
         ValueError: if steps or n_test is not positive, or the folder is a file.
     """
-    if steps < 1 or n_test < 1:
+    counts = [integer(steps), integer(n_test)]
+    if not all(count is not None and count >= 1 for count in counts):
         raise ValueError(f"steps={steps} and n_test={n_test} must be 1 or more")
+    seed, (steps, n_test) = whole_number(seed, "seed", least=0), (int(steps), int(n_test))
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder to write the model to")
@@ -149,8 +152,8 @@ def train(out: Path, *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, p
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(_card(report, n_test))
-    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "README.md").write_text(_card(report, n_test), encoding="utf-8")
+    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 
