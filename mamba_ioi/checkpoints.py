@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -180,20 +181,35 @@ def _original_vocab(config: dict, embedding: torch.Size) -> int:
 
 
 def read_tokenizer(source: str, revision: str | None, original: bool):
-    """The tokenizer beside the weights; for the original layout, which has none, GPT-NeoX's; None if there is none."""
-    tokenizer = _tokenizer(source, revision=revision)
-    if tokenizer is None and original:  # a local folder is no reason to go to the network
-        tokenizer = _tokenizer(ORIGINAL_TOKENIZER, local_files_only=os.path.isdir(source))
+    """The tokenizer beside the weights; for the original layout, which has none, GPT-NeoX's; None if there is none.
+
+    One that is there and cannot be read is none as well, and a warning says why.
+    """
+    try:
+        tokenizer, unreadable = _tokenizer(source, revision=revision), False
+    except Exception as error:
+        tokenizer, unreadable = None, _has_tokenizer(source, revision)
+        if unreadable:
+            logger.warning("the tokenizer of %s cannot be read, and is left out: %s", source, one_line(error))
+    if tokenizer is None and original and not unreadable:
+        with suppress(Exception):  # a local folder is no reason to go to the network
+            tokenizer = _tokenizer(ORIGINAL_TOKENIZER, local_files_only=os.path.isdir(source))
     return tokenizer
 
 
 def _tokenizer(source: str, **where):
-    """The tokenizer at a place, or None: where its files are missing, transformers may make one of no words."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except Exception:
-        return None
+    """The tokenizer at a place, or None if transformers makes one of no words."""
+    tokenizer = AutoTokenizer.from_pretrained(source, **where)
     return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+
+
+def _has_tokenizer(source: str, revision: str | None) -> bool:
+    """Whether there are files of a tokenizer."""
+    with suppress(Exception):
+        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        lenient = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        return any(cached_file(source, name, **lenient) is not None for name in names)
+    return False
 
 
 def empty_tokenizer():

@@ -34,11 +34,12 @@ _SHOWN_ROWS = 12
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, that of the process if none is given; return its exit status."""
+    _open_streams()
     try:
         arguments = parse(COMMANDS, argv)
     except SystemExit as ending:  # argparse has said why: help or bad arguments
         return int(ending.code or 0)
-    with _logging(arguments.verbose):
+    with _logging(arguments.verbose), _plain_backend():
         try:
             return arguments.command(arguments)
         except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -284,6 +285,31 @@ def _quiet() -> Iterator[None]:
         notes.set_verbosity(level)
         if bars:
             notes.enable_progress_bar()
+
+
+def _open_streams() -> None:
+    """Let standard streams that the caller has closed lead nowhere; a file that we open would take their place else."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+@contextmanager
+def _plain_backend() -> Iterator[None]:
+    """Without the backend that the environment names, such as a notebook kernel's: figures go to files alone."""
+    named = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        yield
+    finally:
+        if named is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = named
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def reproduce(
     figures = choose(only)
     if settings.layer is not None and not any(MAKERS[figure].takes_layer for figure in figures):
         raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     identity = model_identity(settings)
     asked = {figure: request(figure, settings, identity) for figure in figures}
     outcomes: list[Outcome] = []
@@ -138,7 +138,7 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
     """
     from .result import META_FILE, Result
 
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     if not (out / RESULTS).is_dir():
         raise ValueError(f"{out} holds no results of mamba-ioi reproduce: {out / RESULTS} is not there")
     outcomes: list[Outcome] = []

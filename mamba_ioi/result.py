@@ -134,7 +134,7 @@ class Result:
         stored = {"format_version": FORMAT_VERSION, "table_sha256": hashlib.sha256(table).hexdigest(), **self.meta}
         text = json.dumps(stored, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         meta = text.encode("utf-8", "backslashreplace")  # bytes of a file's name that are no UTF-8, as JSON's escapes
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         replace_files(folder, {TABLE_FILE: table, META_FILE: meta})
         return folder
 
@@ -146,7 +146,7 @@ class Result:
             ValueError: the folder or one of its two files is missing, unreadable, of another format version, or
                 the two files are not of the same save.
         """
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder with a saved result")
         files = {name: folder / name for name in (META_FILE, TABLE_FILE)}

@@ -120,7 +120,7 @@ class Circuit:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the circuit as JSON; the file is complete before it takes its name."""
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         stored = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -135,7 +135,7 @@ class Circuit:
             "meta": self.meta,
         }
         text = json.dumps(stored, ensure_ascii=False, allow_nan=False, default=jsonable)
-        replace_files(path.parent, {path.name: text.encode()})
+        replace_files(path.parent, {path.name: text.encode("utf-8", "backslashreplace")})
         return path
 
     @classmethod
@@ -145,7 +145,7 @@ class Circuit:
         Raises:
             ValueError: if the file is missing, is no circuit, or has a version that this release does not read.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
         try:

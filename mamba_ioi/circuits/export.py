@@ -54,7 +54,7 @@ def to_mib(path: str | os.PathLike[str], circuit: Circuit, *, d_model: int, scor
         "nodes": {name: {"in_graph": inside} for name, inside in nodes.items()},
         "edges": edges,
     }
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     replace_files(path.parent, {path.name: json.dumps(stored).encode()})
     return path
 

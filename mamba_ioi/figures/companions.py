@@ -34,7 +34,7 @@ def save_companions(result: Result, stem: str | os.PathLike[str]) -> list[Path]:
     """
     if result.meta["experiment"] not in GRAPHS or result.table.empty:
         return []
-    stem = Path(stem)
+    stem = Path(os.path.expanduser(stem))
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.html")]
     replace_files(stem.parent, {paths[0].name: circuit_html(result).encode("utf-8", "backslashreplace")})

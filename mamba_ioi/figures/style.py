@@ -88,7 +88,7 @@ def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> tuple[Path, Pat
     Returns:
         The paths of the PNG and of the PDF.
     """
-    stem = Path(stem)
+    stem = Path(os.path.expanduser(stem))
     paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
     pictures = {}
     with paper_style():

@@ -45,7 +45,7 @@ def write_report(out: str | os.PathLike[str]) -> list[Path]:
         ValueError: if the folder holds no ``results``.
         OSError: if it cannot be written.
     """
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     if not (out / RESULTS).is_dir():
         raise ValueError(f"{out} holds no results of mamba-ioi reproduce: {out / RESULTS} is not there")
     results, damaged = stored_results(out)

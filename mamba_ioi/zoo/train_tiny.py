@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Prompts:
         return torch.cat([self.draw(form, each, generator, held_out=False)[0] for form in forms])[:count]
 
 
-def train(out: Path, *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, progress: bool = True) -> dict[str, Any]:
+def train(out: str | os.PathLike[str], *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, progress: bool = True) -> dict[str, Any]:
     """Train `tiny` and write it, its tokenizer and its model card to a folder.
 
     Next-token loss over whole prompts, the answer included and counted once more; AdamW, warm-up and cosine decay. The
@@ -126,7 +127,7 @@ def train(out: Path, *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, p
     if not all(count is not None and count >= 1 for count in counts):
         raise ValueError(f"steps={steps} and n_test={n_test} must be 1 or more")
     seed, (steps, n_test) = whole_number(seed, "seed", least=0), (int(steps), int(n_test))
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder to write the model to")
     tokenizer = build_tokenizer(TINY_NAMES)
