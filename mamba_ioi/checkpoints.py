@@ -17,7 +17,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.hub import cached_file
 
 from .checks import whole_number
-from .weights import one_line, refuse_keys, refuse_other_values, refuse_shape, tensors, weight_files, widest_dtype
+from .weights import (
+    hf_name,
+    one_line,
+    refuse_keys,
+    refuse_other_values,
+    refuse_shape,
+    tensors,
+    weight_files,
+    widest_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +117,7 @@ def _load_original(source: str, revision: str | None, config: dict, dtype: torch
     files = weight_files(source, revision)
     if not files:
         raise ValueError("it has neither model.safetensors nor pytorch_model.bin, nor an index of several such files")
-    state = {key.replace("backbone.embedding.", "backbone.embeddings."): tensor for key, tensor in tensors(files)}
+    state = {hf_name(key): tensor for key, tensor in tensors(files)}
     refuse_keys([key.replace("embeddings.", "embedding.") for key in _ORIGINAL_KEYS if key not in state], ())
     head = state.get("lm_head.weight")
     same = head is None or torch.equal(head, state["backbone.embeddings.weight"])
@@ -127,6 +136,8 @@ def _load_original(source: str, revision: str | None, config: dict, dtype: torch
     if config.get("tie_embeddings") and not tied:
         logger.warning("the config of %s ties the head to the embedding, but its weights hold two: loaded so", source)
     return module
+
+
 def _refuse_other_blocks(config: dict, ssm: dict) -> None:
     """Refuse an original config that asks for what transformers' Mamba does not have."""
     asked = {

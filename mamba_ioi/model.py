@@ -390,7 +390,9 @@ def _refuse_untraceable(module: nn.Module) -> None:
         forward = vars(part).get("forward")
         if hasattr(part, "_orig_mod") or part._compiled_call_impl or hasattr(forward, "_torchdynamo_orig_callable"):
             what = f"its {name}" if name else "the model"
-            raise ValueError(f"{what} is compiled by torch.compile, and no trace sees inside: wrap the uncompiled model")
+            raise ValueError(
+                f"{what} is compiled by torch.compile, and no trace sees inside: wrap the uncompiled model"
+            )
     if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
         raise ValueError(f"a model in memory is a transformers model with a head, not a {type(module).__name__}")
     for name, part in module.named_modules():

@@ -131,12 +131,15 @@ def refuse_other_values(module: nn.Module, files: Sequence[Path]) -> None:
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     made = _put_together(module)
     for key, tensor in tensors(files):
-        name = next((name for name in (key, prefix + key, key.removeprefix(prefix)) if name in held), None)
+        names = (key, prefix + key, key.removeprefix(prefix), hf_name(key))
+        name = next((name for name in names if name in held), None)
         if name is None or any(pattern.search(key) for pattern in made):
             continue
         here = held[name]
         if here.is_floating_point() and not tensor.is_floating_point():
-            raise ValueError(f"{key} in its weights is of {dtype_name(tensor.dtype)}, which is no floating-point number")
+            raise ValueError(
+                f"{key} in its weights is of {dtype_name(tensor.dtype)}, which is no floating-point number"
+            )
         refuse_not_finite(key, tensor, here.dtype)
         if tensor.shape != here.shape or not torch.equal(tensor.to(here.dtype), here):
             tied = [other for other, value in held.items() if other != name and value.data_ptr() == here.data_ptr()]
@@ -163,6 +166,11 @@ def refuse_not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         f"{dtype_name(dtype)} cannot hold {float(tensor[beyond].flatten()[0]):g}, a value of {name}; "
         f"load it with the dtype {' or '.join(held_by)}"
     )
+
+
+def hf_name(key: str) -> str:
+    """The name in transformers of a tensor of the original state-spaces layout."""
+    return key.replace("backbone.embedding.", "backbone.embeddings.")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -94,7 +94,11 @@ class TestPatches:
 
     @pytest.mark.parametrize("wrong", BOOLS)
     def test_bools(self, small, tokens, wrong):
-        for patch in (Patch("conv", wrong, 0.0), Patch("conv", 1, 0.0, [wrong]), Patch("conv_slice", 1, 0.0, [2], wrong)):
+        for patch in (
+            Patch("conv", wrong, 0.0),
+            Patch("conv", 1, 0.0, [wrong]),
+            Patch("conv_slice", 1, 0.0, [2], wrong),
+        ):
             with pytest.raises(ValueError, match="integer|slices are"):
                 run(small, tokens, [patch])
 
@@ -110,7 +114,9 @@ class TestPatches:
             model.layers[1].mixer.conv = value
             conv = model.layers[1].mixer.conv.save()
         assert (conv == exact).all()
-        readout = Readout(tokens[:, :2], torch.full((4,), 8), *(torch.zeros(4, dtype=torch.long),) * 2, tokens[:, :2] * 0)
+        readout = Readout(
+            tokens[:, :2], torch.full((4,), 8), *(torch.zeros(4, dtype=torch.long),) * 2, tokens[:, :2] * 0
+        )
         for site in ("conv", "h", "resid_post"):
             found = sweep(model, tokens, [[Patch(site, 1, value, [2])]], readout)
             by_hand = run(model, tokens, [Patch(site, 1, exact.expand(4, 1, *([1] * (2 if site == "h" else 1))), [2])])

@@ -50,7 +50,12 @@ def to_mib(path: str | os.PathLike[str], circuit: Circuit, *, d_model: int, scor
         if inside:
             nodes[_mib_name(src)] = nodes[_mib_name(dst)] = True
     stored = {
-        "cfg": {"n_layers": graph.n_layers, "n_heads": 0, "parallel_attn_mlp": False, "d_model": whole_number(d_model, "d_model", least=1)},
+        "cfg": {
+            "n_layers": graph.n_layers,
+            "n_heads": 0,
+            "parallel_attn_mlp": False,
+            "d_model": whole_number(d_model, "d_model", least=1),
+        },
         "nodes": {name: {"in_graph": inside} for name, inside in nodes.items()},
         "edges": edges,
     }

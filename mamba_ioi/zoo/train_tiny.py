@@ -104,7 +104,9 @@ class Prompts:
         return torch.cat([self.draw(form, each, generator, held_out=False)[0] for form in forms])[:count]
 
 
-def train(out: str | os.PathLike[str], *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, progress: bool = True) -> dict[str, Any]:
+def train(
+    out: str | os.PathLike[str], *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, progress: bool = True
+) -> dict[str, Any]:
     """Train `tiny` and write it, its tokenizer and its model card to a folder.
 
     Next-token loss over whole prompts, the answer included and counted once more; AdamW, warm-up and cosine decay. The
