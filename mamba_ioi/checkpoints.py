@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
@@ -65,7 +65,8 @@ def _load_transformers(source: str, revision: str | None, found: dict, dtype: to
     files = weight_files(source, revision, found.get("transformers_weights"))
     packed = "quantization_config" in found  # its tensors are no values of the model's
     if not packed:
-        dtype = dtype or widest_dtype(files, config.dtype)
+        said = getattr(config, "dtype", None)
+        dtype = dtype or widest_dtype(files, said if isinstance(said, torch.dtype) else None)
     module, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         source, revision=revision, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -80,10 +81,10 @@ def _load_transformers(source: str, revision: str | None, found: dict, dtype: to
     return module
 
 
-def _note_untied(module: nn.Module, source: str) -> None:
+def _note_untied(module: PreTrainedModel, source: str) -> None:
     """Let the config say so where it ties the embedding and the head, and the weights hold two different ones."""
-    config, head = module.config, module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    embedding = module.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    config, head = module.config, module.get_output_embeddings()
+    embedding = module.get_input_embeddings()
     if getattr(config, "tie_word_embeddings", False) and head is not None and head.weight is not embedding.weight:
         logger.warning("the config of %s ties the head to the embedding, but its weights hold two: loaded so", source)
         config.tie_word_embeddings = False
@@ -122,7 +123,8 @@ def _load_original(source: str, revision: str | None, config: dict, dtype: torch
     head = state.get("lm_head.weight")
     same = head is None or torch.equal(head, state["backbone.embeddings.weight"])
     tied = same and config.get("tie_embeddings", True)
-    module = MambaForCausalLM(_original_config(config, ssm, state, tied)).to(dtype or widest_dtype(files))
+    module = MambaForCausalLM(_original_config(config, ssm, state, tied))
+    module.to(dtype or widest_dtype(files))  # pyright: ignore[reportArgumentType]
     wanted = module.state_dict()
     if tied:
         wanted.pop("lm_head.weight")

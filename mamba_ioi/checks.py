@@ -1,4 +1,4 @@
-"""Numbers that callers give, Python's, numpy's or torch's, each refused in one sentence where it is none or out of range."""
+"""Numbers that callers give, Python's, numpy's or torch's, each refused in one sentence where it does not fit."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from .served import Served, ServedEnvoy
 from .sites import ModelSites, envoys, missing_operations
 from .stages import ScanStages
 from .touched import hooks, refuse_touched
-from .weights import DTYPES, dtype_name, one_line, refuse_not_finite
+from .weights import DTYPES, dtype_name, one_line, refuse_not_finite, refuse_other_values, weight_files
 
 if TYPE_CHECKING:
     from .remote import Remote
@@ -241,6 +241,12 @@ class CausalLM(Served, TransformersModel):
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "right"
 
+    def dispatch(self) -> None:
+        """Load the weights of a model that was built without them: all of them, as `load_model` does."""
+        TransformersModel.dispatch(self)
+        if getattr(self._module.config, "quantization_config", None) is None:
+            refuse_other_values(self._module, weight_files(self.model_id, self.revision))
+
     def _remoteable_class(self) -> type:
         return TransformersModel
 
@@ -274,7 +280,7 @@ class MambaModel(CausalLM, ModelSites):
 
     def dispatch(self) -> None:
         """Load the weights of a model that was built without them, and look into the new mixers' operations."""
-        TransformersModel.dispatch(self)
+        CausalLM.dispatch(self)
         refuse_other_operations(self)
 
     def sizes(self) -> dict[str, int]:

@@ -124,28 +124,34 @@ def refuse_other_values(module: nn.Module, files: Sequence[Path]) -> None:
     What transformers puts together from several tensors, and what its class leaves out on purpose, is not compared.
 
     Raises:
-        ValueError: naming the tensor that holds NaN or infinite values, that has values beyond the model's precision,
-            or that is another one in the model.
+        ValueError: naming the tensor that is missing, holds NaN or infinite values, has values beyond the model's
+            precision, or is another one in the model.
     """
     held = module.state_dict()
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     made = _put_together(module)
+    found = set()
     for key, tensor in tensors(files):
         names = (key, prefix + key, key.removeprefix(prefix), hf_name(key))
         name = next((name for name in names if name in held), None)
         if name is None or any(pattern.search(key) for pattern in made):
             continue
-        here = held[name]
+        here = held[name].cpu()
+        found.add(held[name].data_ptr())
         if here.is_floating_point() and not tensor.is_floating_point():
             raise ValueError(
                 f"{key} in its weights is of {dtype_name(tensor.dtype)}, which is no floating-point number"
             )
         refuse_not_finite(key, tensor, here.dtype)
         if tensor.shape != here.shape or not torch.equal(tensor.to(here.dtype), here):
-            tied = [other for other, value in held.items() if other != name and value.data_ptr() == here.data_ptr()]
+            tied = [
+                other for other, value in held.items() if other != name and value.data_ptr() == held[name].data_ptr()
+            ]
             why = f", where it is tied to {tied[0]}" if tied else ""
             raise ValueError(f"{key} in its weights is not {name} in the model{why}")
     for name, parameter in module.named_parameters():
+        if parameter.data_ptr() not in found and not getattr(module, "_weight_conversions", ()):
+            raise ValueError(f"its weights lack {name}")
         if not parameter.isfinite().all():
             raise ValueError(f"its weights are not finite: {name} holds NaN or infinite values")
 

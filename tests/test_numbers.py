@@ -99,7 +99,7 @@ class TestPatches:
             Patch("conv", 1, 0.0, [wrong]),
             Patch("conv_slice", 1, 0.0, [2], wrong),
         ):
-            with pytest.raises(ValueError, match="integer|slices are"):
+            with pytest.raises(ValueError, match=r"integer|slices are"):
                 run(small, tokens, [patch])
 
     @pytest.mark.parametrize("value", [0.1, np.float64(0.1), np.array(0.1)])

@@ -36,7 +36,7 @@ def small_gpt2() -> GPT2LMHeadModel:
 
 
 class Offload:
-    """What accelerate's AlignDevicesHook does for a module whose weights are not on the device while it does not run."""
+    """What accelerate's AlignDevicesHook does for a module whose weights are away while it does not run."""
 
     no_grad = False
 
