@@ -26,7 +26,7 @@ from .served import Served, ServedEnvoy
 from .sites import ModelSites, envoys, missing_operations
 from .stages import ScanStages
 from .touched import hooks, refuse_touched
-from .weights import DTYPES, dtype_name, one_line, refuse_not_finite, refuse_other_values, weight_files
+from .weights import DTYPES, dtype_name, one_line, refuse_not_finite
 
 if TYPE_CHECKING:
     from .remote import Remote
@@ -73,7 +73,7 @@ class CausalLM(Served, TransformersModel):
         return {"_travels": _Travels()} | TransformersModel.__getstate__(self) | {"remote": None}
 
     def __deepcopy__(self, memo: dict) -> CausalLM:
-        """A model with weights of its own; of a remote one, another client.
+        """A model with weights of its own; of a remote one, whose weights are on the server, another client.
 
         Raises:
             ValueError: if the model carries edits, which name the model that they were written for.
@@ -81,12 +81,12 @@ class CausalLM(Served, TransformersModel):
         if self._edits:
             raise ValueError("a model with edits has no copy: call its clear_edits() first, and edit the copy anew")
         if self.remote is not None:
-            model = _wrap_remote(self.model_id, self.revision, self.remote.target)
+            model = copy.copy(self)
+            model.remote = self.remote
         else:
             module, tokenizer = copy.deepcopy((self._module, self.tokenizer), memo)
             model = _trace_module(module, tokenizer)
-            model.repo_id, model.revision = self.repo_id, self.revision
-        model.memory = self.memory
+        model.repo_id, model.revision, model.memory = self.repo_id, self.revision, self.memory
         if hasattr(self, "planted"):
             model.planted = self.planted
         memo[id(self)] = model
@@ -241,12 +241,6 @@ class CausalLM(Served, TransformersModel):
         if self.tokenizer is not None:
             self.tokenizer.padding_side = "right"
 
-    def dispatch(self) -> None:
-        """Load the weights of a model that was built without them: all of them, as `load_model` does."""
-        TransformersModel.dispatch(self)
-        if getattr(self._module.config, "quantization_config", None) is None:
-            refuse_other_values(self._module, weight_files(self.model_id, self.revision))
-
     def _remoteable_class(self) -> type:
         return TransformersModel
 
@@ -280,7 +274,7 @@ class MambaModel(CausalLM, ModelSites):
 
     def dispatch(self) -> None:
         """Load the weights of a model that was built without them, and look into the new mixers' operations."""
-        CausalLM.dispatch(self)
+        TransformersModel.dispatch(self)
         refuse_other_operations(self)
 
     def sizes(self) -> dict[str, int]:

@@ -384,32 +384,6 @@ class TestWhatIsRefused:
         refused(tmp_path, "pytorch_model.bin holds a")
 
 
-class TestDispatch:
-    """Weights that are loaded later, into a model that was built without them."""
-
-    @pytest.mark.parametrize(
-        ("edit", "words"),
-        [
-            (lambda weights: weights.pop(DEEP), f"its weights lack {DEEP}"),
-            (lambda weights: weights[DEEP].fill_(float("nan")), f"{DEEP} holds NaN"),
-        ],
-    )
-    def test_what_is_refused(self, tmp_path, edit, words):
-        transformed(tmp_path, random_mamba(seed=3), edit=edit)
-        model = load_model(tmp_path, remote=True)
-        model.remote = None
-        with pytest.raises(ValueError, match=words):
-            model.dispatch()
-
-    def test_a_head_of_its_own(self, tmp_path):
-        module = random_mamba(seed=3, tie_word_embeddings=False)
-        weights = transformed(tmp_path, module, tie_word_embeddings=True)
-        model = load_model(tmp_path, remote=True)
-        model.remote = None
-        model.dispatch()
-        assert holds(model, weights, torch.float32) and torch.equal(logits(model._module), logits(module))
-
-
 class TestOtherLanguageModels:
     @pytest.fixture(params=["gpt2", "llama"])
     def module(self, request):
