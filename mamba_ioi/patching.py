@@ -58,18 +58,18 @@ class SiteRef:
 class Patch:
     """One change of a run: at ``site`` of ``layer``, at ``positions``, ``value`` takes the model's place.
 
-        Attributes:
-            site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
-            layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
-            value: a number, or a tensor or numpy array broadcastable to the site at those positions:
-            ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an
-            alias with a position the position's dimension may be left out). Or a callable that is given a copy of what
-            is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
-            ``[B, 1, E, N]``, with the state as it has become.
-            positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Patched
-                states (``h``) hold at their positions and the states after them follow.
-            slice: for ``conv_slice``, the one tap to change: -3, -2, -1 or 0. The term at *output* position p that comes
-                from ``in_proj`` at p + slice is replaced.
+    Attributes:
+        site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
+        layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
+        value: a number, or a tensor or numpy array broadcastable to the site at those positions:
+        ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an
+        alias with a position the position's dimension may be left out). Or a callable that is given a copy of what
+        is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
+        ``[B, 1, E, N]``, with the state as it has become.
+        positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Patched
+            states (``h``) hold at their positions and the states after them follow.
+        slice: for ``conv_slice``, the one tap to change: -3, -2, -1 or 0. The term at *output* position p that comes
+            from ``in_proj`` at p + slice is replaced.
     """
 
     site: str

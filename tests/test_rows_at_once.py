@@ -14,7 +14,7 @@ from mamba_ioi.model import MambaModel
 from mamba_ioi.patching import Patch, cache, run
 from mamba_ioi.sites import SITES
 
-from .test_sites import plain_activations
+from .plain import forward_by_hand
 
 TEXTS = ["When John and Mary went to the shop, John gave the bag to", "Then Mary and Anna", "Anna and John had a long"]
 
@@ -23,7 +23,7 @@ TEXTS = ["When John and Mary went to the shop, John gave the bag to", "Then Mary
 def plain(small: MambaModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every site, computed from the weights without the library."""
     with torch.no_grad():
-        return plain_activations(small._module, tokens)
+        return forward_by_hand(small._module, tokens)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
