@@ -370,7 +370,6 @@ class Plan:
         last: the last layer that has to run; the model's output is needed where it equals the number of layers.
         keep: the positions of each row to keep of what is read, ``[B, k]``; None for all of them.
         whole: whether the prompts run as they are to the end, since the model carries edits or hooks.
-        edited: whether it carries edits, which may stand inside the mixers' operations.
     """
 
     changes: dict[int | None, dict[str, list[Change]]]
@@ -378,7 +377,6 @@ class Plan:
     last: int
     keep: Tensor | None = None
     whole: bool = False
-    edited: bool = False
 
     def rows(self, part: slice, batch: int) -> Plan:
         """The same for some of the rows."""
@@ -409,9 +407,9 @@ class Plan:
         for ref in refs:
             reads.setdefault(ref.layer, []).append(ref)
         outside = any(ref.site.name in ("norm", "logits") for ref in refs)
-        edited, whole = bool(model._edits), bool(model._edits) or any(hooks(model))
+        whole = bool(model._edits) or any(hooks(model))
         last = model.n_layers if outside or whole or not refs else max(ref.layer or 0 for ref in refs)
-        plan = cls(changes, reads, last, keep, whole, edited)
+        plan = cls(changes, reads, last, keep, whole)
         if whole:
             plan.refuse_touched_sites(model, logits=not refs)
         return plan
@@ -421,11 +419,6 @@ class Plan:
         used = {(layer, name) for layer, sites in self.changes.items() for name in sites}
         used |= {(ref.layer, ref.site.name) for refs in self.reads.values() for ref in refs}
         used |= {(None, "logits")} if logits else set()
-        if self.edited and (inner := sorted({name for _, name in used if name in _STAGES})):
-            raise ValueError(
-                f"the site {inner[0]!r} is inside the conv or the scan, where the edits of {model.model_id} may act "
-                f"too and undo one another: remove them with clear_edits()"
-            )
         paths: dict[str, str] = {}
         for layer, name in used:
             envoy = owner(model, SITES[name], layer)
@@ -574,7 +567,7 @@ def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dic
     changes, reads = plan.changes.get(layer, {}), plan.reads.get(layer, ())
     wanted = {ref.site.name for ref in reads}
     for name in names:
-        if name in OPERATIONS and not plan.edited:
+        if name in OPERATIONS:
             take_over(model.layers[layer].mixer, OPERATIONS[name])
         if name not in changes and name not in wanted:
             continue

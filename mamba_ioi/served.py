@@ -23,7 +23,8 @@ class Served(Envoy):
 
     Once it is built, these can be assigned to: sites and whatever else is a property with a setter (``output``,
     ``input``, ``inputs``), what is there already (``model.memory``, ``model.tokenizer``), a `torch.nn.Module` under a
-    name of its own, which nnsight attaches, a callable in place of a method, and names that begin with an underscore.
+    name of its own, which nnsight attaches, a callable in place of a method, and names that begin with an underscore;
+    on the model itself also any name that is like none of these.
     """
 
     _built = False
@@ -102,11 +103,20 @@ def _refusal(envoy: Envoy, name: str, value: Any) -> str | None:
             f"{where} is the module's own and no value of the run{_at_its_owner(envoy, name)}; what is to last is "
             f"changed at {_spelled(envoy.path)}._module.{name}"
         )
+    if not isinstance(envoy, ServedEnvoy) and _meant(envoy, name, nearness=0.8) is None:
+        return None  # a user's own note on the model, which is like no name of ours
     return _unknown(envoy, name)
 
 
 def _unknown(envoy: Envoy, name: str) -> str:
     """That an envoy has no such name, and which one may be meant."""
+    values = ", ".join([*_sites(envoy), "output", "input", "inputs"])
+    known = f"{_spelled(envoy.path)} has no {name!r}: what can be assigned to are {values}"
+    return _meant(envoy, name) or known
+
+
+def _meant(envoy: Envoy, name: str, nearness: float = 0.6) -> str | None:
+    """The sentence that says which name may be meant, if any is as near as that (1: the same letters)."""
     where = _spelled(envoy.path)
     short = name.removeprefix("hook_")
     values = [*_sites(envoy), "output", "input", "inputs"]
@@ -119,9 +129,9 @@ def _unknown(envoy: Envoy, name: str) -> str:
         return f"{where} has no {name!r}: that is {places[short]}"
     if name.isdecimal():
         return f"{where} has {len(envoy._child_map)} modules, and no [{name}]"
-    if near := difflib.get_close_matches(short, places, 1):
+    if near := difflib.get_close_matches(short, places, 1, nearness):
         return f"{where} has no {name!r}: is {places[near[0]]} meant?"
-    return f"{where} has no {name!r}: what can be assigned to are {', '.join(values)}"
+    return None
 
 
 def _at_its_owner(envoy: Envoy, name: str) -> str:

@@ -171,3 +171,15 @@ def test_patches_and_caches_name_the_nearest_site(small: MambaModel, tokens: tor
     with pytest.raises(ValueError, match="is 'delta_2' meant"):
         cache(small, tokens, ["blocks.1.hook_delta2"])
     assert owner(small, SITES["skip"], 1) is small.layers[1].mixer
+
+
+def test_a_note_of_one_s_own_on_the_model(tokens: torch.Tensor) -> None:
+    """Like no name of ours, it is kept; on a layer it is refused."""
+    model = wrap(random_mamba(), None, model_id="random")
+    model.checkpoint_step = 7
+    assert model.checkpoint_step == 7
+    for name in ("memroy", "ssm_input", "logit", "hook_embed"):
+        with pytest.raises(ValueError, match=f"has no '{name}'"):
+            setattr(model, name, X)
+    with pytest.raises(ValueError, match="has no 'checkpoint_step'"):
+        model.layers[1].checkpoint_step = 7
