@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .result import Result
     from .tasks import PromptPairs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "IOIDataset",
     "MambaModel",
