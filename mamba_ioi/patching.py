@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .anatomy import output_logits
-from .checks import integer, integers, real_number, scalar, whole_number
+from .checks import integer, integers, listed, real_number, scalar, whole_number
 from .location import StageSite, open_stages, take_over
 from .memory import fitting_rows, forward_bytes, site_bytes
 from .sites import SITES, SiteInfo, owner
@@ -312,7 +312,7 @@ def refuse_ends(last: Int[Tensor, "B"] | None, positions: Iterable) -> None:
         return
     for given in positions:
         common = [] if given is None or getattr(given, "ndim", 0) == 2 else listed(given)
-        if negative := [p for p in common if isinstance(p, Integral) and p < 0]:
+        if negative := [p for p in common if (integer(p) or 0) < 0]:
             raise ValueError(
                 f"position {negative[0]} counts from the end, and the texts end at different positions: count from 0"
             )

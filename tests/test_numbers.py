@@ -89,7 +89,7 @@ class TestPatches:
 
     @pytest.mark.parametrize("wrong", [*BOOLS, torch.tensor([True]), 1j, "0", None, np.array("a"), np.array([None])])
     def test_what_is_no_value(self, small, tokens, wrong):
-        with pytest.raises(ValueError, match="a patch's value is a real tensor or a number, not"):
+        with pytest.raises(ValueError, match="a patch's value is a real tensor, a number or a callable, not"):
             run(small, tokens, [Patch("conv", 1, wrong, [2])])
 
     @pytest.mark.parametrize("wrong", BOOLS)
@@ -115,7 +115,7 @@ class TestPatches:
             conv = model.layers[1].mixer.conv.save()
         assert (conv == exact).all()
         readout = Readout(
-            tokens[:, :2], torch.full((4,), 8), *(torch.zeros(4, dtype=torch.long),) * 2, tokens[:, :2] * 0
+            tokens[:, :2], torch.full((4,), 8), *(torch.zeros(4, dtype=torch.long),) * 2, torch.arange(2).expand(4, 2)
         )
         for site in ("conv", "h", "resid_post"):
             found = sweep(model, tokens, [[Patch(site, 1, value, [2])]], readout)

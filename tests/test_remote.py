@@ -382,8 +382,13 @@ def test_what_is_asked_has_one_digest(there: MambaModel, ids: torch.Tensor) -> N
     assert of(ids, [patch], {"a": None}) == of(ids.clone(), [Patch("h", 1, torch.ones(2), [3])], {"a": None})
     others = [of(ids, [patch]), of(ids[:1]), of(ids, [Patch("h", 1, torch.zeros(2), [3])]), of(1), of(True), of("1")]
     assert len(set(others)) == len(others)
-    with pytest.raises(TypeError, match="a function cannot be part of what is asked"):
-        of(of)
+
+    def scaled(factor):
+        return lambda value: value * factor
+
+    assert of(scaled(2)) == of(scaled(2)) != of(scaled(3))
+    with pytest.raises(TypeError, match="a object cannot be part of what is asked"):
+        of(object())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
