@@ -96,17 +96,19 @@ def note_visit(mixer: Envoy) -> Visit | None:
     mediator = Mediator.current(entry)
     number = mediator.wanted(f"{mixer.path}.output")
     seen: dict[tuple[str, int], Visit] = mediator.__dict__.setdefault("visits_of_mixers", {})
-    if (mixer.path, number) not in seen and mediator.occurrence(entry) <= number:
+    key = mixer.path, number + mediator.counts_at_start.get(f"{mixer.path}.output", 0)  # an edit's worker runs again
+    if key not in seen and mediator.occurrence(entry) <= number:
         args, kwargs = Mediator.value(entry)
         x = args[0] if args else kwargs["hidden_states"]
         cache = args[1] if len(args) > 1 else kwargs.get("cache_params")
         layer = mixer._module.layer_idx
-        single = cache is not None and x.shape[1] == 1 and cache.get_conv_state(layer, state_idx=0) is not None
-        single = single and not cache.is_recording_past(layer)
-        seen[mixer.path, number] = Visit(number, x.shape[1], bool(single))
+        single = False
+        if cache is not None and x.shape[1] == 1 and cache.get_conv_state(layer, state_idx=0) is not None:
+            single = not cache.is_recording_past(layer)
+        seen[key] = Visit(number, x.shape[1], single)
     elif mediator.iteration and mediator.occurrence(f"{mixer.path}.output") == number:
         mediator.iteration = None  # a second loop over the step that is running
-    return seen.get((mixer.path, number))
+    return seen.get(key)
 
 
 def visit_of(mixer: Envoy) -> Visit:
@@ -226,7 +228,7 @@ class Site(eproperty):
         """What the user sees of the model's value."""
         return self._preprocess(obj, raw)
 
-    def place(self, obj: Envoy) -> tuple[str, Visit | None]:
+    def place(self, obj: Any) -> tuple[str, Visit | None]:
         """The location, and the visit of the mixer that it lies in, None outside the mixers."""
         mixer = obj.mixer if self.key.startswith("mixer.") else obj
         return self._location(obj), note_visit(mixer) if getattr(type(mixer), "is_mixer", False) else None
@@ -263,6 +265,7 @@ class OperationSite(Site):
     def see(self, obj, raw, visit):
         """The positions that the visit runs: with the cache, what the conv gives of earlier ones is thrown away."""
         value = self._preprocess(obj, raw)
+        assert visit is not None  # `place` has told
         return value if visit.length is None else value[:, value.shape[1] - visit.length :]
 
     def place(self, obj):
@@ -353,7 +356,7 @@ def open_stages(mixer: Envoy, cls: type[AnyStages], visit: Visit | None = None) 
     if stages is None:
         stages = cls(args, kwargs, visit.length, visit.single, batching)  # pyright: ignore[reportCallIssue]
     if not alone:
-        mediator.__dict__["opened"] = operation, mediator.occurrence(f"{operation}.input"), stages
+        mediator.__dict__["opened"] = operation, mediator.interleaver.counts.get(f"{operation}.input", 0), stages
     finish = partial(_finish_after, stages, target, occurrence) if batching else stages.finish
     wait(mediator, WriteBack(finish, stages, cls, target, occurrence))
     return stages
@@ -361,7 +364,7 @@ def open_stages(mixer: Envoy, cls: type[AnyStages], visit: Visit | None = None) 
 
 def _opened_by_another(mediator: Mediator, operation: str):
     """The operation as another worker of this run, such as an edit of the model, has opened and changed it."""
-    here = operation, mediator.occurrence(f"{operation}.input")
+    here = operation, mediator.interleaver.counts.get(f"{operation}.input", 0)
     for other in mediator.interleaver.mediators:
         if other is not mediator and other.__dict__.get("opened", ())[:2] == here:
             return other.__dict__["opened"][2]
@@ -370,7 +373,9 @@ def _opened_by_another(mediator: Mediator, operation: str):
 
 def _finish_after(stages: Stages, output: str, occurrence: int):
     """What replaces the operation's result once it has run: it changes the cache's state, and then so do we."""
-    getcurrent().parent.switch(Pending(Event.VALUE, output, occurrence))
+    getcurrent().parent.switch(  # pyright: ignore[reportOptionalMemberAccess]
+        Pending(Event.VALUE, output, occurrence)
+    )
     return stages.finish()
 
 

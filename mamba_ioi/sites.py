@@ -194,9 +194,9 @@ class MixerEnvoy(ServedEnvoy):
 class InProjEnvoy(ServedEnvoy):
     """The mixer's ``in_proj``: whoever looks into a mixer from here on knows which step of a generation it is at."""
 
-    input = Noted("input")
-    inputs = Noted("inputs")
-    output = Noted("output")
+    input = Noted("input")  # pyright: ignore[reportAssignmentType]
+    inputs = Noted("inputs")  # pyright: ignore[reportAssignmentType]
+    output = Noted("output")  # pyright: ignore[reportAssignmentType]
 
 
 class Conv1dEnvoy(ServedEnvoy):

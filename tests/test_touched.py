@@ -328,3 +328,23 @@ def test_an_edit_inside_an_operation_that_a_trace_looks_into(small, tokens, read
     expected = forward_by_hand(exact, tokens, {("h", 1): zero, ("delta", 1): plus})
     torch.testing.assert_close(h.double(), expected["blocks.1.hook_h"], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(logits.double(), expected["hook_logits"], rtol=1e-4, atol=2e-5)
+
+
+def test_an_edit_in_runs_of_several_lengths(small):
+    """The edit's worker runs again in every trace and step, and tells nothing of the one before."""
+    with small.edit() as (_, edited):
+        small.layers[1].mixer.ssm_input[:, -1] = 0.5
+    exact = copy.deepcopy(small._module).double()
+
+    def last(value):
+        value = value.clone()
+        value[:, -1] = 0.5
+        return value
+
+    for length in (9, 2, 1, 6):
+        ids = torch.randint(0, 61, (2, length), generator=torch.Generator().manual_seed(length))
+        for use_cache in (False, True):
+            with torch.no_grad(), edited.trace(ids, use_cache=use_cache):
+                logits = edited.output.logits.save()
+            expected = forward_by_hand(exact, ids, {("ssm_input", 1): last})["hook_logits"]
+            torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=2e-5)
