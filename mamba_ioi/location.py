@@ -80,11 +80,17 @@ class Visit:
         number: which one it is, counted from 0; a generation makes one a step.
         length: how many positions it runs; None where the run was inside the mixer before anyone asked.
         single: whether it goes on from a cache by one token.
+        records: whether the cache keeps what it is given, to go back to it; then the conv is the one of whole prompts.
     """
 
     number: int
-    length: int | None
-    single: bool
+    length: int | None = None
+    single: bool = False
+    records: bool = False
+
+    def step(self, stages: type[Stages]) -> bool:
+        """Whether it calls the operation that continues a cache by one token."""
+        return self.single and not (self.records and stages.RECORDS)
 
 
 def note_visit(mixer: Envoy) -> Visit | None:
@@ -100,12 +106,12 @@ def note_visit(mixer: Envoy) -> Visit | None:
     if key not in seen and mediator.occurrence(entry) <= number:
         args, kwargs = Mediator.value(entry)
         x = args[0] if args else kwargs["hidden_states"]
-        cache = args[1] if len(args) > 1 else kwargs.get("cache_params")
-        layer = mixer._module.layer_idx
-        single = False
-        if cache is not None and x.shape[1] == 1 and cache.get_conv_state(layer, state_idx=0) is not None:
-            single = not cache.is_recording_past(layer)
-        seen[key] = Visit(number, x.shape[1], single)
+        visit, layer = Visit(number, x.shape[1]), mixer._module.layer_idx
+        for cache in (*args, *kwargs.values()):  # its name depends on transformers' version
+            if hasattr(cache, "update_conv_state"):
+                begun = layer < len(cache.layers) and bool(cache.has_previous_state(layer))
+                visit = Visit(number, x.shape[1], begun and x.shape[1] == 1, begun and cache.layers[layer].record_past)
+        seen[key] = visit
     elif mediator.iteration and mediator.occurrence(f"{mixer.path}.output") == number:
         mediator.iteration = None  # a second loop over the step that is running
     return seen.get(key)
@@ -123,7 +129,7 @@ def visit_of(mixer: Envoy) -> Visit:
     location = f"{mixer.path}.output"
     number = Mediator.current(location).wanted(location)
     if number == 0:
-        return Visit(number, None, False)
+        return Visit(number)
     raise ValueError(
         f"{mixer.path} was entered through its operations at this step; read one of its sites, or its in_proj, before "
         f"anything of its .source"
@@ -270,7 +276,7 @@ class OperationSite(Site):
 
     def place(self, obj):
         visit = visit_of(obj)
-        return f"{obj.path}.{self.stages.operation(visit.single)}.output", visit
+        return f"{obj.path}.{self.stages.operation(visit.step(self.stages))}.output", visit
 
 
 def _rebuild_operation_site(stages, description, preprocess, transform) -> eproperty:
@@ -340,7 +346,8 @@ def open_stages(mixer: Envoy, cls: type[AnyStages], visit: Visit | None = None) 
     invoke replaces its rows of the output. ``visit`` is looked up where it is not given.
     """
     visit = visit_of(mixer) if visit is None else visit
-    operation = f"{mixer.path}.{cls.operation(visit.single)}"
+    single = visit.step(cls)
+    operation = f"{mixer.path}.{cls.operation(single)}"
     mediator = Mediator.current(operation)
     batcher = mediator.interleaver.batcher
     batching = batcher is not None and batcher.batching
@@ -354,7 +361,7 @@ def open_stages(mixer: Envoy, cls: type[AnyStages], visit: Visit | None = None) 
     alone = batching or len(mediator.interleaver.mediators) == 1
     stages = None if alone else _opened_by_another(mediator, operation)
     if stages is None:
-        stages = cls(args, kwargs, visit.length, visit.single, batching)  # pyright: ignore[reportCallIssue]
+        stages = cls(args, kwargs, visit.length, single, batching)  # pyright: ignore[reportCallIssue]
     if not alone:
         mediator.__dict__["opened"] = operation, mediator.interleaver.counts.get(f"{operation}.input", 0), stages
     finish = partial(_finish_after, stages, target, occurrence) if batching else stages.finish
@@ -381,6 +388,6 @@ def _finish_after(stages: Stages, output: str, occurrence: int):
 
 def take_over(mixer: Envoy, cls: type[AnyStages]) -> AnyStages:
     """Open an operation in a run without a cache, and let our own take its place whatever is edited: it is faster."""
-    stages = open_stages(mixer, cls, Visit(0, None, False))
+    stages = open_stages(mixer, cls, Visit(0))
     stages.own = True
     return stages

@@ -62,6 +62,7 @@ class Stages:
         leaves: the values that became leaves after they were handed out, by stage.
         OPERATION: the call in the mixer's ``forward``, as nnsight names it.
         STEP: the call in its place where a cache is continued by one token.
+        RECORDS: whether a cache that records what it is given has the whole prompt's call made all the same.
         ORDER: the values' names, each after those that it is computed from.
         INDEPENDENT: pairs of stages, of which the second comes later and does not depend on the first.
 
@@ -73,6 +74,7 @@ class Stages:
 
     OPERATION: str
     STEP: str
+    RECORDS = False
     ORDER: tuple[str, ...]
     x: Tensor
     INDEPENDENT: tuple[tuple[str, str], ...] = ()
@@ -207,6 +209,7 @@ class ConvStages(Stages):
 
     OPERATION = "source.causal_conv1d_fn_0"
     STEP = "source.causal_conv1d_update_0"
+    RECORDS = True
     ORDER = ("conv_slice", "conv")
     weight: Tensor
 

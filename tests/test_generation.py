@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MambaForCausalLM
 
 from mamba_ioi import Patch, generate
 from mamba_ioi.dataset import IOIDataset
@@ -17,7 +18,9 @@ from .conftest import random_mamba
 from .plain import forward_by_hand
 
 STEPS, LAYER = 4, 1
+NAMES_OF_THE_CACHE = ("cache_params", "past_key_values", "cache")
 EDITED = [name for name, site in SITES.items() if site.by_position]
+CACHE = next(name for name in inspect.signature(MambaForCausalLM.forward).parameters if name in NAMES_OF_THE_CACHE)
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 
 
@@ -255,14 +258,17 @@ def test_invokes_of_one_generation(model, exact, prompt, name):
     assert torch.equal(ids[1:], model._module.generate(prompt[1:], **GREEDY))
 
 
+@pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("name", EDITED)
-def test_a_trace_that_goes_on_from_a_cache(model, exact, prompt, name):
-    """One token, with the cache of the prompt before it given by hand."""
+def test_a_trace_that_goes_on_from_a_cache(model, exact, prompt, name, records):
+    """One token, with the cache of the prompt before it given by hand; one that records calls the whole conv."""
     site = SITES[name]
     cache = DynamicCache(config=model._module.config)
     with torch.no_grad():
-        model._module(prompt[:, :-1], cache_params=cache, use_cache=True)
-    with torch.no_grad(), model.trace(prompt[:, -1:], cache_params=cache, use_cache=True):
+        model._module(prompt[:, :-1], **{CACHE: cache}, use_cache=True)
+    for layer in cache.layers:
+        layer.record_past = records
+    with torch.no_grad(), model.trace(prompt[:, -1:], **{CACHE: cache}, use_cache=True):
         getattr(place(model, name), site.attribute)[:, -1] += 0.5
         logits = model.logits[:, -1].save()
     expected = forward_by_hand(exact, prompt, edits_at(name, {prompt.shape[1] - 1}))
