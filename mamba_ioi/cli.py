@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import BAD_INPUT, one_line, parse
-from .makers import MAKERS, Settings, prepare, with_layer
+from .catalogue import CATALOGUE
+from .makers import Settings, prepare, with_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,12 +72,12 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from .reproduce import ANSWERS, compute, discard_answers, locked, model_identity, request, stored_result
 
-    figures = {maker.experiment: figure for figure, maker in MAKERS.items()}
+    figures = {row.experiment: figure for figure, row in CATALOGUE.items()}
     figure = figures.get(arguments.experiment)
     if figure is None:
         raise ValueError(f"there is no experiment {arguments.experiment!r}; there are {', '.join(figures)}")
     settings = _settings(arguments)
-    if settings.layer is not None and not MAKERS[figure].takes_layer:
+    if settings.layer is not None and not CATALOGUE[figure].takes_layer:
         raise ValueError(f"{arguments.experiment} looks at no single layer; --layer has no meaning for it")
     out = arguments.out or Path("results", _safe(arguments.model), arguments.experiment)
     asked = request(figure, settings, model_identity(settings))
@@ -108,7 +109,7 @@ def _plot(arguments: argparse.Namespace) -> int:
         return _account(redraw(arguments.folder, _tell), arguments.folder)
     result = Result.load(arguments.folder)
     figure = (result.meta.get("request") or {}).get("figure")
-    stem = figure if figure in MAKERS else _safe(result.meta["experiment"])
+    stem = figure if figure in CATALOGUE else _safe(result.meta["experiment"])
     save_companions(result, arguments.folder / stem)
     for path in save_figure(result.plot(), arguments.folder / stem):
         _say(str(path))
@@ -123,13 +124,13 @@ def _list(arguments: argparse.Namespace) -> int:
         _say(_aligned([("site", "shape", "of", "what it is"), *rows]))
         _say("B batch, L positions, D d_model, E d_inner, N d_state, R dt_rank, K taps of the conv, V vocabulary")
         return 0
-    for figure, maker in MAKERS.items():
-        pairs = "" if maker.pairs is None else f"; {maker.pairs} pairs {maker.per_pair}".rstrip()
-        pairs += f" (the paper: {maker.paper})" if maker.paper else ""
-        needs = "" if maker.needs_mamba else "; any causal language model"
-        layer = "; one layer" if maker.takes_layer else ""
-        _say(f"{figure:12} {maker.experiment:27} {maker.shows}{pairs}{layer}{needs}")
-        _say(textwrap.indent(f"columns: {', '.join(maker.columns)}", " " * 13))
+    for figure, row in CATALOGUE.items():
+        pairs = "" if row.pairs is None else f"; {row.pairs} pairs {row.per_pair}".rstrip()
+        pairs += f" (the paper: {row.paper})" if row.paper else ""
+        needs = "" if row.needs_mamba else "; any causal language model"
+        layer = "; one layer" if row.takes_layer else ""
+        _say(f"{figure:12} {row.experiment:27} {row.shows}{pairs}{layer}{needs}")
+        _say(textwrap.indent(f"columns: {', '.join(row.columns)}", " " * 13))
     return 0
 
 
@@ -224,7 +225,7 @@ def _account(outcomes: Sequence[Outcome], out: Path) -> int:
     failed = [(outcome.figure, outcome.error) for outcome in outcomes if outcome.error is not None]
     for figure, error in failed:
         _complain(f"{figure} failed: {type(error).__name__}: {_sentence(error)}")
-    figures = [outcome for outcome in outcomes if outcome.figure in MAKERS]
+    figures = [outcome for outcome in outcomes if outcome.figure in CATALOGUE]
     _say(f"{sum(outcome.error is None for outcome in figures)} of {len(figures)} figures are in {out}")
     return 1 if failed else 0
 

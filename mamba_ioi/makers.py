@@ -1,14 +1,16 @@
-"""The figures that `reproduce` can make: how each result is computed, and what it shows, by the figure's id.
+"""From a row of the catalogue to its result: what it is asked for with, the model, the layer, the computation.
 
-Nothing here imports torch before something is to be computed, so that the table can be shown at once.
+Nothing here imports torch before something is to be computed, so that refusals come at once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .catalogue import CATALOGUE, Row
 
 if TYPE_CHECKING:
     from .model import CausalLM
@@ -44,80 +46,44 @@ class Settings:
     progress: bool = False
 
 
-@dataclass(frozen=True)
-class Maker:
-    """How a figure's result is computed, and what can be said of it before torch is there.
+def make(row: Row, model: CausalLM, settings: Settings) -> Result:
+    """The result of a figure; of mamba-370m's circuits with their agreement with the authors' edges in ``meta``.
 
-    Attributes:
-        experiment: the experiment's name on the command line.
-        shows: what the figure shows, in a line.
-        columns: of the result's table.
-        make: computes the result.
-        pairs: how many pairs it takes if no other number is asked for; None where no number of them can be chosen.
-        per_pair: what ``pairs`` counts, where it is not the pairs of the whole experiment.
-        paper: how many pairs the paper takes, where that is another number.
-        draws: whether prompts are drawn, so that the seed matters.
-        takes_layer: whether it looks at one layer.
-        needs_mamba: whether it works on Mambas only.
+    Raises:
+        ValueError: as the figure's function.
     """
+    from .experiments import Experiment
 
-    experiment: str
-    shows: str
-    columns: tuple[str, ...]
-    make: Callable[[CausalLM, Settings], Result]
-    pairs: int | None = None
-    per_pair: str = ""
-    paper: str = ""
-    draws: bool = True
-    takes_layer: bool = False
-    needs_mamba: bool = True
+    layer = settings.layer if row.takes_layer else None
+    experiment = Experiment(**vars(row))
+    result = experiment(model, pairs=settings.pairs, seed=settings.seed, layer=layer, progress=settings.progress)
+    return _beside_the_paper(result, model.model_id)
 
 
-def _experiment(name: str, shows: str, columns: str, **options: Any) -> Maker:
-    """An experiment of `mamba_ioi.experiments.EXPERIMENTS`."""
-
-    def make(model: CausalLM, settings: Settings) -> Result:
-        from .experiments import EXPERIMENTS
-
-        experiment = EXPERIMENTS[name]
-        layer = settings.layer if experiment.takes_layer else None
-        return experiment(model, pairs=settings.pairs, seed=settings.seed, layer=layer, progress=settings.progress)
-
-    return Maker(name, shows, tuple(columns.split()), make, **options)
+def architecture(model: CausalLM) -> Result:
+    """Figure 2: the sizes of a Mamba, columns size and value."""
+    return _sizes("architecture", model)
 
 
-def _sizes(name: str, shows: str) -> Maker:
-    """A diagram of a Mamba that states the model's sizes."""
-
-    def make(model: CausalLM, settings: Settings) -> Result:
-        from .figures import ModelSizes
-        from .result import Result
-
-        return Result.create(name, ModelSizes.of(model).table(), model=model, arguments={})
-
-    return Maker(name, shows, ("size", "value"), make, draws=False)
+def ssm_internals(model: CausalLM) -> Result:
+    """Figure 12: likewise."""
+    return _sizes("ssm_internals", model)
 
 
-def _residual_graph(model: CausalLM, settings: Settings) -> Result:
+def _sizes(name: str, model: CausalLM) -> Result:
+    from .figures import ModelSizes
+    from .result import Result
+
+    return Result.create(name, ModelSizes.of(model).table(), model=model, arguments={})
+
+
+def residual_graph(model: CausalLM) -> Result:
+    """Figure 3: every edge of the residual stream, columns src and dst; of the first layers where there are many."""
     from .figures import residual_edges
     from .result import Result
 
     shown = model.n_layers if model.n_layers <= 8 else 4
     return Result.create("residual_graph", residual_edges(shown), model=model, arguments={"layers_shown": shown})
-
-
-def _circuit(name: str, experiment: str, shows: str, columns: str, **options: Any) -> Maker:
-    """A result of `mamba_ioi.circuits.pipeline`, from its function of that name."""
-
-    def make(model: CausalLM, settings: Settings) -> Result:
-        from .circuits import pipeline
-
-        layer = {"layer": settings.layer} if options.get("takes_layer") else {}
-        arguments = {"pairs": settings.pairs, "seed": settings.seed, "progress": settings.progress, **layer}
-        result = getattr(pipeline, name)(model, **arguments)
-        return _beside_the_paper(result, model.model_id)
-
-    return Maker(experiment, shows, tuple(columns.split()), make, pairs=200, **options)
 
 
 def _beside_the_paper(result: Result, model_id: str) -> Result:
@@ -137,126 +103,6 @@ def _beside_the_paper(result: Result, model_id: str) -> Result:
     return Result(result.table, result.meta | {"paper": paper})
 
 
-_EFFECTS = "corruption layer position label effect low high n"
-_OF_EACH = "10 of each corruption"
-_SCORES = "accuracy accuracy_low accuracy_high probability low high n"
-
-MAKERS: dict[str, Maker] = {
-    "fig2": _sizes("architecture", "the model, one layer opened, with its hook points"),
-    "fig3": Maker(
-        "residual_graph",
-        "the residual stream as a graph of all edges",
-        ("src", "dst"),
-        _residual_graph,
-        draws=False,
-        needs_mamba=False,
-    ),
-    "fig4": _experiment(
-        "resample_ablation", "which layer inputs matter, by position", _EFFECTS, pairs=80, paper=_OF_EACH
-    ),
-    "fig5": _experiment(
-        "layer_removal", "the answer without each layer", f"layer {_SCORES}", pairs=40, paper="10", needs_mamba=False
-    ),
-    "fig5_greedy": _experiment(
-        "greedy_layer_removal",
-        "the answer as layer after layer is removed",
-        f"step layer {_SCORES}",
-        pairs=40,
-        paper="10",
-        needs_mamba=False,
-    ),
-    "fig6": _experiment(
-        "cross_talk",
-        "the layers that must move information between tokens",
-        "template corruption step layer accuracy low high probability n",
-        pairs=200,
-        per_pair="of each template and corruption",
-    ),
-    "fig7": _experiment(
-        "state_similarity",
-        "how long a token's contribution stays in the state",
-        "prompt i j similarity label_i label_j",
-        takes_layer=True,
-    ),
-    "fig8": _experiment(
-        "conv_slices",
-        "which tap of the conv brings the names",
-        "corruption slice position label effect low high n",
-        pairs=80,
-        paper=_OF_EACH,
-        takes_layer=True,
-    ),
-    "fig9": _experiment(
-        "name_steering",
-        "whether a name's mean activation writes that name",
-        "method source_slot target_slot success low high n",
-        pairs=80,
-        per_pair="times 125",
-        takes_layer=True,
-    ),
-    "fig9_pca": _experiment(
-        "name_pca",
-        "the names' mean activations in a plane",
-        "name slot pc1 pc2 n",
-        pairs=80,
-        per_pair="times 125",
-        takes_layer=True,
-    ),
-    "fig10": _experiment(
-        "resample_ablation_h", "which SSM states matter, by position", _EFFECTS, pairs=80, paper=_OF_EACH
-    ),
-    "fig11": _experiment(
-        "resample_ablation_out_proj", "which layer outputs matter, by position", _EFFECTS, pairs=80, paper=_OF_EACH
-    ),
-    "fig12": _sizes("ssm_internals", "inside the selective SSM, with its hook points"),
-    "appd1": _circuit(
-        "edge_matrices",
-        "edge_matrices",
-        "the minimal circuit, every edge's attribution, measured effects",
-        "src dst position score kept effect",
-        needs_mamba=False,
-    ),
-    "appd2": _circuit(
-        "layer_parts",
-        "layer_parts",
-        "which conv slices, SSMs and skips ACDC keeps",
-        "src dst position kept effect",
-    ),
-    "appd3": _circuit(
-        "positional_circuit",
-        "positional_circuit",
-        "the minimal circuit by positions: graph, page, tables, layers",
-        "src dst position score kept",
-        needs_mamba=False,
-    ),
-    "sec44": _circuit(
-        "last_position",
-        "last_position_only",
-        "that circuit without what a layer sends before the last position",
-        "circuit n_edges nld accuracy kl accuracy_low accuracy_high nld_low nld_high",
-        takes_layer=True,
-    ),
-}
-"""Every figure by its id, in the paper's order."""
-
-
-def choose(only: str | None) -> list[str]:
-    """The figures' ids, in the paper's order; ``fig5`` stands for ``fig5`` and ``fig5_greedy``.
-
-    Raises:
-        ValueError: for an id that is not there, or none at all.
-    """
-    if only is None:
-        return list(MAKERS)
-    chosen = set()
-    for name in (part.strip() for part in only.split(",")):
-        fitting = [figure for figure in MAKERS if figure == name or figure.startswith(f"{name}_")] if name else []
-        if not fitting:
-            raise ValueError(f"there is no figure {name!r}; there are {', '.join(MAKERS)}")
-        chosen.update(fitting)
-    return [figure for figure in MAKERS if figure in chosen]
-
-
 def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[str]]:
     """The model, and which of the figures it can have; what would fail in every one of them is refused here.
 
@@ -271,16 +117,16 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
     model.memory = settings.memory
     if settings.layer is not None:
         check_layer(model, settings.layer)
-    if any(MAKERS[figure].draws for figure in figures):
+    if any(CATALOGUE[figure].draws for figure in figures):
         if model.tokenizer is None:
             raise ValueError(f"{settings.model} has no tokenizer, which is needed to draw prompts")
         IOIDataset.generate(model.tokenizer, 1, seed=settings.seed, templates="all")
-    return model, [figure for figure in figures if model.is_mamba or not MAKERS[figure].needs_mamba]
+    return model, [figure for figure in figures if model.is_mamba or not CATALOGUE[figure].needs_mamba]
 
 
 def with_layer(figure: str, model: CausalLM, settings: Settings) -> Settings:
     """The settings with the bottleneck layer, if the figure needs a layer and none is named."""
-    if not MAKERS[figure].takes_layer or settings.layer is not None:
+    if not CATALOGUE[figure].takes_layer or settings.layer is not None:
         return settings
     from .experiments import default_layer
 

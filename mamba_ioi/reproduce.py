@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .makers import MAKERS, Settings, choose, prepare, with_layer
+from .catalogue import CATALOGUE, choose
+from .makers import Settings, make, prepare, with_layer
 
 if TYPE_CHECKING:
     from .model import CausalLM
@@ -74,7 +75,7 @@ def reproduce(
         OSError: if the folder cannot be written, or the disk is full.
     """
     figures = choose(only)
-    if settings.layer is not None and not any(MAKERS[figure].takes_layer for figure in figures):
+    if settings.layer is not None and not any(CATALOGUE[figure].takes_layer for figure in figures):
         raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
     out = Path(os.path.expanduser(out))
     identity = model_identity(settings)
@@ -143,7 +144,7 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
         raise ValueError(f"{out} holds no results of mamba-ioi reproduce: {out / RESULTS} is not there")
     outcomes: list[Outcome] = []
     with locked(out):
-        for figure in (figure for figure in MAKERS if (out / RESULTS / figure / META_FILE).exists()):
+        for figure in (figure for figure in CATALOGUE if (out / RESULTS / figure / META_FILE).exists()):
             try:
                 outcome = _draw(Result.load(out / RESULTS / figure), out, figure) or Outcome(figure, "drawn again")
             except ValueError as error:
@@ -159,7 +160,7 @@ def compute(figure: str, model: CausalLM, settings: Settings, asked: Mapping[str
     """The figure's result, which says what was asked for."""
     from .result import Result
 
-    result = MAKERS[figure].make(model, settings)
+    result = make(CATALOGUE[figure], model, settings)
     return Result(result.table, result.meta | {"request": dict(asked)})
 
 
@@ -234,13 +235,13 @@ def model_identity(settings: Settings) -> dict[str, Any]:
 
 def request(figure: str, settings: Settings, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What determines a figure's numbers: the model's identity, and those of the settings that the figure heeds."""
-    maker = MAKERS[figure]
+    row = CATALOGUE[figure]
     asked: dict[str, Any] = {"figure": figure, **identity}
-    if maker.pairs is not None:
-        asked["pairs"] = maker.pairs if settings.pairs is None else settings.pairs
-    if maker.draws:
+    if row.pairs is not None:
+        asked["pairs"] = row.pairs if settings.pairs is None else settings.pairs
+    if row.draws:
         asked["seed"] = settings.seed
-    if maker.takes_layer:
+    if row.takes_layer:
         asked["layer"] = settings.layer
     return asked
 
@@ -273,7 +274,7 @@ def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> 
     from .result import META_FILE, Result
 
     _refuse_file(out / RESULTS)
-    for figure in MAKERS:
+    for figure in CATALOGUE:
         folder = out / RESULTS / figure
         if figure in figures or not (folder / META_FILE).is_file():
             continue

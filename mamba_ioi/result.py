@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
+from .catalogue import draw
 from .checks import integer, real_number
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Result:
         """A Result whose meta says when, with which model, and with which package versions it was made.
 
         Args:
-            experiment: the experiment's name, a key of `mamba_ioi.figures.FIGURES` if it has a figure.
+            experiment: the experiment's name, of a row of the catalogue if it has a figure.
             table: tidy data, one observation a row.
             model: read for `model_id` (or `name_or_path`), `revision`, `dtype`, `device`, `n_layers`, each optional; of
                 a remote model, ``dtype`` is what the server computed in, and ``device`` the server's URL.
@@ -181,8 +182,6 @@ class Result:
         Raises:
             ValueError: the experiment has no figure, or the table lacks a column that its figure needs.
         """
-        from mamba_ioi.figures import draw
-
         return draw(self)
 
 

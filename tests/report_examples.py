@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pandas as pd
 
 import mamba_ioi
+from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.figures import ModelSizes, residual_edges, save_figure
 from mamba_ioi.figures.style import new_figure
-from mamba_ioi.makers import MAKERS
 from mamba_ioi.result import Result
 
 from .circuit_examples import LABELS, matrices, parts, positional
@@ -29,11 +29,11 @@ def result(figure: str, rows: pd.DataFrame | list[dict], model: str = TINY, **me
     arguments = meta.pop("arguments", {})
     layers = 48 if model == LARGE else 6
     asked = {"figure": figure, "model": model, "weights": None, "dtype": None, "mamba_ioi": mamba_ioi.__version__}
-    maker = MAKERS[figure]
-    asked |= {"pairs": maker.pairs} if maker.pairs else {}
-    asked |= {"seed": 27} if maker.draws else {}
-    asked |= {"layer": None} if maker.takes_layer else {}
-    experiment = maker.experiment.removesuffix("_h").removesuffix("_out_proj")
+    row = CATALOGUE[figure]
+    asked |= {"pairs": row.pairs} if row.pairs else {}
+    asked |= {"seed": 27} if row.draws else {}
+    asked |= {"layer": None} if row.takes_layer else {}
+    experiment = row.experiment.removesuffix("_h").removesuffix("_out_proj")
     made = Result.create(
         experiment,
         pd.DataFrame(rows),
@@ -212,7 +212,7 @@ def as_the_paper_says(model: str = TINY) -> dict[str, Result]:
         "appd3": circuit("appd3", model=model),
         "sec44": sec44((0.86, 0.87), (0.84, 0.86), (40, 30), layer, model),
     }
-    return {figure: found[figure] for figure in MAKERS}
+    return {figure: found[figure] for figure in CATALOGUE}
 
 
 def store(out: Path, results: Mapping[str, Result], pictures: bool = True) -> Path:

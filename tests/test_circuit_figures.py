@@ -12,6 +12,7 @@ import pytest
 
 import mamba_ioi
 from mamba_ioi import makers
+from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.circuits import evaluate, pipeline
 from mamba_ioi.figures import circuit_graph, circuit_html, circuit_tables, companions, save_companions
 from mamba_ioi.figures.circuit_layout import (
@@ -382,13 +383,13 @@ def test_a_model_without_tokenizer_is_refused(small):
 def test_mamba_370m_is_compared_with_the_paper(monkeypatch, figure, tables):
     """The result itself comes from an example of 48 layers here; the comparison is the real one."""
     example = {"appd1": matrices, "appd2": parts, "appd3": positional}[figure](48)
-    maker = makers.MAKERS[figure]
+    row = CATALOGUE[figure]
     for name in ("edge_matrices", "layer_parts", "positional_circuit"):
         monkeypatch.setattr(pipeline, name, lambda model, **arguments: example)
     for model_id, count in (("state-spaces/mamba-370m-hf", tables), ("tiny", 0)):
         model = types.SimpleNamespace(model_id=model_id)
-        result = maker.make(model, makers.Settings(model=model_id))
+        result = makers.make(row, model, makers.Settings(model=model_id))
         assert len(result.meta.get("paper", [])) == count
-    found = maker.make(types.SimpleNamespace(model_id="state-spaces/mamba-370m"), makers.Settings(model="m"))
+    found = makers.make(row, types.SimpleNamespace(model_id="state-spaces/mamba-370m"), makers.Settings(model="m"))
     whole = found.meta["paper"][0][0]
     assert whole["kind"] == "all" and whole["found"] > 0 and whole["theirs"] > 0

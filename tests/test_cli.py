@@ -23,9 +23,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaForCausalLM
 
 import mamba_ioi
 from mamba_ioi import reproduce as pipeline
+from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.cli import main
 from mamba_ioi.experiments import EXPERIMENTS
-from mamba_ioi.makers import MAKERS
 from mamba_ioi.result import Result
 from mamba_ioi.sites import SITES
 from mamba_ioi.zoo.tokenizer import build_tokenizer
@@ -85,14 +85,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 
 
 def test_the_table_agrees_with_the_experiments() -> None:
-    by_experiment = {maker.experiment: (figure, maker) for figure, maker in MAKERS.items()}
+    by_experiment = {row.experiment: (figure, row) for figure, row in CATALOGUE.items()}
     assert set(EXPERIMENTS) <= set(by_experiment)
     for name, experiment in EXPERIMENTS.items():
-        figure, maker = by_experiment[name]
+        figure, row = by_experiment[name]
         assert figure == experiment.figure
-        assert (maker.takes_layer, maker.needs_mamba) == (experiment.takes_layer, experiment.needs_mamba)
-        assert maker.pairs == (None if experiment.input == "prompts" else experiment.pairs)
-        assert maker.per_pair == {"balanced": "of each template and corruption", "names": "times 125"}.get(
+        assert (row.takes_layer, row.needs_mamba) == (experiment.takes_layer, experiment.needs_mamba)
+        assert row.pairs == (None if experiment.input == "prompts" else experiment.pairs)
+        assert row.per_pair == {"balanced": "of each template and corruption", "names": "times 125"}.get(
             experiment.input, ""
         )
         assert experiment.multiple == (125 if experiment.input == "names" else 1)
@@ -104,20 +104,24 @@ def test_every_figure_is_made(made: Path) -> None:
             "results",
             *pipeline.REPORTS,
             "appd3.html",
-            *(f"{name}{suffix}" for name in (*MAKERS, "appd3_layer1", "appd3_tables") for suffix in (".png", ".pdf")),
+            *(
+                f"{name}{suffix}"
+                for name in (*CATALOGUE, "appd3_layer1", "appd3_tables")
+                for suffix in (".png", ".pdf")
+            ),
         ]
     )
-    for figure, maker in MAKERS.items():
+    for figure, row in CATALOGUE.items():
         assert (made / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert (made / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
         folder = made / "results" / figure
         assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "table.parquet"]
         result = Result.load(folder)
-        assert tuple(result.table.columns) == maker.columns and len(result.table)
+        assert tuple(result.table.columns) == row.columns and len(result.table)
         asked = result.meta["request"]
         assert (asked["figure"], asked["model"], asked["mamba_ioi"]) == (figure, "local", mamba_ioi.__version__)
         assert len(asked["weights"]) == 64
-        if maker.takes_layer:
+        if row.takes_layer:
             assert asked["layer"] is None and result.meta["arguments"]["layer"] == 1
 
 
@@ -195,12 +199,12 @@ def test_a_save_cut_short_is_taken_up(tmp_path: Path) -> None:
 def test_one_failed_figure_loses_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(model, settings):
+    def fail(model, data):
         raise RuntimeError("no such luck,\nsorry")
 
     argv = [*PLANTED, "--only", "fig3,fig5,fig12", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setitem(MAKERS, "fig5", replace(MAKERS["fig5"], make=fail))
+        patch.setitem(CATALOGUE, "fig5", replace(CATALOGUE["fig5"], function=fail))
         assert main(argv) == 1
         assert capsys.readouterr().err == "mamba-ioi: fig5 failed: RuntimeError: no such luck, sorry\n"
         assert main([*argv, "--verbose"]) == 1
@@ -245,7 +249,7 @@ def test_a_report_that_could_not_be_written_is_written_later(
     assert snapshot(tmp_path) == results
     code = """if True:
         import os, signal, sys
-        from mamba_ioi.cli import main
+from mamba_ioi.cli import main
         replace = os.replace
         def killing(old, new):
             if new.name == "report.html":
@@ -450,7 +454,7 @@ def test_run_then_plot(folder: Path, tmp_path: Path, monkeypatch, capsys) -> Non
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     said = capsys.readouterr().out
-    assert all(figure in said and maker.experiment in said for figure, maker in MAKERS.items())
+    assert all(figure in said and row.experiment in said for figure, row in CATALOGUE.items())
     assert main(["list", "--sites"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == list(SITES)

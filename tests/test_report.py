@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from mamba_ioi import reference
+from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.cli import main
-from mamba_ioi.makers import MAKERS
 from mamba_ioi.report import QUESTIONS, Claim, Finding, judge, write_report
 from mamba_ioi.report import opening as openings
-from mamba_ioi.report.evidence import LABELS, Number, shown
-from mamba_ioi.report.pictures import READING
+from mamba_ioi.report.evidence import Number, shown
 from mamba_ioi.reproduce import redraw
 from mamba_ioi.result import Result
 
@@ -57,9 +56,10 @@ def whole(stored: Path, tmp_path: Path) -> Path:
 
 
 def test_every_figure_is_named_read_and_judged_or_a_diagram() -> None:
-    assert list(LABELS) == list(MAKERS) == list(READING) == list(as_the_paper_says())
+    assert list(CATALOGUE) == list(as_the_paper_says())
+    assert all(row.label and row.reading and row.shows for row in CATALOGUE.values())
     judged = {figure for question in QUESTIONS for figure, _ in (*question.deciding, *question.telling)}
-    assert set(MAKERS) - judged == {"fig2", "fig3", "fig12"}
+    assert set(CATALOGUE) - judged == {"fig2", "fig3", "fig12"}
 
 
 @pytest.mark.parametrize("model", ["tiny", LARGE])
@@ -397,12 +397,14 @@ def test_the_report_is_whole(whole: Path) -> None:
     assert page.startswith("<!DOCTYPE html>") and '<html lang="en">' in page
     assert outline.headings[0] == 1 and outline.headings.count(1) == 1
     assert all(after <= before + 1 for before, after in zip(outline.headings, outline.headings[1:], strict=False))
-    assert len(outline.images) == len(MAKERS) and all(len(image["alt"]) > 40 for image in outline.images)
+    assert len(outline.images) == len(CATALOGUE) and all(len(image["alt"]) > 40 for image in outline.images)
     assert all(image["src"].startswith("data:image/png;base64,") for image in outline.images)
-    assert len(set(outline.ids)) == len(outline.ids) and set(MAKERS) <= set(outline.ids)
+    assert len(set(outline.ids)) == len(outline.ids) and set(CATALOGUE) <= set(outline.ids)
     assert {link.removeprefix("#") for link in outline.links} <= set(outline.ids)
     assert len(outline.frames) == 1 and outline.frames[0].startswith("<!DOCTYPE html>")
-    assert sorted(re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)) == sorted(f"{figure}.png" for figure in MAKERS)
+    assert sorted(re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)) == sorted(
+        f"{figure}.png" for figure in CATALOGUE
+    )
     for claim in judge(as_the_paper_says()):
         assert f"## {claim.title}\n" in text
         for found in claim.findings:
@@ -448,9 +450,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         assert "There is no picture fig5.png" in text and "no picture fig4" not in text
         assert "Figure 8: its stored result is damaged and left out" in text
         assert "Section 4.4: its stored result lacks the column accuracy_low" in text
-        left = [figure for figure in MAKERS if figure not in ("fig4", "fig5")]
+        left = [figure for figure in CATALOGUE if figure not in ("fig4", "fig5")]
         assert f"mamba-ioi reproduce --only {','.join(left)}" in text
-        assert all(f"{LABELS[figure]} ({figure})" in text for figure in left)
+        assert all(f"{CATALOGUE[figure].label} ({figure})" in text for figure in left)
         assert "for it: Figure 4, Figure 5; not there: Figure 6" in text and "Figure 10, Appendix D.2" in text
     with pytest.raises(ValueError, match="holds no results of mamba-ioi reproduce"):
         write_report(tmp_path / "results")
@@ -527,7 +529,7 @@ def test_reproduce_ends_with_a_report(tmp_path: Path, monkeypatch, capsys) -> No
     monkeypatch.setattr("mamba_ioi.report.judge", fail)
     assert main([*argv, "fig12"]) == 1
     assert capsys.readouterr().err == "mamba-ioi: report failed: RuntimeError: no such luck\n"
-    monkeypatch.setitem(MAKERS, "fig2", replace(MAKERS["fig2"]))
+    monkeypatch.setitem(CATALOGUE, "fig2", replace(CATALOGUE["fig2"]))
     assert main([*argv, "fig2"]) == 1
     assert not (tmp_path / "report.md").exists(), "a report made without this result passes for none"
     (tmp_path / "report.html").mkdir()
@@ -584,7 +586,7 @@ def test_the_page_in_a_browser(stored: Path, tmp_path: Path, width: int) -> None
         page = FRAME.format(html.escape(page)) + FROM_FRAME
     found = body_data(page, tmp_path, f"--window-size={width},900")
     assert "error" not in found
-    assert found["images"] == ",".join(["true"] * len(MAKERS))
+    assert found["images"] == ",".join(["true"] * len(CATALOGUE))
     assert int(found["viewport"]) == width or width == 1280
     assert int(found["content"]) <= int(found["viewport"]) and found["wide"] == "" and found["tables"] == "true"
     graph = as_the_paper_says()["appd3"]
@@ -602,7 +604,7 @@ def test_the_page_on_paper(stored: Path, tmp_path: Path) -> None:
     content = pdf.read_bytes()
     assert content.startswith(b"%PDF") and content.rstrip().endswith(b"%%EOF")
     assert len(re.findall(rb"/Type\s*/Page\b", content)) > 5
-    assert len(re.findall(rb"/Subtype\s*/Image\b", content)) >= len(MAKERS)
+    assert len(re.findall(rb"/Subtype\s*/Image\b", content)) >= len(CATALOGUE)
 
 
 def test_json_of_the_paper_s_numbers_is_what_the_report_reads() -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from mamba_ioi.result import Result
+
 STREAM, CONV, GATE = 1.75, 4.9, 8.0
 MIDDLE = (CONV + GATE) / 2
 
@@ -32,6 +34,11 @@ def architecture(sizes: ModelSizes | Mapping[str, int], *, model: str | None = N
     page.paragraph(7.6, 0.85, sizes.lines)
     page.key(3.4, 0.85, {"learned": "learned weights", "fixed": "no weights", "ssm": "selective SSM (Figure 12)"})
     return page.figure
+
+
+def of_result(result: Result) -> Figure:
+    """The diagram of a result with columns size and value, as of `ModelSizes.table`."""
+    return architecture(ModelSizes.of_result(result), model=result.meta.get("model"))
 
 
 def _stream_before(page: Diagram) -> None:

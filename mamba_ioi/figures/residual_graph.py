@@ -10,10 +10,12 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
 from mamba_ioi.figures.diagram import Box, Diagram
-from mamba_ioi.figures.style import BLUE, GREEN, ORANGE, VERMILION, paper_style
+from mamba_ioi.figures.style import BLUE, GREEN, ORANGE, VERMILION, paper_style, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from mamba_ioi.result import Result
 
 KINDS = {
     "embed → layer": BLUE,
@@ -60,6 +62,12 @@ def residual_graph(n_layers: int = 4) -> Figure:
         page.axes.plot([x, x + 0.3], [y, y], color=colour, linewidth=1.6)
         page.text(x + 0.4, y, f"{kind} ({counts[kind]})", ha="left", fontsize=8.5)
     return page.figure
+
+
+def of_result(result: Result) -> Figure:
+    """The graph of a result with the columns of `residual_edges`."""
+    require(result, "src", "dst")
+    return residual_graph(result.table["dst"].nunique() - 1)
 
 
 def residual_edges(n_layers: int = 4) -> pd.DataFrame:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from mamba_ioi.result import Result
+
 INPUT, A, DELTA, B, C = 1.3, 3.7, 6.3, 8.9, 11.1
 SCAN = (A + B) / 2
 
@@ -31,6 +33,11 @@ def ssm_internals(sizes: ModelSizes | Mapping[str, int], *, model: str | None = 
     page.paragraph(0.5, 8.75, sizes.lines[2:5] + sizes.lines[-1:])
     page.key(2.6, 8.95, {"learned": "learned weights", "fixed": "no weights", "ssm": "scan over positions"})
     return page.figure
+
+
+def of_result(result: Result) -> Figure:
+    """The diagram of a result with columns size and value, as of `ModelSizes.table`."""
+    return ssm_internals(ModelSizes.of_result(result), model=result.meta.get("model"))
 
 
 def _selection(page: Diagram, sizes: ModelSizes) -> None:

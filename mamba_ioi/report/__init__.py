@@ -16,13 +16,13 @@ from urllib.parse import quote
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..catalogue import CATALOGUE
 from ..figures import circuit_html
 from ..figures.companions import GRAPHS
-from ..makers import MAKERS
 from ..reproduce import REPORTS, RESULTS
 from ..result import META_FILE, Result, replace_files
 from .claims import QUESTIONS, judge
-from .evidence import LABELS, Claim, Finding, Number, Results, Table, number_table
+from .evidence import Claim, Finding, Number, Results, Table, number_table
 from .opening import commands, figure_rows, model_name, setting_table
 from .pictures import picture
 
@@ -64,17 +64,17 @@ def write_report(out: str | os.PathLike[str]) -> list[Path]:
 def stored_results(out: Path) -> tuple[dict[str, Result], list[str]]:
     """The complete results of a folder by figure, in the paper's order, and a sentence on each that is damaged."""
     results, damaged = {}, []
-    for figure, maker in MAKERS.items():
+    for figure, row in CATALOGUE.items():
         folder = out / RESULTS / figure
         if not (folder / META_FILE).exists():
             continue
         try:
             result = Result.load(folder)
         except (OSError, ValueError) as error:
-            damaged.append(f"{LABELS[figure]}: its stored result is damaged and left out ({error}).")
+            damaged.append(f"{row.label}: its stored result is damaged and left out ({error}).")
             continue
-        if missing := [column for column in maker.columns if column not in result.table.columns]:
-            damaged.append(f"{LABELS[figure]}: its stored result lacks the column {missing[0]} and is left out.")
+        if missing := [column for column in row.columns if column not in result.table.columns]:
+            damaged.append(f"{row.label}: its stored result lacks the column {missing[0]} and is left out.")
             continue
         results[figure] = result
     return results, damaged
@@ -94,7 +94,7 @@ def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[
     claims = judge(results, paper)
     homes = {finding.figure: claim.key for claim in claims for finding in claim.findings}
     pictures = {figure: picture(out, figure) for figure in results}
-    missing = [figure for figure in MAKERS if figure not in results]
+    missing = [figure for figure in CATALOGUE if figure not in results]
     return {
         "model": model_name(results),
         "paper": paper is not None,
@@ -107,7 +107,7 @@ def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[
         "missing": missing,
         "damaged": damaged,
         "commands": commands(results),
-        "labels": LABELS,
+        "labels": {figure: row.label for figure, row in CATALOGUE.items()},
         "graphs": {
             figure: circuit_html(result)
             for figure, result in results.items()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pkgutil import resolve_name
 from typing import Any
 
-from . import circuit, convolution, layers, steering
+from ..catalogue import CATALOGUE
+from . import layers
 from .evidence import Claim, Finding, Results
 
 logger = logging.getLogger(__name__)
@@ -24,15 +26,25 @@ class Question:
         key: names it in links.
         title: the claim, of any model.
         paper: what the paper says of mamba-370m.
-        deciding: the rules by the figure they read; they say yes or no.
-        telling: rules that only add to the picture.
     """
 
     key: str
     title: str
     paper: str
-    deciding: tuple[tuple[str, Rule], ...]
-    telling: tuple[tuple[str, Rule], ...] = ()
+
+    @property
+    def deciding(self) -> tuple[tuple[str, Rule], ...]:
+        """The rules by the figure they read, from the catalogue; they say yes or no."""
+        return self._rules("decides")
+
+    @property
+    def telling(self) -> tuple[tuple[str, Rule], ...]:
+        """Rules that only add to the picture."""
+        return self._rules("tells")
+
+    def _rules(self, column: str) -> tuple[tuple[str, Rule], ...]:
+        paths = {figure: getattr(row, column).get(self.key) for figure, row in CATALOGUE.items()}
+        return tuple((figure, resolve_name(path)) for figure, path in paths.items() if path is not None)
 
 
 QUESTIONS = (
@@ -40,46 +52,38 @@ QUESTIONS = (
         "task",
         "The model does the task",
         "Accuracy on the templates is about 96 %, the answer's mean probability among the names 0.83 (Section 4.1.2).",
-        (("fig5", layers.task),),
     ),
     Question(
         "bottleneck",
         "One layer is a bottleneck",
         "It is layer 39: by resample ablation and layer removal it matters most beside layer 0, and it is in every "
         "minimal set of layers that must move information between tokens (Section 4.1).",
-        (("fig4", layers.resampled), ("fig5", layers.removed), ("fig6", layers.cross_talk)),
-        (("fig5_greedy", layers.spared),),
     ),
     Question(
         "shift",
         "The bottleneck's convolution shifts names by one position",
         "Layer 39 takes names in through slice −1 of its convolution, so they reach its SSM one token later "
         "(Section 4.2).",
-        (("fig8", convolution.taps), ("fig10", convolution.states), ("appd2", convolution.kept_taps)),
-        (("fig7", convolution.lines),),
     ),
     Question(
         "linear",
         "Names are linear in the SSM, and can be steered",
         "Subtracting a name's mean and adding another's changes the answer more than 95 % of the time within the first "
         "three slots; those and the last two are less compatible (Section 4.3).",
-        (("fig9", steering.steering),),
-        (("fig9_pca", steering.plane),),
     ),
     Question(
         "last",
         "The bottleneck writes at the last position only",
         "Only the last position of layer 39's output matters, and a circuit loses 1.4 points of accuracy without its "
         "edges from the others (Section 4.4).",
-        (("fig11", circuit.written), ("sec44", circuit.cut)),
     ),
     Question(
         "circuit",
         "A small circuit does the task",
         "EAP finds 188 of 1225 edges with accuracy above 0.85; ACDC keeps 364 of 1609 with the layers' parts (App. D).",
-        (("appd1", circuit.minimal), ("appd2", circuit.fine), ("appd3", circuit.positional)),
     ),
 )
+"""The paper's claims; rows of the catalogue name them by their keys."""
 
 
 def judge(results: Results, paper: dict[str, Any] | None = None) -> list[Claim]:

@@ -6,32 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..catalogue import CATALOGUE
 from ..result import Result
 
 Results = Mapping[str, Result]
 """Stored results by the figure's id."""
 NO_VALUE = "–"
-
-LABELS = {
-    "fig2": "Figure 2",
-    "fig3": "Figure 3",
-    "fig4": "Figure 4",
-    "fig5": "Figure 5",
-    "fig5_greedy": "Figure 5 (greedy)",
-    "fig6": "Figure 6",
-    "fig7": "Figure 7",
-    "fig8": "Figure 8",
-    "fig9": "Figure 9",
-    "fig9_pca": "Figure 9 (plane)",
-    "fig10": "Figure 10",
-    "fig11": "Figure 11",
-    "fig12": "Figure 12",
-    "appd1": "Appendix D.1",
-    "appd2": "Appendix D.2",
-    "appd3": "Appendix D.3",
-    "sec44": "Section 4.4",
-}
-"""The paper's name of each figure."""
 
 
 def shown(value: float | int | None) -> str:
@@ -137,7 +117,7 @@ class Finding:
     @property
     def label(self) -> str:
         """The paper's name of the figure."""
-        return LABELS[self.figure]
+        return CATALOGUE[self.figure].label
 
 
 @dataclass(frozen=True)
@@ -172,7 +152,7 @@ class Claim:
         sides = (
             ("for it", [finding.label for finding in self.findings if finding.holds]),
             ("against it", [finding.label for finding in self.findings if finding.holds is False]),
-            ("not there", [LABELS[figure] for figure in self.missing]),
+            ("not there", [CATALOGUE[figure].label for figure in self.missing]),
         )
         return "; ".join(f"{side}: {', '.join(labels)}" for side, labels in sides if labels)
 

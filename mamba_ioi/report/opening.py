@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from ..makers import MAKERS
+from ..catalogue import CATALOGUE
 from ..result import Result
-from .evidence import LABELS, Results, Table, shown
+from .evidence import Results, Table, shown
 
 SEED = 27
 
@@ -42,17 +42,17 @@ def setting_table(results: Results) -> Table:
 def figure_rows(results: Results) -> list[dict[str, str]]:
     """For each figure of the paper: its id, name, what it shows, and its pairs and layer where its result is there."""
     rows = []
-    for figure, maker in MAKERS.items():
+    for figure, row in CATALOGUE.items():
         result = results.get(figure)
         request, arguments = (_part(result, name) for name in ("request", "arguments"))
         pairs = request.get("pairs")
-        layer = arguments.get("layer") if maker.takes_layer else None
+        layer = arguments.get("layer") if row.takes_layer else None
         rows.append(
             {
                 "figure": figure,
-                "label": LABELS[figure],
-                "shows": maker.shows,
-                "pairs": "" if pairs is None else f"{pairs} {maker.per_pair}".strip(),
+                "label": row.label,
+                "shows": row.shows,
+                "pairs": "" if pairs is None else f"{pairs} {row.per_pair}".strip(),
                 "layer": "" if layer is None else str(layer),
             }
         )
@@ -73,17 +73,17 @@ def commands(results: Results) -> list[str]:
                 break
         else:
             groups.append({"allowed": allowed, "figures": [figure], "request": request, "meta": result.meta})
-    return [_command(group, whole=len(groups) == 1 and len(results) == len(MAKERS)) for group in groups]
+    return [_command(group, whole=len(groups) == 1 and len(results) == len(CATALOGUE)) for group in groups]
 
 
 def _allowed(figure: str, request: dict[str, Any]) -> dict[str, set | None]:
     """For each option the values that ask for this figure as it is; None where any does."""
-    maker = MAKERS[figure]
+    row = CATALOGUE[figure]
     pairs, seed = request.get("pairs"), request.get("seed")
     return {
-        "pairs": None if maker.pairs is None else {pairs} | ({None} if pairs == maker.pairs else set()),
-        "seed": None if not maker.draws else {seed},
-        "layer": {request.get("layer")} if maker.takes_layer else None,
+        "pairs": None if row.pairs is None else {pairs} | ({None} if pairs == row.pairs else set()),
+        "seed": None if not row.draws else {seed},
+        "layer": {request.get("layer")} if row.takes_layer else None,
     }
 
 

@@ -7,38 +7,10 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..catalogue import CATALOGUE
 from ..figures.style import DPI
-from ..makers import MAKERS
-from .evidence import LABELS
 
 CSS_DPI = 96
-_EFFECT = "1: the answer follows the corrupt prompt all the way; 0: not at all"
-
-READING = {
-    "fig2": "The model from tokens to logits, and one layer opened; the names are those of the activations.",
-    "fig3": "Every layer reads the sum of all that was written before it: an edge for each writer and reader.",
-    "fig4": f"A panel for each corruption; rows are layers, columns tokens. Each cell: the layer's input resampled at "
-    f"that position ({_EFFECT}).",
-    "fig5": "The answer's mean probability among the prompt's names, and its accuracy, with each layer's output set to "
-    "zero.",
-    "fig5_greedy": "Accuracy as layers are removed one after another, each time the one that costs least.",
-    "fig6": "In what share of the minimal sets, one for each template and corruption, each layer is.",
-    "fig7": "Cosine of what each token adds to the state (rows) with the state after each token (columns).",
-    "fig8": f"A panel for each corruption; rows are taps of the convolution, columns its output positions ({_EFFECT}).",
-    "fig9": "The share of test prompts where the name that was written in wins; columns are the slot its mean is from, "
-    "rows the slot it is written into.",
-    "fig9_pca": "Each point is the mean activation of one name in one slot.",
-    "fig10": f"As Figure 4, for the state of the SSM: later states follow from the one that is resampled ({_EFFECT}).",
-    "fig11": f"As Figure 4, for what each layer adds to the residual stream ({_EFFECT}).",
-    "fig12": "Inside the selective SSM; the names are those of the activations.",
-    "appd1": "Rows are sources, columns destinations: the edges that are kept, each edge's attribution (also with "
-    "colours clamped), and measured effects.",
-    "appd2": "For each layer, which of its conv slices, its skip and its SSM ACDC keeps, and how much NLD falls "
-    "without each.",
-    "appd3": "The circuit from embed to output; labels say at which positions an edge is kept.",
-    "sec44": "Accuracy and mean NLD of the positional circuit, whole and without the bottleneck's edges before the "
-    "last position.",
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +45,7 @@ class Picture:
 
 def picture(out: Path, figure: str) -> Picture:
     """The figure's picture as it lies in the folder, complete: nothing is scaled down."""
-    file = out / f"{figure}.png"
+    row, file = CATALOGUE[figure], out / f"{figure}.png"
     content = file.read_bytes() if file.is_file() else b""
     width, height = _size(content)
     others = sorted(out.glob(f"{figure}_tables.png")) + sorted(
@@ -81,8 +53,8 @@ def picture(out: Path, figure: str) -> Picture:
     )
     return Picture(
         figure,
-        f"{LABELS[figure]}: {MAKERS[figure].shows}",
-        READING[figure],
+        f"{row.label}: {row.shows}",
+        row.reading,
         file.name,
         f"data:image/png;base64,{base64.b64encode(content).decode()}" if width else None,
         round(width * CSS_DPI / DPI),

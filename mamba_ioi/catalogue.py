@@ -1,0 +1,383 @@
+"""The catalogue: one row a figure, from the question that it answers to how it is computed, drawn and read.
+
+The command line, `reproduce`, the report and `Result.plot` read it. Functions stand in it by their import path
+(``package.module:name``) and are imported when they are called, so that the catalogue can be shown at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .result import Result
+
+_EXPERIMENTS, _CIRCUITS, _MAKERS = "mamba_ioi.experiments", "mamba_ioi.circuits.pipeline", "mamba_ioi.makers"
+_FIGURES, _REPORT = "mamba_ioi.figures", "mamba_ioi.report"
+_EFFECT = "1: the answer follows the corrupt prompt all the way; 0: not at all"
+_EFFECTS = ("corruption", "layer", "position", "label", "effect", "low", "high", "n")
+_SCORES = ("accuracy", "accuracy_low", "accuracy_high", "probability", "low", "high", "n")
+_OF_EACH = "10 of each corruption"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A figure.
+
+    Attributes:
+        figure: its id, which names its files: ``fig4``; ``fig5_greedy`` for a second panel.
+        experiment: the experiment's name on the command line.
+        label: the figure's name in the report, as the paper has it.
+        shows: what it shows, in a line.
+        reading: how to read it, in a sentence.
+        columns: of the result's table.
+        function: computes the result (``package.module:name``). It is called with the model, with what ``input`` says,
+            and with ``arguments``; ``progress=`` is given to a function that has it, ``layer=`` where ``takes_layer``.
+        drawn_by: draws the result (``package.module:name``); unless given, the first of ``columns`` along the axis, and
+            the one before ``low`` upwards.
+        input: what the function gets: ``pairs`` drawn uniformly, ``balanced`` pairs (as many of each template and
+            corruption), ``prompts`` (a few texts), ``names`` (``n_pairs=`` and ``seed=``: it draws its own pairs),
+            ``own`` (``pairs=`` and ``seed=``: likewise; ``pairs=None`` if no number is asked for), or ``nothing``.
+        pairs: how many pairs are drawn if no other number is asked for, at least the paper's number (``balanced``: of
+            each template and corruption); None where no number of them can be chosen.
+        multiple: how many pairs to draw for each of ``pairs``, so that means over names are over enough of them.
+        per_pair: what ``pairs`` counts, where it is not the pairs of the whole experiment.
+        paper: how many pairs the paper takes, where that is another number.
+        templates: which templates the pairs are of.
+        takes_layer: whether it looks at one layer, the bottleneck unless one is named.
+        needs_mamba: whether it works on Mambas only.
+        needs_names: whether it speaks of the names in the prompts, so that it says nothing of other tasks.
+        arguments: more arguments of the function.
+        decides: for claims of the paper by their keys (`mamba_ioi.report.claims`), the rule that says from this figure
+            whether the claim holds (``package.module:name``).
+        tells: likewise, rules that only add to the picture.
+    """
+
+    figure: str
+    experiment: str
+    label: str
+    shows: str
+    reading: str
+    columns: tuple[str, ...]
+    function: str | Callable[..., Result]
+    drawn_by: str = f"{_FIGURES}.intervals:intervals"
+    input: Literal["pairs", "balanced", "prompts", "names", "own", "nothing"] = "pairs"
+    pairs: int | None = 80
+    multiple: int = 1
+    per_pair: str = ""
+    paper: str = ""
+    templates: str = "aligned"
+    takes_layer: bool = False
+    needs_mamba: bool = True
+    needs_names: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    decides: Mapping[str, str] = field(default_factory=dict)
+    tells: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def draws(self) -> bool:
+        """Whether prompts are drawn, so that the seed matters."""
+        return self.input != "nothing"
+
+
+ROWS = (
+    Row(
+        figure="fig2",
+        experiment="architecture",
+        label="Figure 2",
+        shows="the model, one layer opened, with its hook points",
+        reading="The model from tokens to logits, and one layer opened; the names are those of the activations.",
+        columns=("size", "value"),
+        function=f"{_MAKERS}:architecture",
+        drawn_by=f"{_FIGURES}.architecture:of_result",
+        input="nothing",
+        pairs=None,
+    ),
+    Row(
+        figure="fig3",
+        experiment="residual_graph",
+        label="Figure 3",
+        shows="the residual stream as a graph of all edges",
+        reading="Every layer reads the sum of all that was written before it: an edge for each writer and reader.",
+        columns=("src", "dst"),
+        function=f"{_MAKERS}:residual_graph",
+        drawn_by=f"{_FIGURES}.residual_graph:of_result",
+        input="nothing",
+        pairs=None,
+        needs_mamba=False,
+    ),
+    Row(
+        figure="fig4",
+        experiment="resample_ablation",
+        label="Figure 4",
+        shows="which layer inputs matter, by position",
+        reading="A panel for each corruption; rows are layers, columns tokens. Each cell: the layer's input resampled "
+        f"at that position ({_EFFECT}).",
+        columns=_EFFECTS,
+        function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
+        drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
+        paper=_OF_EACH,
+        decides={"bottleneck": f"{_REPORT}.layers:resampled"},
+    ),
+    Row(
+        figure="fig5",
+        experiment="layer_removal",
+        label="Figure 5",
+        shows="the answer without each layer",
+        reading="The answer's mean probability among the prompt's names, and its accuracy, with each layer's output "
+        "set to zero.",
+        columns=("layer", *_SCORES),
+        function=f"{_EXPERIMENTS}.layer_removal:layer_removal",
+        drawn_by=f"{_FIGURES}.layer_removal:layer_removal",
+        pairs=40,
+        paper="10",
+        templates="all",
+        needs_mamba=False,
+        decides={"task": f"{_REPORT}.layers:task", "bottleneck": f"{_REPORT}.layers:removed"},
+    ),
+    Row(
+        figure="fig5_greedy",
+        experiment="greedy_layer_removal",
+        label="Figure 5 (greedy)",
+        shows="the answer as layer after layer is removed",
+        reading="Accuracy as layers are removed one after another, each time the one that costs least.",
+        columns=("step", "layer", *_SCORES),
+        function=f"{_EXPERIMENTS}.layer_removal:greedy_layer_removal",
+        drawn_by=f"{_FIGURES}.layer_removal:greedy_layer_removal",
+        pairs=40,
+        paper="10",
+        templates="all",
+        needs_mamba=False,
+        tells={"bottleneck": f"{_REPORT}.layers:spared"},
+    ),
+    Row(
+        figure="fig6",
+        experiment="cross_talk",
+        label="Figure 6",
+        shows="the layers that must move information between tokens",
+        reading="In what share of the minimal sets, one for each template and corruption, each layer is.",
+        columns=("template", "corruption", "step", "layer", "accuracy", "low", "high", "probability", "n"),
+        function=f"{_EXPERIMENTS}.cross_talk:cross_talk",
+        drawn_by=f"{_FIGURES}.cross_talk:cross_talk",
+        input="balanced",
+        pairs=200,
+        per_pair="of each template and corruption",
+        templates="all",
+        decides={"bottleneck": f"{_REPORT}.layers:cross_talk"},
+    ),
+    Row(
+        figure="fig7",
+        experiment="state_similarity",
+        label="Figure 7",
+        shows="how long a token's contribution stays in the state",
+        reading="Cosine of what each token adds to the state (rows) with the state after each token (columns).",
+        columns=("prompt", "i", "j", "similarity", "label_i", "label_j"),
+        function=f"{_EXPERIMENTS}.state_similarity:state_similarity",
+        drawn_by=f"{_FIGURES}.state_similarity:state_similarity",
+        input="prompts",
+        pairs=None,
+        takes_layer=True,
+        tells={"shift": f"{_REPORT}.convolution:lines"},
+    ),
+    Row(
+        figure="fig8",
+        experiment="conv_slices",
+        label="Figure 8",
+        shows="which tap of the conv brings the names",
+        reading="A panel for each corruption; rows are taps of the convolution, columns its output positions "
+        f"({_EFFECT}).",
+        columns=("corruption", "slice", "position", "label", "effect", "low", "high", "n"),
+        function=f"{_EXPERIMENTS}.conv_slices:conv_slices",
+        drawn_by=f"{_FIGURES}.conv_slices:conv_slices",
+        paper=_OF_EACH,
+        takes_layer=True,
+        decides={"shift": f"{_REPORT}.convolution:taps"},
+    ),
+    Row(
+        figure="fig9",
+        experiment="name_steering",
+        label="Figure 9",
+        shows="whether a name's mean activation writes that name",
+        reading="The share of test prompts where the name that was written in wins; columns are the slot its mean is "
+        "from, rows the slot it is written into.",
+        columns=("method", "source_slot", "target_slot", "success", "low", "high", "n"),
+        function=f"{_EXPERIMENTS}.name_steering:name_steering",
+        drawn_by=f"{_FIGURES}.name_steering:name_steering",
+        input="names",
+        multiple=125,
+        per_pair="times 125",
+        templates="all",
+        takes_layer=True,
+        needs_names=True,
+        decides={"linear": f"{_REPORT}.steering:steering"},
+    ),
+    Row(
+        figure="fig9_pca",
+        experiment="name_pca",
+        label="Figure 9 (plane)",
+        shows="the names' mean activations in a plane",
+        reading="Each point is the mean activation of one name in one slot.",
+        columns=("name", "slot", "pc1", "pc2", "n"),
+        function=f"{_EXPERIMENTS}.name_steering:name_pca",
+        drawn_by=f"{_FIGURES}.name_steering:name_pca",
+        input="names",
+        multiple=125,
+        per_pair="times 125",
+        templates="all",
+        takes_layer=True,
+        needs_names=True,
+        tells={"linear": f"{_REPORT}.steering:plane"},
+    ),
+    Row(
+        figure="fig10",
+        experiment="resample_ablation_h",
+        label="Figure 10",
+        shows="which SSM states matter, by position",
+        reading="As Figure 4, for the state of the SSM: later states follow from the one that is resampled "
+        f"({_EFFECT}).",
+        columns=_EFFECTS,
+        function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
+        drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
+        paper=_OF_EACH,
+        arguments={"site": "h"},
+        decides={"shift": f"{_REPORT}.convolution:states"},
+    ),
+    Row(
+        figure="fig11",
+        experiment="resample_ablation_out_proj",
+        label="Figure 11",
+        shows="which layer outputs matter, by position",
+        reading=f"As Figure 4, for what each layer adds to the residual stream ({_EFFECT}).",
+        columns=_EFFECTS,
+        function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
+        drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
+        paper=_OF_EACH,
+        arguments={"site": "out_proj"},
+        decides={"last": f"{_REPORT}.circuit:written"},
+    ),
+    Row(
+        figure="fig12",
+        experiment="ssm_internals",
+        label="Figure 12",
+        shows="inside the selective SSM, with its hook points",
+        reading="Inside the selective SSM; the names are those of the activations.",
+        columns=("size", "value"),
+        function=f"{_MAKERS}:ssm_internals",
+        drawn_by=f"{_FIGURES}.ssm_internals:of_result",
+        input="nothing",
+        pairs=None,
+    ),
+    Row(
+        figure="appd1",
+        experiment="edge_matrices",
+        label="Appendix D.1",
+        shows="the minimal circuit, every edge's attribution, measured effects",
+        reading="Rows are sources, columns destinations: the edges that are kept, each edge's attribution (also with "
+        "colours clamped), and measured effects.",
+        columns=("src", "dst", "position", "score", "kept", "effect"),
+        function=f"{_CIRCUITS}:edge_matrices",
+        drawn_by=f"{_FIGURES}.circuit_matrices:circuit_matrices",
+        input="own",
+        pairs=200,
+        needs_mamba=False,
+        decides={"circuit": f"{_REPORT}.circuit:minimal"},
+    ),
+    Row(
+        figure="appd2",
+        experiment="layer_parts",
+        label="Appendix D.2",
+        shows="which conv slices, SSMs and skips ACDC keeps",
+        reading="For each layer, which of its conv slices, its skip and its SSM ACDC keeps, and how much NLD falls "
+        "without each.",
+        columns=("src", "dst", "position", "kept", "effect"),
+        function=f"{_CIRCUITS}:layer_parts",
+        drawn_by=f"{_FIGURES}.circuit_matrices:layer_parts",
+        input="own",
+        pairs=200,
+        decides={"shift": f"{_REPORT}.convolution:kept_taps", "circuit": f"{_REPORT}.circuit:fine"},
+    ),
+    Row(
+        figure="appd3",
+        experiment="positional_circuit",
+        label="Appendix D.3",
+        shows="the minimal circuit by positions: graph, page, tables, layers",
+        reading="The circuit from embed to output; labels say at which positions an edge is kept.",
+        columns=("src", "dst", "position", "score", "kept"),
+        function=f"{_CIRCUITS}:positional_circuit",
+        drawn_by=f"{_FIGURES}.circuit_graph:circuit_graph",
+        input="own",
+        pairs=200,
+        needs_mamba=False,
+        decides={"circuit": f"{_REPORT}.circuit:positional"},
+    ),
+    Row(
+        figure="sec44",
+        experiment="last_position_only",
+        label="Section 4.4",
+        shows="that circuit without what a layer sends before the last position",
+        reading="Accuracy and mean NLD of the positional circuit, whole and without the bottleneck's edges before the "
+        "last position.",
+        columns=("circuit", "n_edges", "nld", "accuracy", "kl", "accuracy_low", "accuracy_high", "nld_low", "nld_high"),
+        function=f"{_CIRCUITS}:last_position",
+        drawn_by=f"{_FIGURES}.last_position:last_position_only",
+        input="own",
+        pairs=200,
+        takes_layer=True,
+        decides={"last": f"{_REPORT}.circuit:cut"},
+    ),
+)
+"""Every figure, in the paper's order."""
+
+CATALOGUE: dict[str, Row] = {row.figure: row for row in ROWS}
+"""The rows by the figure's id."""
+
+ALSO_DRAWN = {
+    "eap": f"{_FIGURES}.circuit_matrices:edge_scores",
+    "exact_effects": f"{_FIGURES}.circuit_matrices:edge_scores",
+    "faithfulness": f"{_FIGURES}.faithfulness:faithfulness",
+}
+"""What draws results that are no figure of `reproduce`, by ``meta["experiment"]``."""
+
+
+def choose(only: str | None) -> list[str]:
+    """The figures' ids, in the paper's order; ``fig5`` stands for ``fig5`` and ``fig5_greedy``.
+
+    Raises:
+        ValueError: for an id that is not there, or none at all.
+    """
+    if only is None:
+        return list(CATALOGUE)
+    chosen = set()
+    for name in (part.strip() for part in only.split(",")):
+        fitting = [figure for figure in CATALOGUE if figure == name or figure.startswith(f"{name}_")] if name else []
+        if not fitting:
+            raise ValueError(f"there is no figure {name!r}; there are {', '.join(CATALOGUE)}")
+        chosen.update(fitting)
+    return [figure for figure in CATALOGUE if figure in chosen]
+
+
+def drawers() -> dict[str, str]:
+    """What draws a result, by ``meta["experiment"]``, in the paper's order.
+
+    A row with a function that has a row before is another run of that experiment, and its results bear that name.
+    """
+    first: dict[Any, Row] = {}
+    for row in CATALOGUE.values():
+        first.setdefault(row.function, row)
+    return {row.experiment: row.drawn_by for row in first.values()} | ALSO_DRAWN
+
+
+def draw(result: Result) -> Figure:
+    """The figure of a result, chosen by ``result.meta["experiment"]``.
+
+    Raises:
+        ValueError: no figure is known for that experiment, or the table lacks a column that its figure needs.
+    """
+    experiment, known = result.meta["experiment"], drawers()
+    if experiment not in known:
+        raise ValueError(f"no figure is known for the experiment {experiment!r}; there are {', '.join(known)}")
+    return resolve_name(known[experiment])(result)
