@@ -249,7 +249,7 @@ def test_a_report_that_could_not_be_written_is_written_later(
     assert snapshot(tmp_path) == results
     code = """if True:
         import os, signal, sys
-from mamba_ioi.cli import main
+        from mamba_ioi.cli import main
         replace = os.replace
         def killing(old, new):
             if new.name == "report.html":
