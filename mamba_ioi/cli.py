@@ -70,7 +70,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .reproduce import ANSWERS, compute, discard_answers, locked, model_identity, request, stored_result
+    from .folder import ANSWERS, discard_answers, locked, stored_result
+    from .reproduce import compute, model_identity, request
 
     figures = {row.experiment: figure for figure, row in CATALOGUE.items()}
     figure = figures.get(arguments.experiment)
@@ -102,7 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _plot(arguments: argparse.Namespace) -> int:
     from .figures import save_companions, save_figure
-    from .reproduce import RESULTS, redraw
+    from .folder import RESULTS
+    from .reproduce import redraw
     from .result import Result
 
     if (arguments.folder / RESULTS).is_dir():

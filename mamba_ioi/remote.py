@@ -96,7 +96,7 @@ class Answers:
         if self.folder is not None:
             from safetensors.torch import save
 
-            from .result import replace_files
+            from .files import replace_files
 
             stored = save({name: value.contiguous() for name, value in answer.items()})
             replace_files(self.folder, {f"{key}.safetensors": stored})

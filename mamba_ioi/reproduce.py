@@ -8,20 +8,17 @@ that was asked for otherwise is never overwritten.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .catalogue import CATALOGUE, choose
+from .folder import ANSWERS, PICTURES, REPORTS, RESULTS, check_folder, discard_answers, locked, stored_result
 from .makers import Settings, make, prepare, with_layer
 
 if TYPE_CHECKING:
@@ -30,15 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results"
-ANSWERS = "answers"
-"""The folder beside a result for what a server has answered, as long as the result is not complete."""
-_LOCK = ".lock"
-REPORTS = ("report.html", "report.md")
-_PICTURES = (".png", ".pdf")
 _PACKAGED = Path(__file__).parent / "zoo" / "tiny"
 _WEIGHTS = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt", "*.safetensors", "*.bin")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +107,7 @@ def reproduce(
                 continue
             if found[figure] is None:
                 _store(result, out, figure)
-            elif all((out / f"{figure}{suffix}").exists() for suffix in _PICTURES):
+            elif all((out / f"{figure}{suffix}").exists() for suffix in PICTURES):
                 note(Outcome(figure, "kept, it was complete"))
                 continue
             failure = _draw(result, out, figure)
@@ -166,15 +156,10 @@ def compute(figure: str, model: CausalLM, settings: Settings, asked: Mapping[str
 
 def _store(result: Result, out: Path, figure: str) -> None:
     """Save the result; take away pictures and reports that were made without it, so that none passes for its own."""
-    for name in (*(f"{figure}{suffix}" for suffix in _PICTURES), *REPORTS):
+    for name in (*(f"{figure}{suffix}" for suffix in PICTURES), *REPORTS):
         (out / name).unlink(missing_ok=True)
     result.save(out / RESULTS / figure)
     discard_answers(out / RESULTS / figure)
-
-
-def discard_answers(folder: Path) -> None:
-    """Take away what a server answered for a result, now that the result is stored."""
-    shutil.rmtree(folder / ANSWERS, ignore_errors=True)
 
 
 def _draw(result: Result, out: Path, figure: str) -> Outcome | None:
@@ -209,7 +194,7 @@ def _failed(figure: str, error: Exception) -> Outcome:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What was asked for, and what is there
+# What was asked for
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -246,68 +231,6 @@ def request(figure: str, settings: Settings, identity: Mapping[str, Any]) -> dic
     return asked
 
 
-def stored_result(folder: Path, asked: Mapping[str, Any]) -> Result | None:
-    """The folder's complete result if it was asked for alike; None if there is none, or only the start of one.
-
-    Raises:
-        ValueError: if the result is damaged, or was asked for otherwise.
-    """
-    from .result import META_FILE, Result
-
-    _refuse_file(folder)
-    if not (folder / META_FILE).exists():
-        return None
-    try:
-        result = Result.load(folder)
-    except ValueError as error:
-        raise ValueError(f"{folder} holds a damaged result ({error}); delete that folder to compute it again") from None
-    _refuse_other(folder, result.meta.get("request"), asked)
-    return result
-
-
-def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> None:
-    """See that the figures fit into the folder, and clear away what an interrupted run left unfinished there.
-
-    Raises:
-        ValueError: if something is in the way of a figure, or a result of another model or version is there.
-    """
-    from .result import META_FILE, Result
-
-    _refuse_file(out / RESULTS)
-    for figure in CATALOGUE:
-        folder = out / RESULTS / figure
-        if figure in figures or not (folder / META_FILE).is_file():
-            continue
-        try:
-            made = Result.load(folder).meta.get("request")
-        except ValueError:  # a damaged result of a figure that is not asked for is not this run's business
-            continue
-        _refuse_other(folder, made, identity)
-    for figure in figures:
-        for suffix in _PICTURES:
-            if (out / f"{figure}{suffix}").is_dir():
-                raise ValueError(f"{out / figure}{suffix} is a folder where a picture is to be written")
-    for name in REPORTS:
-        if (out / name).is_dir():
-            raise ValueError(f"{out / name} is a folder where the report is to be written")
-    for folder in (out, *(out / RESULTS / figure for figure in figures)):
-        for file in folder.iterdir() if folder.is_dir() else ():
-            if _TEMPORARY.fullmatch(file.name) and file.is_file():
-                file.unlink()
-
-
-def _refuse_other(folder: Path, made: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> None:
-    if not isinstance(made, dict):
-        raise ValueError(f"{folder} holds a result of another origin; choose another --out, or delete that folder")
-    if differing := [key for key in asked if made.get(key) != asked[key]]:
-        if "model" in differing:
-            differing = ["model"]  # the rest follows from it
-        raise ValueError(
-            f"{folder} holds a result with {_listed(made, differing)}, and {_listed(asked, differing)} is asked for; "
-            f"choose another --out, or delete that folder"
-        )
-
-
 def _refuse_other_precision(out: Path, found: Mapping[str, Result | None], model: CausalLM) -> None:
     """Refuse results beside which others, computed in another precision, would stand.
 
@@ -322,15 +245,6 @@ def _refuse_other_precision(out: Path, found: Mapping[str, Result | None], model
             )
 
 
-def _listed(values: Mapping[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key}={str(values.get(key))[:40]}" for key in keys)
-
-
-def _refuse_file(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file where a folder should be")
-
-
 def _digest(folder: Path) -> str:
     """SHA-256 over the files of a local model that decide what it computes."""
     digest = hashlib.sha256()
@@ -341,37 +255,3 @@ def _digest(folder: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep the folder, made if absent, to this process; the system lets it go when the process ends, however it ends.
-
-    Raises:
-        ValueError: if another process has it, or it is a file.
-        OSError: if it cannot be written.
-    """
-    _refuse_file(folder)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _LOCK
-    while True:
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder} is in use by another run; wait for it, or choose another --out") from None
-            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-                continue  # the run before took the file away between our opening and locking it
-            try:
-                yield
-            except OSError as error:
-                if error.filename is None:  # as when the disk is full: say at least where
-                    error.filename = str(folder)
-                raise
-            finally:
-                path.unlink(missing_ok=True)
-                if made:
-                    with suppress(OSError):  # not empty: keep it
-                        folder.rmdir()
-            return

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -24,6 +23,7 @@ import pandas as pd
 from . import __version__
 from .catalogue import draw
 from .checks import integer, real_number
+from .files import replace_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -264,23 +264,6 @@ def jsonable(value: Any) -> Any:
     if not hasattr(value, "tolist"):
         raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
     return value.tolist()
-
-
-def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write each file under a temporary name in the same folder, made if absent, then rename them in order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporaries = {name: folder / f".{name}.{uuid.uuid4().hex}" for name in contents}
-    try:
-        for name, content in contents.items():
-            with temporaries[name].open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, temporary in temporaries.items():
-            os.replace(temporary, folder / name)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
 
 
 def _pickle_note(folder: Path) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from ..checks import integer
-from ..result import jsonable, replace_files
+from ..files import replace_files
+from ..result import jsonable
 from .graph import Edge, Graph, describe
 
 FORMAT = "mamba_ioi.circuit"

@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..checks import whole_number
-from ..result import Result, replace_files
+from ..files import replace_files
+from ..result import Result
 from .circuit import Circuit
 from .graph import EMBED, OUTPUT, Edge, layer_of
 from .search import scored_graph

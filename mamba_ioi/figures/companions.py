@@ -11,7 +11,7 @@ from mamba_ioi.figures.circuit_html import circuit_html
 from mamba_ioi.figures.circuit_layout import default_hidden, drawn_edges, nodes_of
 from mamba_ioi.figures.circuit_tables import circuit_tables
 from mamba_ioi.figures.style import save_figure
-from mamba_ioi.result import replace_files
+from mamba_ioi.files import replace_files
 
 if TYPE_CHECKING:
     from mamba_ioi.result import Result

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mamba_ioi.result import replace_files
+from mamba_ioi.files import replace_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

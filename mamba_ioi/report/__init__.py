@@ -19,8 +19,9 @@ from markupsafe import Markup
 from ..catalogue import CATALOGUE
 from ..figures import circuit_html
 from ..figures.companions import GRAPHS
-from ..reproduce import REPORTS, RESULTS
-from ..result import META_FILE, Result, replace_files
+from ..files import replace_files
+from ..folder import REPORTS, RESULTS
+from ..result import META_FILE, Result
 from .claims import QUESTIONS, judge
 from .evidence import Claim, Finding, Number, Results, Table, number_table
 from .opening import commands, figure_rows, model_name, setting_table

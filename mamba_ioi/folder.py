@@ -1,0 +1,132 @@
+"""The folder of `reproduce`: what lies where in it, the stored results, and the lock.
+
+A figure is its result (``results/fig4/table.parquet`` and ``meta.json``, which is written last) and its picture
+(``fig4.png``, ``fig4.pdf``); the report (``report.html``, ``report.md``) is made of all results in the folder.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .catalogue import CATALOGUE
+from .result import META_FILE, Result
+
+RESULTS = "results"
+ANSWERS = "answers"
+"""The folder beside a result for what a server has answered, as long as the result is not complete."""
+_LOCK = ".lock"
+_PATIENCE = 0.2
+"""How long, in seconds, to wait for a run that is just ending."""
+REPORTS = ("report.html", "report.md")
+PICTURES = (".png", ".pdf")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def stored_result(folder: Path, asked: Mapping[str, Any]) -> Result | None:
+    """The folder's complete result if it was asked for alike; None if there is none, or only the start of one.
+
+    Raises:
+        ValueError: if the result is damaged, or was asked for otherwise.
+    """
+    _refuse_file(folder)
+    if not (folder / META_FILE).exists():
+        return None
+    try:
+        result = Result.load(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds a damaged result ({error}); delete that folder to compute it again") from None
+    _refuse_other(folder, result.meta.get("request"), asked)
+    return result
+
+
+def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> None:
+    """See that the figures fit into the folder, and clear away what an interrupted run left unfinished there.
+
+    Raises:
+        ValueError: if something is in the way of a figure, or a result of another model or version is there.
+    """
+    _refuse_file(out / RESULTS)
+    for figure in CATALOGUE:
+        folder = out / RESULTS / figure
+        if figure in figures or not (folder / META_FILE).is_file():
+            continue
+        try:
+            made = Result.load(folder).meta.get("request")
+        except ValueError:  # a damaged result of a figure that is not asked for is not this run's business
+            continue
+        _refuse_other(folder, made, identity)
+    for figure in figures:
+        for suffix in PICTURES:
+            if (out / f"{figure}{suffix}").is_dir():
+                raise ValueError(f"{out / figure}{suffix} is a folder where a picture is to be written")
+    for name in REPORTS:
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder where the report is to be written")
+    for folder in (out, *(out / RESULTS / figure for figure in figures)):
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(file.name) and file.is_file():
+                file.unlink()
+
+
+def _refuse_other(folder: Path, made: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> None:
+    if not isinstance(made, dict):
+        raise ValueError(f"{folder} holds a result of another origin; choose another --out, or delete that folder")
+    if differing := [key for key in asked if made.get(key) != asked[key]]:
+        if "model" in differing:
+            differing = ["model"]  # the rest follows from it
+        raise ValueError(
+            f"{folder} holds a result with {_listed(made, differing)}, and {_listed(asked, differing)} is asked for; "
+            f"choose another --out, or delete that folder"
+        )
+
+
+def discard_answers(folder: Path) -> None:
+    """Take away what a server answered for a result, now that the result is stored."""
+    shutil.rmtree(folder / ANSWERS, ignore_errors=True)
+
+
+def _listed(values: Mapping[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key}={str(values.get(key))[:40]}" for key in keys)
+
+
+def _refuse_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file where a folder should be")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the folder, made if absent, to this process; the system lets it go when the process ends, however it ends.
+
+    Raises:
+        ValueError: if another process has it, or it is a file.
+        OSError: if it cannot be written.
+    """
+    _refuse_file(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK, timeout=_PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another run; wait for it, or choose another --out") from None
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full: say at least where
+            error.filename = str(folder)
+        raise
+    finally:
+        with suppress(OSError):  # Windows takes the file away when the lock is released, and not before
+            (folder / _LOCK).unlink()
+        lock.release()
+        if made:
+            with suppress(OSError):  # not empty: keep it
+                folder.rmdir()
