@@ -9,12 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from .result import Result
+from typing import Any, Literal
 
 _EXPERIMENTS, _CIRCUITS, _MAKERS = "mamba_ioi.experiments", "mamba_ioi.circuits.pipeline", "mamba_ioi.makers"
 _FIGURES, _REPORT = "mamba_ioi.figures", "mamba_ioi.report"
@@ -63,7 +58,7 @@ class Row:
     shows: str
     reading: str
     columns: tuple[str, ...]
-    function: str | Callable[..., Result]
+    function: str | Callable[..., Any]
     drawn_by: str = f"{_FIGURES}.intervals:intervals"
     input: Literal["pairs", "balanced", "prompts", "names", "own", "nothing"] = "pairs"
     pairs: int | None = 80
@@ -371,13 +366,16 @@ def drawers() -> dict[str, str]:
     return {row.experiment: row.drawn_by for row in first.values()} | ALSO_DRAWN
 
 
-def draw(result: Result) -> Figure:
-    """The figure of a result, chosen by ``result.meta["experiment"]``.
+def drawer(experiment: str) -> Callable[..., Any]:
+    """What draws the results of an experiment, from a `Result` to a matplotlib Figure.
+
+    Args:
+        experiment: the result's ``meta["experiment"]``.
 
     Raises:
-        ValueError: no figure is known for that experiment, or the table lacks a column that its figure needs.
+        ValueError: no figure is known for that experiment.
     """
-    experiment, known = result.meta["experiment"], drawers()
+    known = drawers()
     if experiment not in known:
         raise ValueError(f"no figure is known for the experiment {experiment!r}; there are {', '.join(known)}")
-    return resolve_name(known[experiment])(result)
+    return resolve_name(known[experiment])

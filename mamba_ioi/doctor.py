@@ -72,9 +72,9 @@ def _server(name: str, model) -> Iterator[Finding]:
     """Whether the server is there, has the versions that are here, and runs the model, and how."""
     from nnsight.schema.config import CONFIG
 
-    from .model import slow_path_tolerance
     from .ndif import compare, get
     from .remote import serve
+    from .slow_path import slow_path_tolerance
 
     host = model.remote.host
     get(host, "/ping")
@@ -111,8 +111,8 @@ def _server(name: str, model) -> Iterator[Finding]:
 
 def _sites(model) -> Iterator[Finding]:
     """Whether the operations that the sites stand on are there, and how far the slow path is from the model's own."""
-    from .model import check_slow_path, slow_path_tolerance
     from .sites import SITES, missing_operations
+    from .slow_path import check_slow_path, slow_path_tolerance
 
     missing = missing_operations(model.layers[0].mixer)
     found = (

@@ -15,7 +15,7 @@ from nnsight.ndif import EnvComparison, get_local_env
 from nnsight.schema.response import Status
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from .remote import Traffic, public_url
+from .traffic import Traffic, public_url
 
 logger = logging.getLogger(__name__)
 

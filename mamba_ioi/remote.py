@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import httpx
 import nnsight
 import torch
 from torch import Tensor
+
+from .slow_path import judge_slow_path, served_model
+from .traffic import Traffic, public_url
 
 if TYPE_CHECKING:
     from .model import CausalLM
@@ -36,15 +38,6 @@ KEPT_BYTES = 64 * 2**20
 """How many bytes of answers are kept in memory for a call that is made again after a fault."""
 
 Answer = dict[str, Tensor]
-
-
-@dataclass
-class Traffic:
-    """What was sent to a server and came back, in compressed bytes."""
-
-    requests: int = 0
-    sent: int = 0
-    received: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,12 +126,6 @@ class Remote:
         return public_url(self.host)
 
 
-def public_url(url: str) -> str:
-    """A URL without user name and password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
-
-
 def ask(model: CausalLM, work: Callable[..., Answer], *arguments: Any) -> Answer:
     """``work(model, *arguments)``, on the server as one request if the model runs there.
 
@@ -215,8 +202,6 @@ def serve(model: CausalLM) -> Served:
     """
     assert model.remote is not None
     if model.remote.served is None:
-        from .model import judge_slow_path, served_model
-
         found = _send(model, served_model, ())
         differences = {name: float(value) for name, value in found.items() if name.startswith(("hook_", "blocks."))}
         dtype = found["dtype"].dtype

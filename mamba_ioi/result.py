@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
-from .catalogue import draw
+from .catalogue import drawer
 from .checks import integer, real_number
 from .files import replace_files
 
@@ -182,7 +182,7 @@ class Result:
         Raises:
             ValueError: the experiment has no figure, or the table lacks a column that its figure needs.
         """
-        return draw(self)
+        return drawer(self.meta["experiment"])(self)
 
 
 def note_precisions(*made: object) -> None:

@@ -480,7 +480,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, gpt2: Path, capsys: pytest.Capt
     def differs(model):
         raise ValueError("the slow path does not reproduce planted")
 
-    monkeypatch.setattr(mamba_ioi.model, "check_slow_path", differs)
+    monkeypatch.setattr(mamba_ioi.slow_path, "check_slow_path", differs)
     assert main(["doctor", "--model", "planted"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

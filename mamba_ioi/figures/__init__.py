@@ -5,7 +5,7 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from mamba_ioi.catalogue import draw, drawers
+from mamba_ioi.catalogue import drawers
 from mamba_ioi.figures.architecture import architecture
 from mamba_ioi.figures.circuit_graph import circuit_graph
 from mamba_ioi.figures.circuit_html import circuit_html
@@ -65,3 +65,12 @@ __all__ = [
 
 FIGURES: dict[str, Callable[[Result], Figure]] = {name: resolve_name(path) for name, path in drawers().items()}
 """From an experiment's name, `meta["experiment"]`, to the function that draws its Result: a view of the catalogue."""
+
+
+def draw(result: Result) -> Figure:
+    """The figure of a result, chosen by `result.meta["experiment"]`.
+
+    Raises:
+        ValueError: no figure is known for that experiment, or the table lacks a column that its figure needs.
+    """
+    return result.plot()

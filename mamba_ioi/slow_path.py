@@ -1,0 +1,122 @@
+"""The check at load: our own conv and scan, on which the sites inside stand, give what the untouched model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .anatomy import output_logits, relative_difference
+from .location import logits_of, take_over
+from .stages import ScanStages
+from .weights import dtype_name, refuse_not_finite
+
+if TYPE_CHECKING:
+    from .model import CausalLM, MambaModel
+
+
+def check_slow_path(model: MambaModel) -> float:
+    """Compare our own conv and scan with the untouched model, at every layer and at the logits, on a short prompt.
+
+    Each layer is given the untouched model's residual stream, since the roundings of many layers add up.
+
+    Returns:
+        The largest difference, relative to the largest value at its site.
+
+    Raises:
+        ValueError: naming the first site that differs, or saying that the logits are not finite.
+    """
+    differences = {site: float(difference) for site, difference in slow_path_differences(model).items()}
+    if list(differences) == ["hook_logits"]:
+        for name, parameter in model._module.named_parameters():
+            if not parameter.is_meta:
+                refuse_not_finite(name, parameter.detach(), parameter.dtype)
+    return judge_slow_path(model.model_id, differences, model.dtype)
+
+
+def slow_path_differences(model: MambaModel) -> dict[str, Tensor]:
+    """How far the slow path is from the untouched model at each site, relative to the largest value there.
+
+    NaN for the logits if they are not finite.
+    """
+    length = 6
+    ids = torch.arange(1, length + 1, device=model.device).mul(7919).remainder(model.vocab_size)[None]
+    with torch.no_grad(), model.trace(ids):
+        logits = logits_of(model.output).save()  # pyright: ignore[reportAttributeAccessIssue]
+    if not logits.isfinite().all():
+        return {"hook_logits": torch.tensor(float("nan"))}
+    plain = _main_sites(model, ids) | {"hook_logits": logits}
+    ours = _main_sites(model, ids, slow=True, stream=plain)
+    return {key: relative_difference(ours[key], plain[key]) for key in plain}
+
+
+def judge_slow_path(model_id: str, differences: Mapping[str, float], dtype: torch.dtype) -> float:
+    """The largest of `slow_path_differences`, if none is too large.
+
+    Raises:
+        ValueError: as `check_slow_path`.
+    """
+    if list(differences) == ["hook_logits"]:
+        raise ValueError(
+            f"{model_id} gives logits that are not finite in {dtype_name(dtype)}, which holds nothing beyond "
+            f"{torch.finfo(dtype).max:g}, unless its weights hold NaN: load it with another dtype, such as float32"
+        )
+    for site, difference in differences.items():
+        if not difference <= slow_path_tolerance(dtype):
+            raise ValueError(
+                f"the slow path does not reproduce {model_id}: the first site that differs is {site}, by "
+                f"{difference:.1e} of the largest value there; the logits differ by {differences['hook_logits']:.1e}"
+            )
+    return max(differences.values())
+
+
+def served_model(model: CausalLM) -> dict[str, Tensor]:
+    """What a server runs: a value of the activations' ``dtype``, whether weights are there (``trusted``), and, of a
+    Mamba, `slow_path_differences`."""
+    with torch.no_grad(), model.trace(torch.zeros(1, 1, dtype=torch.long)):
+        resid = model.layers[0].input[0, 0, 0].save()
+    trusted = next(model._module.parameters()).device.type != "meta"
+    found = {"dtype": resid, "trusted": torch.tensor(trusted)}
+    return found | (slow_path_differences(model) if model.is_mamba else {})
+
+
+def slow_path_tolerance(dtype: torch.dtype) -> float:
+    """How far the slow path may be from the untouched model, relative to the largest value at a site."""
+    return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-4
+
+
+def _main_sites(
+    model: MambaModel, ids: Int[Tensor, "B L"], *, slow: bool = False, stream: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The sites of each layer's path and the logits.
+
+    Args:
+        model: a Mamba.
+        ids: the prompt.
+        slow: whether our own conv and scan take the place of the model's.
+        stream: where the residual stream before each layer is taken from, if it is not the run's own.
+    """
+    with torch.no_grad(), model.trace(ids):
+        found = {}
+        for i in range(model.n_layers):
+            layer, hook = model.backbone.layers[i], f"blocks.{i}.hook_"
+            if stream is not None:
+                layer.resid_pre = stream[hook + "resid_pre"]
+            found[hook + "resid_pre"] = layer.resid_pre
+            found[hook + "normalized_input"] = layer.norm.output
+            found[hook + "in_proj"] = layer.mixer.in_proj.output.chunk(2, dim=-1)[0]
+            if slow:
+                layer.mixer.conv_slice = layer.mixer.conv_slice
+            found[hook + "ssm_input"] = layer.mixer.source.causal_conv1d_fn_0.output
+            if slow:
+                take_over(layer.mixer, ScanStages)
+            found[hook + "after_skip"] = layer.mixer.source.mamba_selective_scan_0.output
+            found[hook + "out_proj"] = layer.mixer.out_proj.output
+            found[hook + "resid_post"] = layer.output
+        found["hook_norm"] = model.backbone.norm_f.output
+        found["hook_logits"] = output_logits(model)
+        found = found.save()  # pyright: ignore[reportAttributeAccessIssue]
+    return found

@@ -1,0 +1,171 @@
+"""No module imports what stands above it, none imports itself by a detour, and names that moved are where they were."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import mamba_ioi
+
+PACKAGE = Path(mamba_ioi.__file__).parent
+
+LAYERS = (
+    ("checks", "files", "metrics", "names", "traffic", "arguments", "catalogue", "weights"),
+    ("memory", "result", "checkpoints", "tasks", "dataset"),
+    ("figures", "zoo"),
+    ("scan", "stages", "location", "served", "sites", "touched", "anatomy", "batching", "slow_path"),
+    ("remote", "ndif"),
+    ("model",),
+    ("patching", "continuation", "sweep", "attribution", "generation"),
+    ("experiments",),
+    ("circuits",),
+    ("reference",),
+    ("makers", "folder", "report", "doctor", "bench"),
+    ("reproduce",),
+    ("cli",),
+    ("__main__",),
+)
+"""The rooms from the lowest to the highest: each imports those below, and its neighbours without a circle."""
+
+UPWARD: dict[tuple[str, str], str] = {}
+"""Arrows that run up, from module to module, and why each is there."""
+
+MOVED = {
+    "mamba_ioi.result": {"replace_files": "mamba_ioi.files"},
+    "mamba_ioi.model": {"check_slow_path": "mamba_ioi.slow_path"},
+    "mamba_ioi.remote": {"Traffic": "mamba_ioi.traffic", "public_url": "mamba_ioi.traffic"},
+    "mamba_ioi.reproduce": {
+        "ANSWERS": "mamba_ioi.folder",
+        "REPORTS": "mamba_ioi.folder",
+        "RESULTS": "mamba_ioi.folder",
+        "locked": "mamba_ioi.folder",
+        "stored_result": "mamba_ioi.folder",
+    },
+}
+"""Names that are still to be had where they were, and where they are now."""
+
+
+def modules() -> dict[str, Path]:
+    """The package's modules by their names without the package's; a package by its own name, the whole by ''."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, tree: ast.AST, *, lazy: bool = True) -> Iterator[tuple[str, str]]:
+    """What a module imports from the package when it runs: module and name; ``lazy``: inside functions too."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not lazy:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "mamba_ioi":
+                    yield alias.name.removeprefix("mamba_ioi").removeprefix("."), ""
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = name.split(".") if name else []
+                home = parts if MODULES.get(name, PACKAGE).name == "__init__.py" else parts[:-1]
+                home = home[: len(home) - node.level + 1]
+                base = ".".join(["mamba_ioi", *home, *([base] if base else [])])
+            if base.partition(".")[0] == "mamba_ioi":
+                inside = base.removeprefix("mamba_ioi").removeprefix(".")
+                for alias in node.names:
+                    module = f"{inside}.{alias.name}".removeprefix(".")
+                    yield (module, "") if module in MODULES else (inside, alias.name)
+        else:
+            yield from imports(name, node, lazy=lazy)
+
+
+def arrows(*, lazy: bool = True) -> dict[str, set[str]]:
+    """For each module those that it imports; the package itself, which imports when asked, is none."""
+    found = {}
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found[name] = {module for module, _ in imports(name, tree, lazy=lazy)} - {name, ""}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """What is left when modules that import nothing that is left, or that nothing left imports, are taken away."""
+    left = {name: set(others) for name, others in graph.items()}
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        gone = {name for name, others in left.items() if not others or name not in imported}
+        if not gone:
+            return [[name, *sorted(others)] for name, others in sorted(left.items())]
+        left = {name: others - gone for name, others in left.items() if name not in gone}
+
+
+def floor(name: str) -> int:
+    """How high a module stands."""
+    room = name.partition(".")[0]
+    return next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+
+
+def test_the_imports_are_read() -> None:
+    source = """
+from . import style
+from ..result import Result
+import mamba_ioi.checks
+if TYPE_CHECKING:
+    from ..model import MambaModel
+def later():
+    from ..circuits import eap
+"""
+    found = list(imports("figures.heatmap", ast.parse(source)))
+    assert found == [("figures.style", ""), ("result", "Result"), ("checks", ""), ("circuits.eap", "")]
+    assert ("circuits.eap", "") not in list(imports("figures.heatmap", ast.parse(source), lazy=False))
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"], ["c", "b"]]
+    assert "sweep" in arrows()["experiments.common"] and "report" in arrows()["reproduce"]
+
+
+def test_every_module_has_its_place() -> None:
+    rooms = {name.partition(".")[0] for name in MODULES if name}
+    assert rooms == {room for rooms in LAYERS for room in rooms}
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["at import", "ever"])
+def test_no_circle(lazy: bool) -> None:
+    assert circles(arrows(lazy=lazy)) == []
+
+
+def test_no_arrow_runs_up() -> None:
+    up = {(one, other) for one, others in arrows().items() if one for other in others if floor(other) > floor(one)}
+    assert up == set(UPWARD)
+
+
+def test_figures_know_no_model() -> None:
+    for name, others in arrows().items():
+        if name.partition(".")[0] == "figures":
+            assert {other.partition(".")[0] for other in others} <= {
+                "figures",
+                "result",
+                "files",
+                "catalogue",
+                "checks",
+            }
+
+
+def test_what_is_below_takes_the_version_alone_from_the_package() -> None:
+    for name in MODULES:
+        if name and floor(name) < floor("doctor"):
+            tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+            assert {what for module, what in imports(name, tree) if module == ""} <= {"__version__"}, name
+
+
+def test_names_that_moved_are_still_where_they_were() -> None:
+    for old, names in MOVED.items():
+        for name, new in names.items():
+            assert getattr(import_module(old), name) is getattr(import_module(new), name), (old, name)
