@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from nnsight import TransformersModel
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-if TYPE_CHECKING:
-    from .model import CausalLM
 
-
-def model_input(model: CausalLM, invokes: list, fn: Any) -> tuple:
+def model_input(model: TransformersModel, invokes: list, fn: Any) -> tuple:
     """The arguments that ``fn`` is called with for a trace's invokes, each a pair (inputs, keywords).
 
     What pads are tokens like any others, which no token before them sees, unless a mask is given. What generates is not
@@ -50,7 +47,7 @@ def model_input(model: CausalLM, invokes: list, fn: Any) -> tuple:
     return args, kwargs
 
 
-def _as_it_stands(model: CausalLM, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
+def _as_it_stands(model: TransformersModel, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
     """An invoke whose texts get no token in front, unless it asks for that."""
     data = inputs[0] if inputs else None
     texts = [data] if isinstance(data, str) else data
@@ -63,7 +60,7 @@ def _as_it_stands(model: CausalLM, inputs: tuple, keywords: dict) -> tuple[tuple
     return inputs, {"add_special_tokens": False} | keywords
 
 
-def _pipeline_input(model: CausalLM, invokes: list, fn: Any) -> tuple:
+def _pipeline_input(model: TransformersModel, invokes: list, fn: Any) -> tuple:
     """The input of the pipeline, which tokenizes itself: prompts of different lengths run one after another."""
     args, kwargs = TransformersModel._batch(model, invokes, fn)
     if args and isinstance(args[0], list):

@@ -17,18 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import nnsight
 import torch
+from nnsight import TransformersModel
 from torch import Tensor
 
 from .slow_path import judge_slow_path, served_model
 from .traffic import Traffic, public_url
-
-if TYPE_CHECKING:
-    from .model import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +124,7 @@ class Remote:
         return public_url(self.host)
 
 
-def ask(model: CausalLM, work: Callable[..., Answer], *arguments: Any) -> Answer:
+def ask(model: TransformersModel, work: Callable[..., Answer], *arguments: Any) -> Answer:
     """``work(model, *arguments)``, on the server as one request if the model runs there.
 
     Args:
@@ -160,7 +158,7 @@ def ask(model: CausalLM, work: Callable[..., Answer], *arguments: Any) -> Answer
     return answer
 
 
-def _send(model: CausalLM, work: Callable[..., Answer], arguments: Sequence[Any]) -> Answer:
+def _send(model: TransformersModel, work: Callable[..., Answer], arguments: Sequence[Any]) -> Answer:
     from nnsight.intervention.backends.remote import RemoteError
 
     backend = model.remote_backend(quiet=True)
@@ -174,7 +172,7 @@ def _send(model: CausalLM, work: Callable[..., Answer], arguments: Sequence[Any]
     return answer
 
 
-def _reason(model: CausalLM, description: str) -> str:
+def _reason(model: TransformersModel, description: str) -> str:
     """Why a request failed on the server, in a sentence; with the versions there, if they are not those here."""
     assert model.remote is not None
     last = ([line for line in description.splitlines() if line.strip()] or ["for no given reason"])[-1].strip()
@@ -193,7 +191,7 @@ def _other_versions(remote: Remote) -> str:
     return "".join(f"; it has {name} {one['remote']}, here is {one['local']}" for name, one in sorted(found.items()))
 
 
-def serve(model: CausalLM) -> Served:
+def serve(model: TransformersModel) -> Served:
     """What the server runs this model in; it is asked once.
 
     Raises:
@@ -210,7 +208,7 @@ def serve(model: CausalLM) -> Served:
     return model.remote.served
 
 
-def key_on_servers(model: CausalLM) -> str:
+def key_on_servers(model: TransformersModel) -> str:
     """What servers call the model: its class, Hub id and revision.
 
     Raises:
@@ -229,7 +227,7 @@ def key_on_servers(model: CausalLM) -> str:
         raise ConnectionError(f"the Hub does not answer for {model.model_id}: {type(error).__name__}") from None
 
 
-def require_gradients(model: CausalLM, what: str) -> None:
+def require_gradients(model: TransformersModel, what: str) -> None:
     """Refuse ``what`` on a server that runs requests in a sandbox.
 
     Raises:
@@ -243,7 +241,7 @@ def require_gradients(model: CausalLM, what: str) -> None:
 
 
 @contextmanager
-def answers_in(model: CausalLM, folder: Path) -> Iterator[None]:
+def answers_in(model: TransformersModel, folder: Path) -> Iterator[None]:
     """Store the answers to the requests made inside in a folder, where another process finds them."""
     if model.remote is None:
         yield
@@ -255,7 +253,7 @@ def answers_in(model: CausalLM, folder: Path) -> Iterator[None]:
         model.remote.answers = before
 
 
-def digest(model: CausalLM, work: Callable, arguments: Sequence[Any]) -> str:
+def digest(model: TransformersModel, work: Callable, arguments: Sequence[Any]) -> str:
     """What is asked, as a SHA-256: the model and its precision on the server, the function, its arguments' values."""
     hashed = hashlib.sha256()
     hashed.update(f"{key_on_servers(model)} {model.dtype} {work.__module__}.{work.__qualname__} ".encode())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
+from nnsight import TransformersModel
 from torch import Tensor
 
 from .anatomy import output_logits, relative_difference
@@ -14,11 +14,8 @@ from .location import logits_of, take_over
 from .stages import ScanStages
 from .weights import dtype_name, refuse_not_finite
 
-if TYPE_CHECKING:
-    from .model import CausalLM, MambaModel
 
-
-def check_slow_path(model: MambaModel) -> float:
+def check_slow_path(model: TransformersModel) -> float:
     """Compare our own conv and scan with the untouched model, at every layer and at the logits, on a short prompt.
 
     Each layer is given the untouched model's residual stream, since the roundings of many layers add up.
@@ -37,7 +34,7 @@ def check_slow_path(model: MambaModel) -> float:
     return judge_slow_path(model.model_id, differences, model.dtype)
 
 
-def slow_path_differences(model: MambaModel) -> dict[str, Tensor]:
+def slow_path_differences(model: TransformersModel) -> dict[str, Tensor]:
     """How far the slow path is from the untouched model at each site, relative to the largest value there.
 
     NaN for the logits if they are not finite.
@@ -73,7 +70,7 @@ def judge_slow_path(model_id: str, differences: Mapping[str, float], dtype: torc
     return max(differences.values())
 
 
-def served_model(model: CausalLM) -> dict[str, Tensor]:
+def served_model(model: TransformersModel) -> dict[str, Tensor]:
     """What a server runs: a value of the activations' ``dtype``, whether weights are there (``trusted``), and, of a
     Mamba, `slow_path_differences`."""
     with torch.no_grad(), model.trace(torch.zeros(1, 1, dtype=torch.long)):
@@ -89,7 +86,7 @@ def slow_path_tolerance(dtype: torch.dtype) -> float:
 
 
 def _main_sites(
-    model: MambaModel, ids: Int[Tensor, "B L"], *, slow: bool = False, stream: dict[str, Tensor] | None = None
+    model: TransformersModel, ids: Int[Tensor, "B L"], *, slow: bool = False, stream: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The sites of each layer's path and the logits.
 
