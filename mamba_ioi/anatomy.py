@@ -21,6 +21,9 @@ from .location import gives_output, logits_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FINAL_NORMS = ("norm_f", "ln_f", "norm", "final_layernorm", "final_layer_norm", "final_norm", "layer_norm", "ln_out")
+"""What the norm before the unembedding is called."""
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -29,6 +32,8 @@ class Anatomy:
     Attributes:
         blocks: the path of the list of blocks.
         head: the path of the unembedding.
+        embed: the path of the token embeddings.
+        norm: the path of the norm before the unembedding; empty where none is known.
         tuples: for each block, the length of the tuple it returns, which begins with the residual stream; 0 if it
             returns that alone.
         plain: whether the unembedding gives the logits of the model's output, but for rounding.
@@ -39,6 +44,8 @@ class Anatomy:
 
     blocks: str
     head: str
+    embed: str = ""
+    norm: str = ""
     tuples: tuple[int, ...] = ()
     plain: bool = False
     checked: bool = False
@@ -72,10 +79,21 @@ def find_anatomy(module: PreTrainedModel) -> list[Anatomy]:
     head = next((path for path, part in parts if unembedding is not None and part is unembedding), "")
     lists = [path for path, part in parts if isinstance(part, nn.ModuleList) and len(part) == n_layers]
     if head and lists:
-        return [Anatomy(blocks, head) for blocks in sorted(lists, key=lambda path: path.count("."))]
+        embedding = module.get_input_embeddings()
+        embed = next((path for path, part in parts if part is embedding), "")
+        found = sorted(lists, key=lambda path: path.count("."))
+        return [Anatomy(blocks, head, embed, _norm_beside(blocks, parts)) for blocks in found]
     lacks = "an unembedding" if lists else "a list of its layers"
     broken = f"a {type(module).__name__} has no module that is {lacks}"
     return [Anatomy(lists[0] if lists else "", head, checked=True, broken=broken)]
+
+
+def _norm_beside(blocks: str, parts: list[tuple[str, nn.Module]]) -> str:
+    """The path of the final norm, which every known model has beside its blocks."""
+    above = blocks.rpartition(".")[0]
+    paths = {path for path, _ in parts}
+    beside = (f"{above}.{name}" if above else name for name in FINAL_NORMS)
+    return next((path for path in beside if path in paths), "")
 
 
 def stream_differences(model) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ def estimated(
         pair: the two tokens to read.
     """
     site, wanted = refs[0].site, {ref.layer: ref.key for ref in refs}
-    embedding = model.backbone.embeddings
+    embedding = model.embedding
     start = embedding.output.detach().requires_grad_()
     embedding.output = start
     changes: dict[int | None, Tensor] = {}

@@ -62,7 +62,7 @@ def examine(
         f"model {model}",
         f"{kind}, {loaded.n_layers} layers, {str(loaded.dtype).removeprefix('torch.')}, {loaded.device}",
     )
-    if loaded.is_mamba:
+    if loaded.has_scans:
         yield from _sites(loaded)
     else:
         yield Finding("slow path", f"none: a {kind} is no Mamba; layer removal and residual edges work on it")

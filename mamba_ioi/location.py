@@ -283,6 +283,13 @@ def _rebuild_operation_site(stages, description, preprocess, transform) -> eprop
     return OperationSite(stages, description)(preprocess).transform(transform)
 
 
+class PartSite(Site):
+    """A `Site` at the output of one of the model's parts, by its name in `Anatomy`."""
+
+    def _location(self, obj: Any) -> str:
+        return f"{obj.path}.{getattr(obj.anatomy, self.key)}.output"
+
+
 class OutputSite(Site):
     """A `Site` of the model's output, or of its unembedding's where that gives the same, but for rounding."""
 

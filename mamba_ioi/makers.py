@@ -121,7 +121,7 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
         if model.tokenizer is None:
             raise ValueError(f"{settings.model} has no tokenizer, which is needed to draw prompts")
         IOIDataset.generate(model.tokenizer, 1, seed=settings.seed, templates="all")
-    return model, [figure for figure in figures if model.is_mamba or not CATALOGUE[figure].needs_mamba]
+    return model, [figure for figure in figures if model.has_scans or not CATALOGUE[figure].needs_mamba]
 
 
 def with_layer(figure: str, model: CausalLM, settings: Settings) -> Settings:

@@ -52,7 +52,7 @@ def fitting_rows(model, row: int, most: int, *, share: float = 1.0) -> int:
 def forward_bytes(model, length: int) -> int:
     """What one row of a forward pass needs while it runs, its logits at one position included."""
     d_model, width = model.d_model, inner_width(model)
-    states = 4 * model.d_inner * model.d_state if model.is_mamba else 0
+    states = 4 * model.d_inner * model.d_state if model.has_scans else 0
     return FLOAT * (length * (8 * d_model + 16 * width) + states + model.vocab_size)
 
 
@@ -75,9 +75,9 @@ def stream_bytes(model, length: int) -> int:
 
 def state_bytes(model) -> int:
     """Every layer's state and last conv inputs at one position of a row; 0 where the model is no Mamba."""
-    return FLOAT * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.is_mamba else 0
+    return FLOAT * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.has_scans else 0
 
 
 def inner_width(model) -> int:
     """The width inside a block: d_inner, or four times d_model where the model is no Mamba."""
-    return model.d_inner if model.is_mamba else 4 * model.d_model
+    return model.d_inner if model.has_scans else 4 * model.d_model

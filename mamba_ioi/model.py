@@ -15,14 +15,16 @@ import torch
 from jaxtyping import Int
 from nnsight import TransformersModel
 from torch import Tensor, nn
-from transformers import AutoConfig, MambaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS
 
 from .anatomy import Anatomy, find_anatomy, stream_differences
 from .batching import model_input
 from .checkpoints import empty_tokenizer, read_checkpoint, read_config, read_tokenizer, refuse_missing
-from .served import Served, ServedEnvoy
-from .sites import ModelSites, envoys, missing_operations
+from .checks import integer
+from .families import Family, family_of
+from .served import Served
+from .sites import ModelSites, missing_operations
 from .slow_path import check_slow_path, slow_path_tolerance
 from .touched import hooks, refuse_touched
 from .weights import DTYPES, dtype_name, one_line
@@ -59,7 +61,8 @@ class CausalLM(Served, TransformersModel):
     """Any causal language model: what the experiments that need no Mamba work on (layer removal, residual edges)."""
 
     _module: Any
-    is_mamba = False
+    has_scans = False
+    """Whether layers hold a selective scan, with the sites inside."""
     remote: Remote | None = None
     """The NDIF server that traces run on; None: they run here."""
 
@@ -103,6 +106,32 @@ class CausalLM(Served, TransformersModel):
     """Where the blocks and the unembedding are, and what `check_stream` found."""
 
     @property
+    def family(self) -> str:
+        """The config's ``model_type``: ``mamba``, ``falcon_mamba``, ``gpt2`` and so on."""
+        return self._module.config.model_type
+
+    @property
+    def is_mamba(self) -> bool:
+        """`has_scans`, by the name that it had while Mamba was the one family."""
+        return self.has_scans
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """What each layer is: ``mamba``, ``mamba2``, ``attention``, ``mlp``, ``moe``, or several joined by ``+``."""
+        family = family_of(self.family, self._module)
+        return [family.kind(layer._module) for layer in self.layers]
+
+    def sites_of(self, layer: int) -> list[str]:
+        """The names of the sites that a layer has, in execution order.
+
+        Raises:
+            ValueError: for a layer that the model does not have.
+        """
+        if (index := integer(layer)) is None or not 0 <= index < self.n_layers:
+            raise ValueError(f"a layer is an integer from 0 to {self.n_layers - 1}, not {layer!r}")
+        return list(family_of(self.family, self._module).sites(self.layers[index]._module))
+
+    @property
     def layers(self):
         """The envoy of the list of blocks.
 
@@ -117,6 +146,16 @@ class CausalLM(Served, TransformersModel):
     def unembedding(self):
         """The envoy of the module that makes logits of the residual stream; what the model does to them comes after."""
         return self.get(self.anatomy.head)
+
+    @property
+    def embedding(self):
+        """The envoy of the token embeddings."""
+        return self.get(self.anatomy.embed)
+
+    @property
+    def final_norm(self):
+        """The envoy of the norm before the unembedding."""
+        return self.get(self.anatomy.norm)
 
     @property
     def n_layers(self) -> int:
@@ -154,7 +193,7 @@ class CausalLM(Served, TransformersModel):
         Raises:
             ValueError: if the model is no Mamba.
         """
-        if not self.is_mamba:
+        if not self.has_scans:
             raise ValueError(f"{what} need a Mamba; {self.model_id} is a {type(self._module).__name__}")
 
     def require_stream(self, what: str, *, edges: bool = False) -> None:
@@ -245,31 +284,35 @@ class CausalLM(Served, TransformersModel):
 
 
 class MambaModel(CausalLM, ModelSites):
-    """A `MambaForCausalLM` under nnsight, every activation of `mamba_ioi.sites` readable and writable in a trace."""
+    """A model of selective scans under nnsight, every activation of `mamba_ioi.sites` readable and writable in a trace.
 
-    is_mamba = True
+    That is a `MambaForCausalLM`, or one of another family in `mamba_ioi.families` whose layers hold such scans.
+    """
+
+    has_scans = True
+    _measures: dict[str, int]
     planted: Planted
     """What is true of a model that `planted` made."""
 
     @property
     def d_inner(self) -> int:
         """The width E of the mixers."""
-        return self._module.config.intermediate_size
+        return self._measures["E"]
 
     @property
     def d_state(self) -> int:
         """The size N of each channel's state."""
-        return self._module.config.state_size
+        return self._measures["N"]
 
     @property
     def dt_rank(self) -> int:
         """The rank R of the time step's projection."""
-        return int(self._module.config.time_step_rank)
+        return self._measures["R"]
 
     @property
     def d_conv(self) -> int:
         """The number of the conv's taps."""
-        return self._module.config.conv_kernel
+        return self._measures["K"]
 
     def dispatch(self) -> None:
         """Load the weights of a model that was built without them, and look into the new mixers' operations."""
@@ -278,14 +321,7 @@ class MambaModel(CausalLM, ModelSites):
 
     def sizes(self) -> dict[str, int]:
         """The sizes by the letters that shapes are written in."""
-        return {
-            "D": self.d_model,
-            "E": self.d_inner,
-            "N": self.d_state,
-            "R": self.dt_rank,
-            "K": self.d_conv,
-            "V": self.vocab_size,
-        }
+        return {"D": self.d_model, "V": self.vocab_size, **self._measures}
 
 
 def load_model(
@@ -374,7 +410,7 @@ def wrap(module: nn.Module, tokenizer, *, model_id: str, revision: str | None = 
         check_slow_path(model)
     if not any(hooks(model)):
         check_stream(model)
-        if model.is_mamba and model.anatomy.broken:
+        if model.has_scans and model.anatomy.broken:
             raise ValueError(model.anatomy.broken)
     return model
 
@@ -401,8 +437,10 @@ def _refuse_untraceable(module: nn.Module) -> None:
 
 def _trace_module(module: nn.Module, tokenizer) -> MambaModel | CausalLM:
     """The nnsight model of a module in memory."""
+    config: Any = module.config
+    family = family_of(config.model_type, module)
     with _placed(module) as device:
-        return _trace(module, tokenizer, isinstance(module, MambaForCausalLM), **device)
+        return _trace(module, tokenizer, family, **device)
 
 
 @contextmanager
@@ -423,15 +461,16 @@ def _placed(module: nn.Module) -> Iterator[dict]:
             module.hf_device_map = own
 
 
-def _trace(source: nn.Module | str, tokenizer, is_mamba: bool, **kwargs) -> MambaModel | CausalLM:
+def _trace(source: nn.Module | str, tokenizer, family: Family, **kwargs) -> MambaModel | CausalLM:
     """The nnsight model of a module or of a checkpoint that is not loaded yet."""
-    kwargs["envoys"] = envoys() if is_mamba else {"*": ServedEnvoy}
+    kwargs["envoys"] = family.envoys()
     stand_in = empty_tokenizer() if tokenizer is None else tokenizer
-    cls = MambaModel if is_mamba else CausalLM
+    cls = MambaModel if family.has_scans else CausalLM
     model = cls(source, task="text-generation", tokenizer=stand_in, **kwargs)  # pyright: ignore[reportCallIssue]
     model.tokenizer = tokenizer
     model.anatomy = find_anatomy(model._module)[0]
-    if is_mamba:
+    if isinstance(model, MambaModel):
+        model._measures = family.measures(model._module.config)
         refuse_other_operations(model)
     return model
 
@@ -450,8 +489,9 @@ def refuse_other_operations(model: MambaModel) -> None:
         raise ValueError(f"its conv's activation is {activation!r} (hidden_act); mamba_ioi's own conv has silu alone")
     missing = [operation for layer in model.layers for operation in missing_operations(layer.mixer)]
     if missing:
+        kind = type(model.layers[0].mixer._module).__name__
         raise ValueError(
-            f"transformers {TRANSFORMERS} has a MambaMixer without {' and '.join(dict.fromkeys(missing))}; "
+            f"transformers {TRANSFORMERS} has a {kind} without {' and '.join(dict.fromkeys(missing))}; "
             f"the sites need it: install a release of transformers from 5.15 on that mamba_ioi was tested with"
         )
 
@@ -474,7 +514,7 @@ def check_stream(model: CausalLM) -> None:
         except Exception as error:  # whatever a model does that is not followed
             reason = f"the layers of {model.model_id} could not be followed: {type(error).__name__}: {one_line(error)}"
             judged = replace(anatomy, checked=True, broken=reason)
-        found.append(replace(judged, plain=judged.plain and model.is_mamba))  # others do not round their logits
+        found.append(replace(judged, plain=judged.plain and model.has_scans))  # others do not round their logits
         if judged.broken is None:
             break
     if found:
@@ -496,9 +536,9 @@ def _wrap_remote(source: str, revision: str | None, target: bool | str) -> Mamba
     except Exception as error:
         raise ValueError(f"{source} could not be loaded as a causal language model: {one_line(error)}") from error
     tokenizer = read_tokenizer(source, revision, original=False)
-    model = _trace(source, tokenizer, config.model_type == "mamba", revision=revision)
+    model = _trace(source, tokenizer, family_of(config.model_type), revision=revision)
     model.remote = Remote(target.rstrip("/") if isinstance(target, str) else True)
-    if model.is_mamba:  # of which `served_model` tells
+    if model.has_scans:  # of which `served_model` tells
         model.anatomy = replace(model.anatomy, tuples=(0,) * model.n_layers, plain=True, checked=True)
     return model
 

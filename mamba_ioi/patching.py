@@ -548,7 +548,8 @@ def unembed(model, plan: Plan, read: Tensor | None, found: dict[str, Tensor]) ->
 def logits_at(model, read: Tensor) -> Tensor:
     """The logits of a Mamba's output at one position a row, which alone are unembedded."""
     rows = torch.arange(read.shape[0], device=read.device)
-    model.backbone.norm_f.output = model.backbone.norm_f.output[rows, read].unsqueeze(1)
+    norm = model.final_norm
+    norm.output = norm.output[rows, read].unsqueeze(1)
     return output_logits(model)[:, 0]
 
 
@@ -559,7 +560,7 @@ def leave_out(model, first: int) -> None:
     """
     for layer in range(first, model.n_layers):
         model.layers[layer].skip(model.layers[layer].input)
-    model.lm_head.skip(model.lm_head.input)
+    model.unembedding.skip(model.unembedding.input)
 
 
 def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dict[str, Tensor]) -> None:

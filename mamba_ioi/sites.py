@@ -28,7 +28,7 @@ from jaxtyping import Float
 from nnsight import Envoy
 from torch import Tensor
 
-from .location import Noted, OperationSite, OutputSite, Site, StageSite, logits_of, open_stages, with_logits
+from .location import Noted, OperationSite, OutputSite, PartSite, Site, StageSite, logits_of, open_stages, with_logits
 from .served import ServedEnvoy, SkipMethod
 from .stages import ConvStages, ScanStages, cast
 
@@ -312,7 +312,7 @@ class LayerEnvoy(ServedEnvoy):
 class ModelSites(Envoy):
     """The sites outside the layers, as properties of the model."""
 
-    @Site(key="backbone.embeddings.output", description="the token embeddings")
+    @PartSite(key="embed", description="the token embeddings")
     def embed(self, value) -> Float[Tensor, "B L D"]:
         """The token embeddings: the start of the residual stream."""
         return value.clone()
@@ -321,7 +321,7 @@ class ModelSites(Envoy):
     def embed(self, view, raw):
         return cast(view, raw)
 
-    @Site(key="backbone.norm_f.output", description="the residual stream after the final RMSNorm")
+    @PartSite(key="norm", description="the residual stream after the final RMSNorm")
     def norm(self, value) -> Float[Tensor, "B L D"]:
         """The residual stream after the final RMSNorm, which the unembedding receives."""
         return value.clone()
@@ -338,20 +338,6 @@ class ModelSites(Envoy):
     @logits.transform
     def logits(self, view, raw):
         return with_logits(raw, cast(view, logits_of(raw)))
-
-
-def envoys() -> dict[type | str, type[Envoy]]:
-    """The envoy class of each module of a Mamba, for nnsight."""
-    from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
-
-    return {
-        MambaMixer: MixerEnvoy,
-        MambaBlock: LayerEnvoy,
-        "mixer.in_proj": InProjEnvoy,
-        "mixer.conv1d": Conv1dEnvoy,
-        "mixer.dt_proj": DtProjEnvoy,
-        "*": ServedEnvoy,
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

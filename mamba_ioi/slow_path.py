@@ -77,7 +77,7 @@ def served_model(model: TransformersModel) -> dict[str, Tensor]:
         resid = model.layers[0].input[0, 0, 0].save()
     trusted = next(model._module.parameters()).device.type != "meta"
     found = {"dtype": resid, "trusted": torch.tensor(trusted)}
-    return found | (slow_path_differences(model) if model.is_mamba else {})
+    return found | (slow_path_differences(model) if model.has_scans else {})
 
 
 def slow_path_tolerance(dtype: torch.dtype) -> float:
@@ -99,7 +99,7 @@ def _main_sites(
     with torch.no_grad(), model.trace(ids):
         found = {}
         for i in range(model.n_layers):
-            layer, hook = model.backbone.layers[i], f"blocks.{i}.hook_"
+            layer, hook = model.layers[i], f"blocks.{i}.hook_"
             if stream is not None:
                 layer.resid_pre = stream[hook + "resid_pre"]
             found[hook + "resid_pre"] = layer.resid_pre
@@ -113,7 +113,7 @@ def _main_sites(
             found[hook + "after_skip"] = layer.mixer.source.mamba_selective_scan_0.output
             found[hook + "out_proj"] = layer.mixer.out_proj.output
             found[hook + "resid_post"] = layer.output
-        found["hook_norm"] = model.backbone.norm_f.output
+        found["hook_norm"] = model.final_norm.output
         found["hook_logits"] = output_logits(model)
         found = found.save()  # pyright: ignore[reportAttributeAccessIssue]
     return found

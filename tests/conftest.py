@@ -9,7 +9,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from mamba_ioi.model import MambaModel, wrap
 
@@ -41,7 +41,12 @@ def shared() -> Path:
 def random_mamba(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> MambaForCausalLM:
     """A small Mamba with random weights, none of them at a value that would hide a mistake."""
     sizes = {"vocab_size": 61, "hidden_size": 12, "num_hidden_layers": 3, "state_size": 4, "time_step_rank": 3} | sizes
-    module = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    return randomized(MambaForCausalLM(MambaConfig(**sizes)), seed).to(dtype)
+
+
+def randomized(module: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The model with such weights."""
+    module = module.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -54,7 +59,7 @@ def random_mamba(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> 
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-    return module.to(dtype)
+    return module
 
 
 @pytest.fixture(scope="session")

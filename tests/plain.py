@@ -88,7 +88,7 @@ def forward_by_hand(
         terms = site("conv_slice", i, torch.stack([shifted[k] * weight[:, k] for k in range(taps)], -1))
         conv = site("conv", i, terms.sum(-1) if mixer.conv1d.bias is None else terms.sum(-1) + mixer.conv1d.bias)
         x = site("ssm_input", i, conv * torch.sigmoid(conv))
-        split = (x @ mixer.x_proj.weight.T).split([mixer.time_step_rank, N, N], -1)
+        split = normed(mixer, (x @ mixer.x_proj.weight.T).split([mixer.time_step_rank, N, N], -1))
         delta_1, B, C = (site(name, i, value) for name, value in zip(("delta_1", "B", "C"), split, strict=True))
         A = site("A", i, -torch.exp(mixer.A_log))
         delta_2 = site("delta_2", i, delta_1 @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
@@ -109,6 +109,13 @@ def forward_by_hand(
     return acts
 
 
+def normed(mixer: nn.Module, parts) -> list[Tensor]:
+    """x_proj's three outputs as the scan uses them: in Falcon-Mamba each over the root of its mean square."""
+    if mixer.config.model_type != "falcon_mamba":
+        return list(parts)
+    return [part / (part.pow(2).mean(-1, keepdim=True) + mixer.config.mixer_rms_eps).sqrt() for part in parts]
+
+
 @torch.no_grad()
 def mixer_by_hand(mixer: nn.Module, hidden: Tensor, edits: dict[str, Edit]) -> Tensor:
     """A mixer's output, position by position, with values passed through ``edits`` by site.
@@ -127,7 +134,7 @@ def mixer_by_hand(mixer: nn.Module, hidden: Tensor, edits: dict[str, Edit]) -> T
     x = F.silu(terms.sum(-1) + mixer.conv1d.bias)
     x = edits.get("ssm_input", lambda value: value)(x)
     rank, n = mixer.time_step_rank, mixer.ssm_state_size
-    delta, B, C = mixer.x_proj(x).split([rank, n, n], dim=-1)
+    delta, B, C = normed(mixer, mixer.x_proj(x).split([rank, n, n], dim=-1))
     delta = F.softplus(mixer.dt_proj(delta))
     A = -mixer.A_log.exp()
     h = x.new_zeros(x.shape[0], x.shape[2], n)

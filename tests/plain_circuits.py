@@ -14,6 +14,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_ioi.dataset import IOIDataset
 
+from .plain import normed
+
 
 @dataclass
 class PlainRun:
@@ -73,7 +75,7 @@ def mamba_run(
         run.values[f"{name}.conv"] = conv
         inner = F.silu(conv if ssm == "states" else edge(f"{name}.conv", f"{name}.ssm", conv))
         rank, n = mixer.time_step_rank, mixer.ssm_state_size
-        delta, B, C = mixer.x_proj(inner).split([rank, n, n], dim=-1)
+        delta, B, C = normed(mixer, mixer.x_proj(inner).split([rank, n, n], dim=-1))
         delta, A = F.softplus(mixer.dt_proj(delta)), -mixer.A_log.exp()
         h, outputs, states = x.new_zeros(*x[:, 0].shape, n), [], []
         there = outside.get(f"{name}.h")

@@ -115,7 +115,7 @@ def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows 
             resid = visitor.leave(layer, resid, None)
             continue
         value = visitor.enter(layer, resid)
-        if model.is_mamba:
+        if model.has_scans:
             args, kwargs = block.inputs
             block.inputs = ((value.flatten(0, -3), *args[1:]), {**kwargs, "attention_mask": None})
             visitor.inside(layer, block.mixer)

@@ -68,7 +68,7 @@ class Pairs:
             )
         length = int(last.max()) + 1
         clean, corrupt = clean[:, :length], corrupt[:, :length]
-        start = torch.minimum(parting(clean, corrupt), last) if model.is_mamba else torch.zeros_like(last)
+        start = torch.minimum(parting(clean, corrupt), last) if model.has_scans else torch.zeros_like(last)
         order = torch.argsort(start, stable=True)
         found = cls(
             clean, corrupt, last, data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))

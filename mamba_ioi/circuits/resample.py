@@ -239,7 +239,7 @@ def resampled_logits(
     """
     weights = _weights(graph, tokens, corrupt, keep)
     sources, first = (None, 0) if known is None else (known.sources, first_difference(graph, keep, known.mask))
-    candidates, share = keep.shape[0], bool(model.is_mamba)
+    candidates, share = keep.shape[0], bool(model.has_scans)
     visitor = Resampled(graph, weights, corrupt, share, sources, first)
     ids = tokens[:, corrupt.begins.position :]
     with torch.no_grad(), model.trace(ids if share else ids.repeat(candidates, 1)):

@@ -223,7 +223,7 @@ def _run_without(
             if i in removed or (i in own and batches == 1):
                 skip_block(model, i, before)
                 continue
-            if model.is_mamba:
+            if model.has_scans:
                 take_over(layers[i].mixer, ConvStages)
                 take_over(layers[i].mixer, ScanStages)
             if i in own:
