@@ -88,7 +88,7 @@ def find_anatomy(module: PreTrainedModel) -> list[Anatomy]:
     return [Anatomy(lists[0] if lists else "", head, checked=True, broken=broken)]
 
 
-def _norm_beside(blocks: str, parts: list[tuple[str, nn.Module]]) -> str:
+def _norm_beside(blocks: str, parts: Iterable[tuple[str, nn.Module]]) -> str:
     """The path of the final norm, which every known model has beside its blocks."""
     above = blocks.rpartition(".")[0]
     paths = {path for path, _ in parts}

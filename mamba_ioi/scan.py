@@ -55,6 +55,7 @@ def scan_states(
     *,
     initial: Float[Tensor, "B E N"],
     patch: PatchFn | None = None,
+    write: Callable[[int], Tensor] | None = None,
 ) -> Float[Tensor, "B L E N"]:
     """Every state of the recurrence, one position after another; any of them can be replaced on the way.
 
@@ -65,10 +66,11 @@ def scan_states(
         initial: the state before the first position.
         patch: called at every position with the state just computed; what it returns takes its place, and the
             later states follow from it.
+        write: position -> what enters the state there, ``[B, E, N]``, in place of ``B_bar x``.
     """
     h, states = initial, []
     for t in range(x.shape[1]):
-        h = A_bar(t) * h + B_bar(t) * x[:, t, :, None]
+        h = A_bar(t) * h + (B_bar(t) * x[:, t, :, None] if write is None else write(t))
         if patch is not None:
             h = patch(t, h)
         states.append(h)

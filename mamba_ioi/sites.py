@@ -7,7 +7,7 @@ envoy, readable and writable inside any nnsight trace:
 * on a layer: ``resid_pre``, ``layer_input``, ``normalized_input``, ``in_proj``, ``out_proj``, ``resid_post``;
 * on a layer's ``mixer``: ``gate`` (the site ``skip``: under that name nnsight's method is read, and the gate assigned
   to), ``conv_slice``, ``conv``, ``ssm_input``, ``delta_1``, ``B``, ``C``, ``A``, ``delta_2``, ``delta``, ``A_bar``,
-  ``B_bar``, ``h_start``, ``h``, ``y``, ``ssm_output``, ``after_skip``, and the method ``scan``.
+  ``B_bar``, ``write``, ``h_start``, ``h``, ``y``, ``ssm_output``, ``after_skip``, and the method ``scan``.
 
 What is read is the reader's own copy: editing it in place, or assigning to the property, changes the run from
 there on, and reading changes nothing. transformers >= 5.15 calls ``causal_conv1d_fn`` and ``mamba_selective_scan``
@@ -135,6 +135,11 @@ class MixerEnvoy(ServedEnvoy):
     @StageSite(ScanStages, description="delta B")
     def B_bar(self, value) -> Float[Tensor, "B L E N"]:
         """The discretized B."""
+        ...
+
+    @StageSite(ScanStages, description="B_bar x: what enters the state")
+    def write(self, value) -> Float[Tensor, "B L E N"]:
+        """What enters the state at each position; what is written takes the place of ``B_bar x``."""
         ...
 
     @StageSite(ScanStages, description="the state before the first position")

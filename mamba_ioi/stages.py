@@ -266,11 +266,11 @@ class ScanStages(Stages):
 
     OPERATION = "source.mamba_selective_scan_0"
     STEP = "source.mamba_selective_state_update_0"
-    ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "h_start", "h", "y", "ssm_output", "after_skip")
+    ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "write", "h_start", "h", "y", "ssm_output", "after_skip")
     INDEPENDENT = (
-        *(("A", name) for name in ("delta_2", "delta", "B_bar", "h_start")),
-        *((name, "h_start") for name in ("delta_2", "delta", "A_bar", "B_bar")),
-        ("A_bar", "B_bar"),
+        *(("A", name) for name in ("delta_2", "delta", "B_bar", "write", "h_start")),
+        *((name, "h_start") for name in ("delta_2", "delta", "A_bar", "B_bar", "write")),
+        *(("A_bar", name) for name in ("B_bar", "write")),
     )
 
     def __init__(
@@ -390,6 +390,9 @@ class ScanStages(Stages):
     def _B_bar(self) -> Tensor:
         return discretize_B(self._value("delta"), self.B)
 
+    def _write(self) -> Tensor:
+        return self._value("B_bar") * self.x[..., None]
+
     def _h_start(self) -> Tensor:
         if self.initial is not None:
             return self.initial.clone()
@@ -398,17 +401,18 @@ class ScanStages(Stages):
 
     def _h(self) -> Tensor:
         delta, A = self._value("delta"), self._value("A")
-        A_bar, B_bar = self._known("A_bar"), self._known("B_bar")
+        A_bar, B_bar, write = (self._known(name) for name in ("A_bar", "B_bar", "write"))
         return scan_states(
             self.x,
             lambda t: discretize_A(delta[:, t], A) if A_bar is None else A_bar[:, t],
             lambda t: discretize_B(delta[:, t], self.B[:, t]) if B_bar is None else B_bar[:, t],
             initial=self._value("h_start"),
             patch=self.patch,
+            write=None if write is None else lambda t: write[:, t],
         )
 
     def _y(self) -> Tensor:
-        if self.held is None or {"h", "A_bar", "B_bar"} & {*self.values, *self.leaves}:
+        if self.held is None or {"h", "A_bar", "B_bar", "write"} & {*self.values, *self.leaves}:
             known = "h" in self.values and self.shown is None
             states = self.values["h"] if known else self._h()
             self.last = states[:, -1]

@@ -95,9 +95,10 @@ def forward_by_hand(
         delta = site("delta", i, torch.log1p(torch.exp(delta_2)))
         A_bar = site("A_bar", i, torch.exp(torch.einsum("ble,en->blen", delta, A)))
         B_bar = site("B_bar", i, torch.einsum("ble,bln->blen", delta, B))
+        write = site("write", i, torch.einsum("blen,ble->blen", B_bar, x))
         h, states = site("h_start", i, x.new_zeros(ids.shape[0], E, N)), []
         for t in range(ids.shape[1]):
-            h = A_bar[:, t] * h + B_bar[:, t] * x[:, t, :, None]
+            h = A_bar[:, t] * h + write[:, t]
             h = edits["h", i](h, t) if ("h", i) in edits else h
             states.append(h)
         y = site("y", i, torch.einsum("blen,bln->ble", site("h", i, torch.stack(states, 1)), C))

@@ -37,6 +37,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "falcon_mamba": lambda **more: FalconMambaForCausalLM(FalconMambaConfig(**SIZES | {"mixer_rms_eps": 0.02} | more)),
 }
 LAYER = 1
+EDITED = ("in_proj", "ssm_input", "delta_1", "B", "C", "delta_2", "B_bar", "write", "h", "out_proj")
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
@@ -161,6 +162,26 @@ def test_a_written_time_step_reaches_what_is_made_of_it(model, exact, ids):
     assert not torch.allclose(expected[key_of("delta_2")], forward_by_hand(exact, ids)[key_of("delta_2")], atol=1e-3)
 
 
+def test_a_write_takes_the_place_of_what_would_enter(model, exact, ids):
+    """Beside edits of what it is made of; and it is kept where those are edited after it."""
+    names = ("ssm_input", "B", "delta_2", "A_bar", "B_bar", "write", "h", "y")
+    patches = [Patch("write", LAYER, 0.4, [2]), Patch("B_bar", LAYER, 0.3, [4]), Patch("h", LAYER, 0.2, [5])]
+    edits = put("write", torch.tensor(0.4).double(), [2]) | put("B_bar", torch.tensor(0.3).double(), [4])
+    edits[("h", LAYER)] = lambda h, t: torch.full_like(h, 0.2) if t == 5 else h
+    expected = forward_by_hand(exact, ids, edits)
+    found = cache(model, ids, [(name, LAYER) for name in names], patches=patches)
+    for name in names:
+        close(found[name, LAYER], expected[key_of(name)])
+    close(run(model, ids, patches, positions="all"), expected["hook_logits"])
+    with torch.no_grad(), model.trace(ids):
+        mixer = model.layers[LAYER].mixer
+        mixer.h.clone()
+        mixer.write = 0.4
+        mixer.B_bar = 0.3
+        write = mixer.write.save()
+    assert (write == 0.4).all()
+
+
 def test_states_that_are_scanned(model, exact, ids):
     state = torch.randn(3, 24, 4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), model.trace(ids):
@@ -231,7 +252,9 @@ def test_the_states_gradient_is_the_total_derivative(model, exact, ids):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", ["in_proj", "ssm_input", "delta_1", "B", "C", "delta_2", "B_bar", "h", "out_proj"])
+@pytest.mark.parametrize(
+    "name", ["in_proj", "ssm_input", "delta_1", "B", "C", "delta_2", "B_bar", "write", "h", "out_proj"]
+)
 def test_generation(model, exact, ids, name, use_cache):
     """An edit at each step's last position: with the cache it lasts, without it acts in its own step."""
     prompt, site = ids[:, :4], SITES[name]
@@ -256,7 +279,7 @@ def test_generation(model, exact, ids, name, use_cache):
         grown = torch.cat([grown, expected.argmax(-1, keepdim=True)], dim=1)
 
 
-@pytest.mark.parametrize("name", ["delta_1", "B", "C", "h", "ssm_input", "resid_post"])
+@pytest.mark.parametrize("name", ["delta_1", "B", "C", "write", "h", "ssm_input", "resid_post"])
 def test_generating_with_patches(model, exact, ids, name):
     prompt = ids[:, :5]
     found = generate(model, prompt, 4, patches=[Patch(name, LAYER, 0.8, [2])], new_patches=[Patch(name, LAYER, -0.6)])

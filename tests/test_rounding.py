@@ -15,7 +15,7 @@ from mamba_ioi.sweep import Readout, sweep
 
 from .conftest import random_mamba
 
-OTHER_SCAN = ("A_bar", "B_bar", "h")  # where these are changed the scan is made of other operations
+OTHER_SCAN = ("A_bar", "B_bar", "write", "h")  # where these are changed the scan is made of other operations
 BOUND = 0.02  # of the largest logit
 
 
