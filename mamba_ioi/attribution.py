@@ -55,6 +55,7 @@ def attributed_effects(
         ValueError: for an unknown site or layer, a model that carries edits or hooks, or on a server whose sandbox has
             no gradients.
     """
+    model.require_mamba("effects by attribution")
     refs = [resolve(model, site, layer) for layer in layers]
     model.require_stream("effects by attribution", edges=True)
     require_gradients(model, "attribution patching")

@@ -20,11 +20,12 @@ from transformers import __version__ as TRANSFORMERS
 
 from .anatomy import Anatomy, find_anatomy, stream_differences
 from .batching import model_input
+from .blocks import part_differences
 from .checkpoints import empty_tokenizer, read_checkpoint, read_config, read_tokenizer, refuse_missing
 from .checks import integer
 from .families import Family, family_of
 from .served import Served
-from .sites import ModelSites, missing_operations
+from .sites import SITES, ModelSites, missing_operations
 from .slow_path import check_slow_path, slow_path_tolerance
 from .touched import hooks, refuse_touched
 from .weights import DTYPES, dtype_name, one_line
@@ -57,7 +58,7 @@ class _Travels:
         )
 
 
-class CausalLM(Served, TransformersModel):
+class CausalLM(Served, ModelSites, TransformersModel):
     """Any causal language model: what the experiments that need no Mamba work on (layer removal, residual edges)."""
 
     _module: Any
@@ -129,7 +130,11 @@ class CausalLM(Served, TransformersModel):
         """
         if (index := integer(layer)) is None or not 0 <= index < self.n_layers:
             raise ValueError(f"a layer is an integer from 0 to {self.n_layers - 1}, not {layer!r}")
-        return list(family_of(self.family, self._module).sites(self.layers[index]._module))
+        names = family_of(self.family, self._module).sites(self.layers[index]._module)
+        if not self.has_scans and "attn_out" in names:
+            check_parts(self)
+            names = names if self._parts[index] else ("resid_pre", "resid_post")
+        return list(names)
 
     @property
     def layers(self):
@@ -186,6 +191,34 @@ class CausalLM(Served, TransformersModel):
         """Where the weights are; the CPU where there are none, as here for a remote model or in a server's sandbox."""
         device = next(self._module.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the letters that shapes are written in."""
+        return {"D": self.d_model, "V": self.vocab_size}
+
+    def require_site(self, name: str, layer: int | None) -> None:
+        """Refuse a site that the model, or that layer of it, does not have.
+
+        Raises:
+            ValueError: naming the sites that are there.
+        """
+        if name in ("resid_pre", "resid_post"):
+            return
+        if layer is None:
+            there = [part for part in ("embed", "norm") if getattr(self.anatomy, part)] + ["logits"]
+        else:
+            there = self.sites_of(layer)
+        if name not in there and name in SITES:
+            kind = type(self._module).__name__
+            raise ValueError(
+                f"sites such as {name!r} need a Mamba; {self.model_id} is a {kind}, which has {', '.join(there)}"
+            )
+        if name not in there:
+            where = self.model_id if layer is None else f"layer {layer} of {self.model_id}"
+            raise ValueError(f"{where} has no site {name!r}; it has {', '.join(there)}")
+
+    _parts: list[bool]
+    """Once `check_parts` has run, whether each block's parts add up to the residual stream."""
 
     def require_mamba(self, what: str) -> None:
         """Refuse ``what`` on a model that is no Mamba.
@@ -283,7 +316,7 @@ class CausalLM(Served, TransformersModel):
         return TransformersModel
 
 
-class MambaModel(CausalLM, ModelSites):
+class MambaModel(CausalLM):
     """A model of selective scans under nnsight, every activation of `mamba_ioi.sites` readable and writable in a trace.
 
     That is a `MambaForCausalLM`, or one of another family in `mamba_ioi.families` whose layers hold such scans.
@@ -321,7 +354,7 @@ class MambaModel(CausalLM, ModelSites):
 
     def sizes(self) -> dict[str, int]:
         """The sizes by the letters that shapes are written in."""
-        return {"D": self.d_model, "V": self.vocab_size, **self._measures}
+        return CausalLM.sizes(self) | self._measures
 
 
 def load_model(
@@ -522,6 +555,31 @@ def check_stream(model: CausalLM) -> None:
         if model.remote is None and model._module.training and (model.anatomy.broken or model.anatomy.beside):
             broken = f"{model.model_id} is in training mode, where two runs are not alike: call model._module.eval()"
             model.anatomy = replace(model.anatomy, checked=False, broken=broken)
+
+
+def check_parts(model: CausalLM) -> None:
+    """Find out, once, in which blocks attention and MLP add up to the residual stream: others lack their sites.
+
+    Raises:
+        ValueError: if that cannot be told, since the model carries edits or hooks, or is in training mode.
+    """
+    if "_parts" in vars(model):
+        return
+    from .remote import ask
+
+    refuse_touched(model, "sites of attention and MLP")
+    if model.remote is None and model._module.training:
+        raise ValueError(f"{model.model_id} is in training mode, where runs differ: call model._module.eval()")
+    found, limit = ask(model, part_answer), slow_path_tolerance(model.dtype)
+    model._parts = [bool((found.get(f"parts.{i}", torch.zeros(1)) <= limit).all()) for i in range(model.n_layers)]
+
+
+def part_answer(model) -> dict[str, Tensor]:
+    """`part_differences` of a short prompt, here or on a server."""
+    ids = torch.arange(1, 7, device=model.device).mul(7919).remainder(model.vocab_size)[None]
+    with torch.no_grad(), model.trace(ids):
+        found = part_differences(model).save()  # pyright: ignore[reportAttributeAccessIssue]
+    return found
 
 
 def _wrap_remote(source: str, revision: str | None, target: bool | str) -> MambaModel | CausalLM:

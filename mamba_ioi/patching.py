@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .anatomy import output_logits
+from .blocks import BLOCK_SITES, EVERY_SITE
 from .checks import integer, integers, listed, real_number, scalar, whole_number
 from .location import StageSite, open_stages, take_over
 from .memory import fitting_rows, forward_bytes, site_bytes
@@ -85,7 +86,6 @@ def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = 
     Raises:
         ValueError: for an unknown site, a layer the model does not have, or a layer where none belongs.
     """
-    model.require_mamba("named sites")
     if isinstance(site, tuple) and len(site) == 2:
         site, layer = site
     if not isinstance(site, str):
@@ -103,16 +103,19 @@ def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = 
         position = None if at is None else int(at)
     else:
         name = site
-    if name not in SITES:
-        near = difflib.get_close_matches(name.rpartition("hook_")[2].partition(".")[0], SITES, 1)
+    known = SITES if model.has_scans else EVERY_SITE
+    if name not in known:
+        near = difflib.get_close_matches(name.rpartition("hook_")[2].partition(".")[0], known, 1)
         meant = f"is {near[0]!r} meant? The" if near else "the"
-        raise ValueError(f"unknown site {site!r}; {meant} sites are {', '.join(SITES)}")
-    info = SITES[name]
+        raise ValueError(f"unknown site {site!r}; {meant} sites are {', '.join(known)}")
+    info = known[name]
     if info.owner == "model":
         if layer is not None:
             raise ValueError(f"the site {name!r} is outside the layers; give no layer, not {layer}")
     elif layer is None or not 0 <= layer < model.n_layers:
         raise ValueError(f"the site {name!r} needs a layer from 0 to {model.n_layers - 1}, not {layer}")
+    if not model.has_scans:
+        model.require_site(name, layer)
     if position is not None and not info.by_position:
         raise ValueError(f"the site {name!r} has no positions, but {site!r} names position {position}")
     return SiteRef(info, layer, position)
@@ -141,7 +144,7 @@ def cache(
     """The named activations of one run, which stops after the last of them.
 
     Args:
-        model: a Mamba from `load_model`.
+        model: a model from `load_model`; of one without scans `sites_of` names the sites that there are.
         tokens: token ids ``[B, L]``, a text, or texts (padded on the right).
         sites: names and aliases: ``"blocks.39.hook_h"``, ``("conv", 3)``, ``"embed"``; a layer's site without a
             layer means every layer.
@@ -164,7 +167,7 @@ def cache(
         raise ValueError(f"sites are names or (name, layer) pairs, not {sites!r}")
     refs: list[SiteRef] = []
     for site in sites:
-        bare = site in SITES and SITES[site].owner != "model" if isinstance(site, str) else False
+        bare = site in EVERY_SITE and EVERY_SITE[site].owner != "model" if isinstance(site, str) else False
         refs += [resolve(model, site, i) for i in range(model.n_layers)] if bare else [resolve(model, site)]
     if not refs:
         raise ValueError("no site was named")
@@ -198,7 +201,7 @@ def run(
     """The logits of one patched run; as many rows run at once as ``model.memory`` allows, and no result depends on it.
 
     Args:
-        model: a Mamba from `load_model`.
+        model: a model from `load_model`.
         tokens: token ids ``[B, L]``, a text, or texts (padded on the right).
         patches: what to change, in any order; at one site they apply in the order given.
         positions: where to read: None for the last column (of texts: each text's own last token), a LongTensor
@@ -208,7 +211,6 @@ def run(
         ValueError: for a patch at an unknown site, layer or position, or with a value that does not fit; for a position
             where one of the texts has ended.
     """
-    model.require_mamba("patched runs")
     ids, last = model.to_tokens(tokens)
     read = read_positions(ids, last if positions is None else positions)
     refuse_ends(last, [None if read is None else positions])
@@ -236,7 +238,9 @@ def _parts(model: MambaModel, ids: Int[Tensor, "B L"], plan: Plan, rows: int | N
     batch, length = ids.shape
     if rows is None:
         refs = [ref for refs in plan.reads.values() for ref in refs]
-        touched = {SITES[name] for changes in plan.changes.values() for name in changes} | {ref.site for ref in refs}
+        touched = {EVERY_SITE[name] for changes in plan.changes.values() for name in changes} | {
+            ref.site for ref in refs
+        }
         row = forward_bytes(model, length) + 3 * max((site_bytes(model, site, length) for site in touched), default=0)
         columns = length if plan.keep is None else plan.keep.shape[1]
         row += sum(site_bytes(model, ref.site, columns if ref.position is None else 1) for ref in refs)
@@ -408,7 +412,11 @@ class Plan:
             reads.setdefault(ref.layer, []).append(ref)
         outside = any(ref.site.name in ("norm", "logits") for ref in refs)
         whole = bool(model._edits) or any(hooks(model))
-        last = model.n_layers if outside or whole or not refs else max(ref.layer or 0 for ref in refs)
+        last = (
+            model.n_layers
+            if outside or whole or not refs or not model.has_scans
+            else max(ref.layer or 0 for ref in refs)
+        )
         plan = cls(changes, reads, last, keep, whole)
         if whole:
             plan.refuse_touched_sites(model, logits=not refs)
@@ -421,9 +429,9 @@ class Plan:
         used |= {(None, "logits")} if logits else set()
         paths: dict[str, str] = {}
         for layer, name in used:
-            envoy = owner(model, SITES[name], layer)
+            envoy = owner(model, EVERY_SITE[name], layer)
             if name not in _STAGES:
-                location = getattr(type(envoy), SITES[name].attribute)._location(envoy)
+                location = getattr(type(envoy), EVERY_SITE[name].attribute)._location(envoy)
                 paths[location.removeprefix(f"{model.path}").removeprefix(".").removesuffix(".output")] = name
             if name == "out_proj":
                 paths[envoy.mixer.path.removeprefix(f"{model.path}.")] = name
@@ -452,7 +460,7 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
             raise ValueError(f"positions {positions} name one position twice")
     tap = None
     if patch.slice is not None:
-        taps = range(1 - model.d_conv, 1)
+        taps = range(1 - model.d_conv, 1) if model.has_scans else ()
         tap = integer(patch.slice)
         if tap is None or site.name != "conv_slice" or tap not in taps:
             raise ValueError(
@@ -524,8 +532,9 @@ def forward(model, plan: Plan, read: Tensor | None) -> Any:
     """
     found: dict[str, Tensor] = {}
     visit(model, None, ("embed",), plan, found)
+    names = [name for name, site in SITES.items() if site.owner != "model"] if model.has_scans else BLOCK_SITES
     for layer in range(min(plan.last + 1, model.n_layers)):
-        visit(model, layer, [name for name, site in SITES.items() if site.owner != "model"], plan, found)
+        visit(model, layer, names, plan, found)
     if plan.last < model.n_layers:
         leave_out(model, plan.last + 1)
         return found, None
@@ -538,7 +547,7 @@ def unembed(model, plan: Plan, read: Tensor | None, found: dict[str, Tensor]) ->
     outputs = plan.changes.get(None, {}).get("logits") or any(
         ref.site.name == "logits" for ref in plan.reads.get(None, ())
     )
-    if read is not None and not outputs and not plan.whole:
+    if read is not None and not outputs and not plan.whole and model.has_scans:
         return logits_at(model, read)
     visit(model, None, ("logits",), plan, found)
     result = output_logits(model)
@@ -567,15 +576,21 @@ def visit(model, layer: int | None, names: Iterable[str], plan: Plan, found: dic
     """Apply the changes and gather the reads at one layer's sites, in execution order."""
     changes, reads = plan.changes.get(layer, {}), plan.reads.get(layer, ())
     wanted = {ref.site.name for ref in reads}
+    moved = None
     for name in names:
+        if name == "resid_post" and moved is not None:
+            model.layers[layer].resid_post += moved
         if name in OPERATIONS:
             take_over(model.layers[layer].mixer, OPERATIONS[name])
         if name not in changes and name not in wanted:
             continue
-        site = SITES[name]
+        site = EVERY_SITE[name]
         envoy = owner(model, site, layer)
+        before = envoy.mlp_in.clone() if name == "resid_mid" and name in changes else None
         if name in changes:
             change_site(envoy, site, changes[name])
+        if before is not None:
+            moved = envoy.mlp_in - before
         for ref in reads:
             if ref.site is site:
                 value = look_at(envoy, site).detach()

@@ -25,15 +25,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import patching
 from .continuation import Edit, Item, Job, SourceValues, States, carry, entries, parting, run_job
 from .memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
-from .model import MambaModel
-from .patching import Change, Patch, Plan, check_patch, forward, read_positions, read_sites, resolve
+from .model import CausalLM, MambaModel
+from .patching import (
+    Change,
+    Patch,
+    Plan,
+    SiteRef,
+    cache,
+    check_patch,
+    forward,
+    read_positions,
+    read_sites,
+    resolve,
+)
 from .remote import ask
 from .scan import compute_dtype
 from .sites import SITES
 from .tasks.columns import check_distinct, check_ids, check_rows, integers, refuse
 from .tasks.pairs import PromptPairs, require_single_answers
+from .touched import refuse_touched
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +174,8 @@ def sweep(
                 f"source tokens have the shape of tokens, {tuple(tokens.shape)}, not {tuple(source.shape)}"
             )
     readout.check(tokens, model.vocab_size)
+    if not model.has_scans:
+        return _plain_runs(model, tokens, source, interventions, readout, description)
     edits = [_edits(model, tokens, changes, source) for changes in interventions]
     model.require_stream("sweeps")
     limits = Budget.of(model, tokens.shape[1])
@@ -175,6 +190,39 @@ def sweep(
             own = [[edit.rows(part, shape[1]) for edit in changes] for changes in edits]
             parts.append(_logits(model, prompts, own, limits, bar))
     return torch.cat(parts, dim=1) if parts else torch.empty(shape)
+
+
+def _plain_runs(
+    model: CausalLM,
+    tokens: Int[Tensor, "B L"],
+    source: Int[Tensor, "B L"] | None,
+    interventions: Sequence[Sequence[Patch | Resample]],
+    readout: Readout,
+    description: str | None,
+) -> Float[Tensor, "I B K"]:
+    """A sweep where positions leave more than a state behind: every intervention is a run of the whole prompts."""
+    refuse_touched(model, "sweeps")
+    values: dict[str, Tensor] = {}
+    results = []
+    for changes in tqdm(interventions, desc=description, unit="run", disable=description is None):
+        patches = []
+        for change in changes:
+            ref, checked = check_patch(
+                model, tokens, Patch(change.site, change.layer, 0.0, change.positions, change.slice)
+            )
+            if callable(getattr(change, "value", None)):
+                raise ValueError("a sweep's values are tensors and floats; a callable is for run, cache and generate")
+            if isinstance(change, Resample):
+                if source is None:
+                    raise ValueError("a Resample needs source tokens to take its values from")
+                if (key := SiteRef(ref.site, ref.layer).key) not in values:
+                    values |= cache(model, source, [key])
+                value = values[key] if checked.positions is None else values[key][:, checked.positions]
+                change = Patch(ref.site.name, ref.layer, value, checked.positions)
+            patches.append(change)
+        logits = patching.run(model, tokens, patches, positions=readout.last)
+        results.append(logits.gather(1, readout.tokens.to(logits.device)).float().cpu())
+    return torch.stack(results) if results else torch.empty(0, *readout.tokens.shape)
 
 
 @dataclass(frozen=True)

@@ -281,10 +281,9 @@ class TestOtherLanguageModels:
     def test_sites_need_a_mamba(self, other):
         model, _ = other
         for act in (
-            lambda: run(model, IDS),
             lambda: run(model, IDS, [Patch("conv", 0, 0.0)]),
             lambda: cache(model, IDS, ["conv"]),
-            lambda: cache(model, IDS, ["embed"]),
+            lambda: cache(model, IDS, [("h", 1)]),
         ):
             with pytest.raises(ValueError, match=r"need a Mamba; .* is a (GPT2LMHeadModel|LlamaForCausalLM)") as error:
                 act()

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import attributed_effects
+from ..blocks import EVERY_SITE
 from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..result import Result
@@ -50,9 +51,9 @@ def resample_ablation(
     11 ``out_proj``). A resampled state ``h`` is carried on: later states follow from it.
 
     Args:
-        model: a Mamba.
+        model: any causal language model.
         data: aligned prompts.
-        site: any site of a layer that has positions.
+        site: any site of a layer that has positions; `sites_of` names those of a model without scans.
         layers: which layers; all if None.
         positions: which positions, counted from 0; all if None.
         estimate: None measures each cell; ``"attribution"`` estimates all of them from one forward and backward pass
@@ -66,15 +67,15 @@ def resample_ablation(
         ``meta["measured_cells"]`` cells and ``meta["measured_rows"]`` rows, spread evenly over the map and the data.
 
     Raises:
-        ValueError: if the model is no Mamba, the data are empty or not aligned, a site, layer or position is not
+        ValueError: if the data are empty or not aligned, a site, layer or position is not
             there, or the kind of estimate is unknown.
     """
-    model.require_mamba("resample ablations of sites")
-    check_data(model, data, aligned="resample_ablation")
-    info = SITES.get(site) if isinstance(site, str) else None
-    if info is None or info.owner == "model" or not info.by_position:
-        usable = [name for name, other in SITES.items() if other.owner != "model" and other.by_position]
+    usable = [name for name in model.sites_of(0) if EVERY_SITE[name].by_position]
+    if site not in usable:
+        if not model.has_scans and isinstance(site, str) and site in SITES and SITES[site].owner != "model":
+            model.require_site(site, 0)
         raise ValueError(f"site {site!r} has no layers and positions to go through; use one of {', '.join(usable)}")
+    check_data(model, data, aligned="resample_ablation")
     layers, positions = check_layers(model, layers), check_positions(data, positions)
     if estimate not in (None, "attribution"):
         raise ValueError(f"estimate is None or 'attribution', not {estimate!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from nnsight import Envoy
 from torch import nn
 
+from ..blocks import BlockEnvoy
 from ..served import ServedEnvoy
 from ..sites import SITES, Conv1dEnvoy, DtProjEnvoy, InProjEnvoy, LayerEnvoy, MixerEnvoy
 
@@ -49,7 +50,7 @@ class Family:
     def envoys(self) -> dict[type | str, type[Envoy]]:
         """The envoy class of each module, for nnsight."""
         if self.classes is None:
-            return {"*": ServedEnvoy}
+            return {"layers.*": BlockEnvoy, "h.*": BlockEnvoy, "blocks.*": BlockEnvoy, "*": ServedEnvoy}
         mixer, block = self.classes()
         return {
             mixer: self.mixer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..blocks import BLOCK_SITES, tree_of
 from .family import Family
 
 ATTENTION = ("attn", "attention", "self_attn", "self_attention", "temporal_block")
@@ -12,7 +13,7 @@ MLP = ("mlp", "shared_mlp", "ffn", "feed_forward", "mlp_block", "fc1", "shared_e
 
 
 def layer_kind(block: nn.Module) -> str:
-    """``mamba``, ``mamba2``, ``attention``, ``moe``, ``mlp`` in the order of the block's parts, joined by ``+``."""
+    """``mamba``, ``mamba2``, ``attention``, ``moe``, ``mlp``, joined by ``+``: what mixes positions, then the rest."""
     found: list[str] = []
     for name, part in block.named_children():
         kind = part_kind(name, part)
@@ -20,7 +21,7 @@ def layer_kind(block: nn.Module) -> str:
             found.append(kind)
     if "moe" in found and "mlp" in found:
         found.remove("mlp")  # shared experts beside the others: one part under two names
-    return "+".join(found) or "other"
+    return "+".join(sorted(found, key=lambda kind: kind in ("moe", "mlp"))) or "other"
 
 
 def part_kind(name: str, part: nn.Module) -> str | None:
@@ -36,4 +37,9 @@ def part_kind(name: str, part: nn.Module) -> str | None:
     return "attention" if name in ATTENTION or kind.endswith("attention") else None
 
 
-TRANSFORMER = Family("", kind=layer_kind, sites=lambda block: ())
+def block_sites(block: nn.Module) -> tuple[str, ...]:
+    """The residual stream before and after the block, and around its parts where their names are known."""
+    return BLOCK_SITES if tree_of(block) is not None else ("resid_pre", "resid_post")
+
+
+TRANSFORMER = Family("", kind=layer_kind, sites=block_sites)
