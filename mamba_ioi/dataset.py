@@ -202,6 +202,14 @@ class IOIDataset(PromptPairs):
                 found = found[[row for row, label in enumerate(found.groups[name]) if label in listed]]
         return found
 
+    def labels_of(self, group: str) -> list:
+        """The labels of a group that occur in the data; templates and corruptions in the paper's order."""
+        known = {"corruption": CORRUPTIONS, "template": TEMPLATES}.get(group)
+        if known is None:
+            return super().labels_of(group)
+        order = {label: number for number, label in enumerate(known)}
+        return sorted(set(self.groups[group]), key=lambda label: (order.get(label, len(order)), label))
+
     @property
     def clean_names(self) -> Int[Tensor, "B 5"]:
         """Token ids of the five names of each clean prompt, in order."""

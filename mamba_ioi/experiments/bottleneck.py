@@ -7,22 +7,23 @@ import torch
 from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..sweep import Resample
-from .common import check_data, corruptions_of, resample_effects, rows_of
+from ..tasks.pairs import PromptPairs
+from .common import check_data, resample_effects, rows_by_group
 
 DEFAULT_PAIRS = 40
 
 
-def bottleneck(model: MambaModel, data: IOIDataset, *, progress: bool = False) -> int:
+def bottleneck(model: MambaModel, data: PromptPairs, *, progress: bool = False) -> int:
     """The layer that matters most by resample ablation, layer 0 set aside (39 in mamba-370m, paper, Section 4.1).
 
     Each layer's ``layer_input`` is resampled at all positions at once. The layer with the largest effect is the
-    bottleneck: the mean over corruptions of the median over the corruption's rows of 1 - NLD. The median, because NLD
-    divides by each row's own range, and a row that clean and corrupt run answer alike would outweigh all others. Layer
-    0 is set aside because it does the embedding's work and matters to everything.
+    bottleneck: the mean over the first group's labels (corruptions) of the median over a label's rows of 1 - NLD. The
+    median, because NLD divides by each row's own range, and a row that clean and corrupt run answer alike would
+    outweigh all others. Layer 0 is set aside because it does the embedding's work and matters to everything.
 
     Args:
         model: a Mamba of at least two layers.
-        data: prompts; they need not be aligned.
+        data: pairs of prompts; they need not be aligned.
         progress: show a bar.
 
     Raises:
@@ -39,9 +40,7 @@ def bottleneck(model: MambaModel, data: IOIDataset, *, progress: bool = False) -
         [[Resample("layer_input", layer)] for layer in layers],
         description="bottleneck" if progress else None,
     )
-    typical = [
-        effects[:, rows_of(data.corruptions, corruption)].median(1).values for corruption in corruptions_of(data)
-    ]
+    typical = [effects[:, rows].median(1).values for rows in rows_by_group(data)[1].values()]
     return layers[int(torch.stack(typical).sum(0).argmax())]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import integers, listed
-from ..dataset import CORRUPTIONS, IOIDataset
 from ..metrics import accuracy, answer_probability, normalized_logit_diff
 from ..result import bootstrap_interval
 from ..sweep import Readout, Resample, sweep
-from ..tasks.pairs import check_fit, require_metric, require_single_answers
+from ..tasks.pairs import PromptPairs, check_fit, require_metric, require_single_answers
 
 if TYPE_CHECKING:
     from ..model import CausalLM, MambaModel
@@ -24,7 +24,7 @@ TIE_DIGITS = 6
 """Scores that agree to this many decimals count as equal, so that rounding errors choose no layer."""
 
 
-def check_data(model: CausalLM, data: IOIDataset, *, aligned: str | None = None) -> list[str] | None:
+def check_data(model: CausalLM, data: PromptPairs, *, aligned: str | None = None) -> list[str] | None:
     """Refuse data without rows, that the model cannot read, and, where ``aligned`` says so, without common positions.
 
     Returns:
@@ -34,8 +34,8 @@ def check_data(model: CausalLM, data: IOIDataset, *, aligned: str | None = None)
         ValueError: if there is no row, a token is outside the model's vocabulary, answers are sets, or positions are
             needed and differ from row to row.
     """
-    if not isinstance(data, IOIDataset):
-        raise ValueError(f"the data are an IOIDataset, not {type(data).__name__}")
+    if not isinstance(data, PromptPairs):
+        raise ValueError(f"the data are PromptPairs, such as an IOIDataset, not {type(data).__name__}")
     if len(data) == 0:
         raise ValueError("the dataset has no rows; at least one is needed")
     check_fit(model, data)
@@ -43,8 +43,8 @@ def check_data(model: CausalLM, data: IOIDataset, *, aligned: str | None = None)
     labels = data.position_labels
     if aligned is not None and labels is None:
         raise ValueError(
-            f"{aligned} needs prompts whose names stand at the same positions, and these differ from row to row: "
-            f"generate the data with templates='aligned', or select one template"
+            f"{aligned} needs prompts whose marks and last token stand at the same positions, and these differ from "
+            f"row to row: go by marks=[...], or select rows that agree (of an IOIDataset: templates='aligned')"
         )
     return labels
 
@@ -67,7 +67,7 @@ def check_layers(model: CausalLM, layers: Sequence[int] | int | None) -> list[in
     return _indices(range(model.n_layers) if layers is None else layers, model.n_layers, "layer")
 
 
-def check_positions(data: IOIDataset, positions: Sequence[int] | int | None) -> list[int]:
+def check_positions(data: PromptPairs, positions: Sequence[int] | int | None) -> list[int]:
     """The positions to go through: all of the prompts' where None is given.
 
     Raises:
@@ -93,7 +93,7 @@ def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
 
 def resample_effects(
     model: MambaModel,
-    data: IOIDataset,
+    data: PromptPairs,
     interventions: Sequence[Sequence[Patch | Resample]],
     *,
     description: str | None = None,
@@ -114,15 +114,31 @@ def resample_effects(
     return 1 - torch.stack(scores)
 
 
-def rows_of(labels: Sequence[str], label: str) -> list[int]:
-    """The rows that carry a label."""
-    return [row for row, other in enumerate(labels) if other == label]
+def rows_by_group(
+    data: PromptPairs, columns: Sequence[str] = (), *, names: Sequence[str] = ()
+) -> tuple[list[str], dict[tuple, list[int]]]:
+    """The rows of each label of the data's first group, or of each combination of labels of ``names`` if all are there.
 
+    Args:
+        data: the pairs.
+        columns: what else the table has, whose names no group may take.
+        names: the groups to combine, where the data have them.
 
-def corruptions_of(data: IOIDataset) -> list[str]:
-    """The corruptions that occur in the data, in the order of `CORRUPTIONS`."""
-    order = {corruption: number for number, corruption in enumerate(CORRUPTIONS)}
-    return sorted(set(data.corruptions), key=lambda corruption: (order.get(corruption, len(order)), corruption))
+    Returns:
+        The groups' names, and the rows by labels; ``group`` with the label ``all`` if the data have no group.
+
+    Raises:
+        ValueError: for a group with the name of one of the columns.
+    """
+    if not data.groups:
+        return ["group"], {("all",): list(range(len(data)))}
+    chosen = list(names) if names and all(name in data.groups for name in names) else [next(iter(data.groups))]
+    if taken := [name for name in chosen if name in columns]:
+        raise ValueError(f"the group {taken[0]!r} of the data has the name of a column of the table: rename it")
+    found: dict[tuple, list[int]] = {kind: [] for kind in product(*(data.labels_of(name) for name in chosen))}
+    for row, kind in enumerate(zip(*(data.groups[name] for name in chosen), strict=True)):
+        found[kind].append(row)
+    return chosen, {kind: rows for kind, rows in found.items() if rows}
 
 
 def mean_with_interval(values: Float[Tensor, "*rows B"]) -> tuple[Any, Any, Any]:
@@ -134,7 +150,7 @@ def mean_with_interval(values: Float[Tensor, "*rows B"]) -> tuple[Any, Any, Any]
 def candidate_scores(
     logits: Float[Tensor, "I B K"], readout: Readout
 ) -> tuple[Float[Tensor, "I B"], Float[Tensor, "I B"]]:
-    """Accuracy and the answer's probability, both among the pair's names, of each run and row."""
+    """Accuracy and the answer's probability, both among the pair's candidates, of each run and row."""
     judged = [
         (
             accuracy(run, readout.answers, readout.candidates),

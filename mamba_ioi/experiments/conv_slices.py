@@ -8,10 +8,10 @@ from itertools import product
 import numpy as np
 
 from ..checks import integer, integers, listed
-from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..result import Result
 from ..sweep import Resample
+from ..tasks.pairs import PromptPairs
 from .bottleneck import bottleneck
 from .common import check_data, check_layer, check_positions, resample_effects
 from .resample_ablation import effect_table
@@ -19,7 +19,7 @@ from .resample_ablation import effect_table
 
 def conv_slices(
     model: MambaModel,
-    data: IOIDataset,
+    data: PromptPairs,
     layer: int | None = None,
     slices: Sequence[int] | int = (-3, -2, -1, 0),
     positions: Sequence[int] | int | None = None,
@@ -34,15 +34,16 @@ def conv_slices(
 
     Args:
         model: a Mamba.
-        data: aligned prompts.
+        data: aligned pairs of prompts.
         layer: the layer; the model's bottleneck on these data if None.
         slices: taps of the conv, 0 (the position itself) down to 1 - d_conv.
         positions: output positions, counted from 0; all if None.
         progress: show a bar.
 
     Returns:
-        A row for each corruption, slice and output position: ``label`` (of the output position), ``effect`` (mean
-        1 - NLD, not absolute), ``low`` and ``high`` (its bootstrap 95 % interval), ``n`` (rows).
+        A row for each label of the data's first group (``corruption``; ``group`` if there is none), slice and output
+        position: ``label`` (of the output position), ``effect`` (mean 1 - NLD, not absolute),
+        ``low`` and ``high`` (its bootstrap 95 % interval), ``n`` (rows).
 
     Raises:
         ValueError: if the model is no Mamba, the data are empty or not aligned, or a layer, slice or position is not

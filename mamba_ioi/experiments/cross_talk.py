@@ -15,13 +15,15 @@ from ..dataset import CORRUPTIONS, TEMPLATES, IOIDataset
 from ..model import MambaModel
 from ..result import Result
 from ..sweep import Readout, Resample, sweep
-from .common import best_run, candidate_scores, check_data, corruptions_of, mean_with_interval
+from ..tasks.pairs import PromptPairs
+from .common import best_run, candidate_scores, check_data, mean_with_interval, rows_by_group
 
 logger = logging.getLogger(__name__)
+COLUMNS = ("step", "layer", "accuracy", "low", "high", "probability", "n")
 
 
-def cross_talk(model: MambaModel, data: IOIDataset, target: float = 0.9, *, progress: bool = True) -> Result:
-    """Restore layers' cross-talk one by one until the model answers, for each (template, corruption) of the data.
+def cross_talk(model: MambaModel, data: PromptPairs, target: float = 0.9, *, progress: bool = True) -> Result:
+    """Restore layers' cross-talk one by one until the model answers, for each kind of pairs in the data.
 
     A layer's conv input (``in_proj``) resampled at all positions keeps it from moving anything between tokens that
     the clean prompt has and the corrupt one has not. The start is all layers resampled; then, step by step, the layer
@@ -31,15 +33,17 @@ def cross_talk(model: MambaModel, data: IOIDataset, target: float = 0.9, *, prog
 
     Args:
         model: a Mamba.
-        data: prompts; they need not be aligned. `balanced_pairs` draws the same number for each kind.
+        data: pairs of prompts; they need not be aligned. A kind is a (template, corruption) where the data have both
+            groups, else a label of their first group. `balanced_pairs` draws the same number of IOI pairs of each kind.
         target: the accuracy to exceed, from 0 to below 1.
         progress: show a bar.
 
     Returns:
-        A row for each step: ``template``, ``corruption``, ``step``, ``layer`` (restored at this step; -1 at step 0),
+        A row for each step: ``template`` and ``corruption``, or the first group (``group`` if there is none); ``step``,
+        ``layer`` (restored at this step; -1 at step 0),
         ``accuracy``, ``low`` and ``high`` (its bootstrap 95 % interval), ``probability`` (mean, of the answer among
-        the pair's names), ``n`` (rows). ``meta["unreached"]`` lists the [template, corruption] whose accuracy stays
-        at or below the target even with every layer restored.
+        the pair's candidates), ``n`` (rows). ``meta["unreached"]`` lists the kinds, such as [template, corruption],
+        whose accuracy stays at or below the target even with every layer restored.
 
     Raises:
         ValueError: if the model is no Mamba, the data are empty, or the target is not from 0 to below 1.
@@ -50,29 +54,20 @@ def cross_talk(model: MambaModel, data: IOIDataset, target: float = 0.9, *, prog
     if accuracy is None or not 0 <= accuracy < 1:
         raise ValueError(f"target is an accuracy to exceed, from 0 to below 1, not {target!r}")
     target = accuracy
-    present = set(zip(data.templates, data.corruptions, strict=True))
-    kinds = [(template, corruption) for template in _templates_of(data) for corruption in corruptions_of(data)]
-    kinds = [kind for kind in kinds if kind in present]
+    names, kinds = rows_by_group(data, COLUMNS, names=("template", "corruption"))
     steps, unreached = [], []
-    for template, corruption in tqdm(kinds, desc="cross-talk", disable=not progress):
-        rows = data.select(template=template, corruption=corruption)
-        found = _restore_layers(model, rows, target)
-        steps += [{"template": template, "corruption": corruption, **step} for step in found]
+    for kind, rows in tqdm(kinds.items(), desc="cross-talk", disable=not progress):
+        found = _restore_layers(model, data[rows], target)
+        steps += [dict(zip(names, kind, strict=True)) | step for step in found]
         if found[-1]["accuracy"] <= target:
-            unreached.append([template, corruption])
+            unreached.append(list(kind))
     if unreached:
         logger.warning("%d of %d kinds of prompts stay at accuracy %g or below", len(unreached), len(kinds), target)
     arguments = {"target": target, "rows": len(data)}
     return Result.create("cross_talk", pd.DataFrame(steps), model=model, arguments=arguments, unreached=unreached)
 
 
-def _templates_of(data: IOIDataset) -> list[str]:
-    """The templates that occur in the data, in the order of `TEMPLATES`; others after them."""
-    order = {template: number for number, template in enumerate(TEMPLATES)}
-    return sorted(set(data.templates), key=lambda template: (order.get(template, len(order)), template))
-
-
-def _restore_layers(model: MambaModel, data: IOIDataset, target: float) -> list[dict]:
+def _restore_layers(model: MambaModel, data: PromptPairs, target: float) -> list[dict]:
     """The steps for the rows of one kind of prompt."""
     readout = Readout.of(data)
     resampled = list(range(model.n_layers))

@@ -6,29 +6,29 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 
-from ..dataset import IOIDataset
+from ..tasks.pairs import PromptPairs
 
 _PATTERN = re.compile(r"(\w{3}) (\w{2}) \w -> (\w{3}) (\w{2}) \w")
 
 
-def token_labels(data: IOIDataset, tokenizer: PreTrainedTokenizerBase | None, corruption: str) -> list[str]:
-    """One label a position for the rows of one corruption.
+def token_labels(data: PromptPairs, tokenizer: PreTrainedTokenizerBase | None, label: object) -> list[str]:
+    """One label a position for the rows of one label, such as a corruption.
 
-    * At the five names: the slot and its letter in the corruption's pattern, ``n4 A``, or ``n1 C->D`` where the
-      corruption replaces it (swapped rows replace it the other way round); the names themselves, ``Lauren`` or
+    * At a corruption's five names: the slot and its letter in the corruption's pattern, ``n4 A``, or ``n1 C->D`` where
+      the corruption replaces it (swapped rows replace it the other way round); the names themselves, ``Lauren`` or
       ``Lauren->Wesley``, where all rows have the same five.
     * Elsewhere: the token, without the spaces around it (``and``), where all rows have the same, the first being
       ``BOS``; else, and at padding, the position's label in ``data.position_labels``, such as ``pos11``.
 
     Args:
-        data: aligned rows, all of ``corruption``.
+        data: aligned rows, all of ``label``.
         tokenizer: turns token ids into text; None gives slots and position labels alone.
-        corruption: one of `CORRUPTIONS`.
+        label: of the rows' group; one of `CORRUPTIONS` says more of names.
     """
-    letters = _slot_letters(corruption)
-    shared = [_shared_token(data, tokenizer, position) for position in range(data.clean_tokens.shape[1])]
-    same_names = all(shared[position] for position in data.name_positions[0].tolist())
     assert data.position_labels is not None  # aligned rows have them
+    letters = _slot_letters(str(label)) if {"n1", "n2", "n3", "n4", "n5"} <= set(data.position_labels) else {}
+    shared = [_shared_token(data, tokenizer, position) for position in range(data.clean_tokens.shape[1])]
+    same_names = all(shared[data.position_labels.index(name)] for name in letters)
     found = []
     for name, token in zip(data.position_labels, shared, strict=True):
         if name in letters and not same_names:
@@ -38,7 +38,7 @@ def token_labels(data: IOIDataset, tokenizer: PreTrainedTokenizerBase | None, co
     return found
 
 
-def _shared_token(data: IOIDataset, tokenizer: PreTrainedTokenizerBase | None, position: int) -> str | None:
+def _shared_token(data: PromptPairs, tokenizer: PreTrainedTokenizerBase | None, position: int) -> str | None:
     """The token there, ``clean->corrupt`` if they differ; None if rows differ or there is no tokenizer."""
     clean, corrupt = data.clean_tokens[:, position], data.corrupt_tokens[:, position]
     if tokenizer is None or (clean != clean[0]).any() or (corrupt != corrupt[0]).any():

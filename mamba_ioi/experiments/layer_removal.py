@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..anatomy import output_logits, put_output, skip_block, stream_of
-from ..dataset import IOIDataset
 from ..location import take_over
 from ..memory import fitting_rows, forward_bytes, stream_bytes
 from ..model import CausalLM
@@ -22,6 +21,7 @@ from ..remote import ask
 from ..result import Result
 from ..stages import ConvStages, ScanStages
 from ..sweep import Readout
+from ..tasks.pairs import PromptPairs
 from .common import best_run, candidate_scores, check_data, mean_with_interval
 
 PROMPTS_AT_ONCE = 64
@@ -30,18 +30,18 @@ MINIMAL_IMPACT = 0.05
 """How much accuracy may fall for `greedy_layer_removal` to count layers as removed "with minimal impact"."""
 
 
-def layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = True) -> Result:
+def layer_removal(model: CausalLM, data: PromptPairs, *, progress: bool = True) -> Result:
     """Remove each layer in turn and see whether the model still answers (paper, Section 4.1.2).
 
     Args:
         model: any causal language model.
-        data: prompts; they need not be aligned.
+        data: pairs of prompts; they need not be aligned.
         progress: show a bar.
 
     Returns:
         A row for each layer, the first being layer -1, none removed: ``probability`` (mean probability of the answer
-        among the pair's names), ``low`` and ``high`` (its bootstrap 95 % interval), ``accuracy``, ``accuracy_low``,
-        ``accuracy_high``, ``n`` (rows).
+        among the pair's candidates), ``low`` and ``high`` (its bootstrap 95 % interval), ``accuracy``,
+        ``accuracy_low``, ``accuracy_high``, ``n`` (rows).
 
     Raises:
         ValueError: if the data are empty, or the model carries edits or hooks, or passes more from layer to layer than
@@ -56,7 +56,7 @@ def layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = True) -
     return Result.create("layer_removal", table, model=model, arguments={"rows": len(data)})
 
 
-def greedy_layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = True) -> Result:
+def greedy_layer_removal(model: CausalLM, data: PromptPairs, *, progress: bool = True) -> Result:
     """Remove layer after layer, each time the one whose removal leaves the highest accuracy, until none is left.
 
     Of layers that leave the same accuracy, the one that leaves the higher mean probability of the answer goes first;
@@ -64,7 +64,7 @@ def greedy_layer_removal(model: CausalLM, data: IOIDataset, *, progress: bool = 
 
     Args:
         model: any causal language model.
-        data: prompts; they need not be aligned.
+        data: pairs of prompts; they need not be aligned.
         progress: show a bar.
 
     Returns:

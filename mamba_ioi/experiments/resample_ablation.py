@@ -14,19 +14,18 @@ from torch import Tensor
 
 from ..attribution import attributed_effects
 from ..blocks import EVERY_SITE
-from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..result import Result
 from ..sites import SITES
 from ..sweep import Readout, Resample
+from ..tasks.pairs import PromptPairs
 from .common import (
     check_data,
     check_layers,
     check_positions,
-    corruptions_of,
     mean_with_interval,
     resample_effects,
-    rows_of,
+    rows_by_group,
 )
 from .labels import token_labels
 
@@ -36,7 +35,7 @@ MEASURED_CELLS, MEASURED_ROWS = 128, 8
 
 def resample_ablation(
     model: MambaModel,
-    data: IOIDataset,
+    data: PromptPairs,
     site: str = "layer_input",
     layers: Sequence[int] | int | None = None,
     positions: Sequence[int] | int | None = None,
@@ -52,7 +51,7 @@ def resample_ablation(
 
     Args:
         model: any causal language model.
-        data: aligned prompts.
+        data: aligned pairs of prompts.
         site: any site of a layer that has positions; `sites_of` names those of a model without scans.
         layers: which layers; all if None.
         positions: which positions, counted from 0; all if None.
@@ -61,8 +60,9 @@ def resample_ablation(
         progress: show a bar.
 
     Returns:
-        A row for each corruption, layer and position: ``label`` (see `token_labels`), ``effect`` (mean over the
-        corruption's rows), ``low`` and ``high`` (its bootstrap 95 % interval), ``n`` (rows).
+        A row for each label of the data's first group (its name is the column's: ``corruption``; ``group`` if there is
+        none), layer and position: ``label`` (see `token_labels`), ``effect`` (mean over the rows), ``low`` and ``high``
+        (its bootstrap 95 % interval), ``n`` (rows).
         Of an estimate, ``meta["rank_correlation"]`` is Spearman's with the measured effects (means over rows) on
         ``meta["measured_cells"]`` cells and ``meta["measured_rows"]`` rows, spread evenly over the map and the data.
 
@@ -100,7 +100,7 @@ def resample_ablation(
 
 
 def _measured(
-    model: MambaModel, data: IOIDataset, site: str, cells: Sequence[tuple[int, int]], description: str | None
+    model: MambaModel, data: PromptPairs, site: str, cells: Sequence[tuple[int, int]], description: str | None
 ) -> Float[Tensor, "I B"]:
     """The effect of resampling each (layer, position) on each row."""
     interventions = [[Resample(site, layer, position)] for layer, position in cells]
@@ -109,7 +109,7 @@ def _measured(
 
 def _agreement(
     model: MambaModel,
-    data: IOIDataset,
+    data: PromptPairs,
     site: str,
     cells: Sequence[tuple[int, int]],
     effects: Float[Tensor, "I B"],
@@ -128,8 +128,8 @@ def _agreement(
     }
 
 
-def effect_table(model: MambaModel, data: IOIDataset, columns: dict[str, np.ndarray], effects) -> pd.DataFrame:
-    """A row for each corruption and intervention: its columns, the position's label, and the mean effect.
+def effect_table(model: MambaModel, data: PromptPairs, columns: dict[str, np.ndarray], effects) -> pd.DataFrame:
+    """A row for each label of the first group and intervention: its columns, the position's label, and the mean effect.
 
     Args:
         model: its tokenizer labels the positions.
@@ -138,10 +138,10 @@ def effect_table(model: MambaModel, data: IOIDataset, columns: dict[str, np.ndar
         effects: [I, B].
     """
     parts = []
-    for corruption in corruptions_of(data):
-        rows = rows_of(data.corruptions, corruption)
-        labels = token_labels(data[rows], model.tokenizer, corruption)
+    (name,), kinds = rows_by_group(data, (*columns, "label", "effect", "low", "high", "n"))
+    for (value,), rows in kinds.items():
+        labels = token_labels(data[rows], model.tokenizer, value)
         mean, low, high = mean_with_interval(effects[:, rows])
-        part = {"corruption": corruption, **columns, "label": [labels[position] for position in columns["position"]]}
+        part = {name: value, **columns, "label": [labels[position] for position in columns["position"]]}
         parts.append(pd.DataFrame(part | {"effect": mean, "low": low, "high": high, "n": len(rows)}))
     return pd.concat(parts, ignore_index=True)

@@ -18,18 +18,20 @@ if TYPE_CHECKING:
 
 @paper_style()
 def cross_talk(result: Result) -> Figure:
-    """A bar a layer: the share of the minimal sets, one for each (template, corruption), that the layer is in.
+    """A bar a layer: the share of the minimal sets, one for each kind of pairs, that the layer is in.
 
     Darker bars are layers in every set. A layer is in a set if its conv input had to be restored to pass the target
-    accuracy, all layers' being resampled at the start. Pairs that never pass it have no minimal set: they are left
+    accuracy, all layers' being resampled at the start. Kinds that never pass it have no minimal set: they are left
     out, and counted in the heading.
 
     Args:
-        result: columns template, corruption, step, layer (−1 at the start), accuracy; `meta["n_layers"]` says how
-            many layers to show, else up to the last one in a set; `meta["unreached"]` lists the pairs
-            [template, corruption] that never pass the target.
+        result: columns that say the kind (template and corruption, or another group), then step, layer (−1 at the
+            start), accuracy; `meta["n_layers"]` says how many layers to show, else up to the last one in a set;
+            `meta["unreached"]` lists the kinds, such as [template, corruption], that never pass the target.
     """
-    require(result, "template", "corruption", "step", "layer", "accuracy")
+    require(result, "step", "layer", "accuracy")
+    if not kind_columns(result.table):
+        require(result, "template", "corruption")
     unreached = result.meta.get("unreached", [])
     shares, sets = minimal_set_shares(result.table, result.meta.get("n_layers"), unreached)
     figure = new_figure(max(6.0, 1.6 + 0.21 * len(shares)), 3.2)
@@ -48,20 +50,29 @@ def cross_talk(result: Result) -> Figure:
     return figure
 
 
+def kind_columns(table: pd.DataFrame) -> list[str]:
+    """The columns that say which kind of pairs a row is of."""
+    if {"template", "corruption"} <= set(table.columns):
+        return ["template", "corruption"]
+    known = ("step", "layer", "accuracy", "low", "high", "probability", "n")
+    return [name for name in table.columns if name not in known][:1]
+
+
 def minimal_set_shares(
     table: pd.DataFrame, n_layers: int | None = None, unreached: Sequence[Sequence[str]] = ()
 ) -> tuple[pd.Series, int]:
-    """For each layer 0, 1, … the share of (template, corruption) pairs whose minimal set it is in; how many sets.
+    """For each layer 0, 1, … the share of the kinds whose minimal set it is in; how many sets.
 
     Args:
-        table: columns template, corruption, layer (−1 at the start).
+        table: columns that say the kind, and layer (−1 at the start).
         n_layers: how many layers to count; None for up to the last one in a set.
-        unreached: pairs [template, corruption] without a minimal set, which are left out.
+        unreached: kinds without a minimal set, which are left out.
     """
-    pairs = pd.MultiIndex.from_frame(table[["template", "corruption"]])
-    table = table[~pairs.isin([tuple(pair) for pair in unreached])]
-    sets = table.groupby(["template", "corruption"]).ngroups
-    members = table.loc[table["layer"] >= 0, ["template", "corruption", "layer"]].drop_duplicates()
+    kind = kind_columns(table)
+    left_out = {tuple(one) for one in unreached}
+    table = table[[row not in left_out for row in table[kind].itertuples(index=False, name=None)]]
+    sets = table.groupby(kind).ngroups
+    members = table.loc[table["layer"] >= 0, [*kind, "layer"]].drop_duplicates()
     if n_layers is None:
         n_layers = int(members["layer"].max()) + 1 if len(members) else 1
     return members["layer"].value_counts().reindex(range(n_layers), fill_value=0) / max(sets, 1), sets

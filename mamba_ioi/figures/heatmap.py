@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from mamba_ioi.figures.style import LIGHT_GREY, literal
+from mamba_ioi.figures.style import LIGHT_GREY, literal, require
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from mamba_ioi.result import Result
 
 DIVERGING = "RdBu"  # ColorBrewer; safe for colour-blind readers; red negative, blue positive
 EFFECT_LIMIT = 1.5
@@ -68,6 +70,18 @@ def grid(table: pd.DataFrame, rows: str, columns: str, values: str) -> pd.DataFr
         row = table[twice].iloc[0]
         raise ValueError(f"the table has two rows for {rows} {row[rows]} and {columns} {row[columns]}")
     return table.pivot(index=rows, columns=columns, values=values).astype(float).sort_index().sort_index(axis=1)
+
+
+def group_column(result: Result, *known: str) -> str:
+    """The column that says which panel a row is in: ``corruption``, or else the first that is none of ``known``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    others = [name for name in result.table.columns if name not in (*known, "effect", "low", "high", "n")]
+    column = "corruption" if "corruption" in others or not others else others[0]
+    require(result, column, *known)
+    return column
 
 
 def labels(table: pd.DataFrame, position: str = "position", label: str = "label") -> list[str]:

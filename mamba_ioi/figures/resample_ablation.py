@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mamba_ioi.figures.heatmap import Scale, draw_cells, grid, labels
+from mamba_ioi.figures.heatmap import Scale, draw_cells, grid, group_column, labels
 from mamba_ioi.figures.style import new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
@@ -19,19 +19,20 @@ CELL_WIDTH, BAR_WIDTH = 0.138, 1.4
 
 @paper_style()
 def resample_ablation(result: Result) -> Figure:
-    """One heat map a corruption, side by side; rows are layers with layer 0 at the top, columns tokens.
+    """One heat map a corruption (or label), side by side; rows are layers with layer 0 at the top, columns tokens.
 
     Blue: resampling here moves the answer towards the corrupt prompt's (1: all the way); red: away from it. All
     panels share one colour scale centred at 0. It reaches to the largest effect but not beyond ±1.5; the colour bar
     says so if cells lie beyond.
 
     Args:
-        result: columns corruption, layer, position, label, effect (mean 1 − NLD), and n if known;
+        result: columns corruption (or the group), layer, position, label, effect (mean 1 − NLD), and n if known;
             `meta["arguments"]["site"]` is named in the title, and so is an estimate with its rank correlation.
     """
-    require(result, "corruption", "layer", "position", "label", "effect")
+    require(result, "layer", "position", "label", "effect")
+    group = group_column(result, "layer", "position", "label", "effect")
     table = result.table
-    panels = list(table.groupby("corruption", sort=False))
+    panels = list(table.groupby(group, sort=False))
     layers = np.sort(table["layer"].unique())
     cell_height = 0.28 if len(layers) <= 16 else 0.15
     longest = table["label"].astype(str).str.len().max()
@@ -41,7 +42,7 @@ def resample_ablation(result: Result) -> Figure:
     figure = new_figure(sum(widths) + 0.15 * len(panels) + BAR_WIDTH, height)
     axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
     scale = Scale.symmetric(table["effect"].to_numpy(), "effect = mean 1 − NLD")
-    for index, (axis, (corruption, panel)) in enumerate(zip(axes, panels, strict=True)):
+    for index, (axis, (label, panel)) in enumerate(zip(axes, panels, strict=True)):
         cells = grid(panel, "layer", "position", "effect").reindex(layers)
         draw_cells(
             axis,
@@ -50,7 +51,7 @@ def resample_ablation(result: Result) -> Figure:
             column_labels=labels(panel),
             row_labels=[str(layer) for layer in layers] if index == 0 else None,
         )
-        axis.set_title(_panel_title(corruption, panel), parse_math=False)
+        axis.set_title(_panel_title(label, panel), parse_math=False)
     axes[0].set_ylabel("layer")
     scale.bar(figure, list(axes), pad=0.01, fraction=0.02, aspect=30)
     arguments = result.meta.get("arguments", {})
@@ -62,7 +63,7 @@ def resample_ablation(result: Result) -> Figure:
     return figure
 
 
-def _panel_title(corruption: object, panel) -> str:
-    """The corruption with a real arrow, and how many prompts the mean is over."""
-    title = str(corruption).replace("->", "→")
+def _panel_title(label: object, panel) -> str:
+    """The label with a real arrow, and how many prompts the mean is over."""
+    title = str(label).replace("->", "→")
     return f"{title}\nn = {panel['n'].iloc[0]}" if "n" in panel.columns else title

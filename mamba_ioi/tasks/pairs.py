@@ -239,6 +239,10 @@ class PromptPairs:
             rows = [row for row in rows if self.groups[name][row] in listed]
         return self[list(rows)]
 
+    def labels_of(self, group: str) -> list:
+        """The labels of a group that occur in the data, in the order in which they first do."""
+        return list(dict.fromkeys(self.groups[group]))
+
     @property
     def answer_sets(self) -> tuple[Int[Tensor, "B A"], Int[Tensor, "B A2"]]:
         """The answers and the corrupt answers as sets, padded with -1, also where each is one token."""

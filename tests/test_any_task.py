@@ -1,0 +1,108 @@
+"""Pairs of any task in the experiments: the numbers, columns and figures they give, and what has no meaning there."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from mamba_ioi import IOIDataset, PromptPairs, experiments
+from mamba_ioi.model import MambaModel, wrap
+
+from . import plain
+from .conftest import random_mamba
+from .plain import NAMES
+
+
+@pytest.fixture(scope="module")
+def model() -> MambaModel:
+    tokenizer = plain.prompt_tokenizer(NAMES)
+    return wrap(random_mamba(seed=3, vocab_size=len(tokenizer)), tokenizer, model_id="random")
+
+
+@pytest.fixture(scope="module")
+def ioi(model: MambaModel) -> IOIDataset:
+    return IOIDataset.generate(model.tokenizer, 6, seed=5)
+
+
+def bare(data: PromptPairs, **changes) -> PromptPairs:
+    """The same pairs without names, marks or groups."""
+    names = ("clean_tokens", "corrupt_tokens", "answers", "corrupt_answers", "last_position", "candidates")
+    return PromptPairs(**{name: getattr(data, name) for name in names} | changes)
+
+
+def test_the_table_has_a_row_for_each_label_of_the_first_group(model, ioi) -> None:
+    kind = ["b" if row % 3 else "a" for row in range(len(ioi))]
+    pairs = bare(ioi, marks={"first": ioi.marks["n1"]}, groups={"kind": kind, "other": list(range(len(ioi)))})
+    table = experiments.resample_ablation(model, pairs, "h", [1], [3, 8, 19], progress=False).table
+    assert list(table.columns) == ["kind", "layer", "position", "label", "effect", "low", "high", "n"]
+    assert table["kind"].tolist() == ["a"] * 3 + ["b"] * 3, "labels as they first occur"
+    assert table["label"].tolist()[:2] == ["first", "went"]
+    patched = {p: plain.effects(model._module, ioi, plain.resampled(model._module, ioi, "h", 1, p)) for p in (3, 8, 19)}
+    for row in table.itertuples():
+        rows = [number for number, label in enumerate(kind) if label == row.kind]
+        assert row.n == len(rows) and row.effect == pytest.approx(patched[row.position][rows].mean().item(), abs=2e-3)
+    alone = experiments.resample_ablation(model, bare(ioi), "h", [1], [3, 8, 19], progress=False).table
+    assert alone["group"].unique().tolist() == ["all"] and alone["n"].unique().tolist() == [len(ioi)]
+    assert alone["effect"].tolist() == pytest.approx([value.mean().item() for value in patched.values()], abs=2e-3)
+
+
+def test_pairs_with_ioi_groups_give_the_tables_of_ioi(model, ioi) -> None:
+    """Even the labels of the positions, from the corruption's pattern and the marks n1 … n5."""
+    data = ioi[sorted(range(len(ioi)), key=lambda row: (ioi.labels_of("corruption").index(ioi.corruptions[row]), row))]
+    pairs = bare(data, marks=dict(data.marks), groups=dict(data.groups))
+    for run in (
+        lambda rows: experiments.resample_ablation(model, rows, layers=[1], progress=False),
+        lambda rows: experiments.conv_slices(model, rows, progress=False),
+        lambda rows: experiments.layer_removal(model, rows, progress=False),
+        lambda rows: experiments.greedy_layer_removal(model, rows, progress=False),
+    ):
+        one, other = run(pairs), run(data)
+        pd.testing.assert_frame_equal(one.table, other.table)
+        assert one.meta["arguments"] == other.meta["arguments"]
+    one, other = (experiments.cross_talk(model, rows, 0.6, progress=False).table for rows in (pairs, data))
+    key = ["template", "corruption", "step"]
+    pd.testing.assert_frame_equal(one.sort_values(key, ignore_index=True), other.sort_values(key, ignore_index=True))
+    assert list(one.columns) == list(other.columns)
+
+
+def test_figures_of_any_pairs(model, ioi) -> None:
+    kind = [row % 2 for row in range(len(ioi))]
+    for pairs, labels in ((bare(ioi), {"all"}), (bare(ioi, groups={"parity": kind}), {"0", "1"})):
+        for run in (
+            lambda rows: experiments.resample_ablation(model, rows, layers=[1], progress=False),
+            lambda rows: experiments.conv_slices(model, rows, 1, progress=False),
+        ):
+            figure = run(pairs).plot()
+            titles = {axes.get_title().split("\n")[0] for axes in figure.axes if axes.get_title()}
+            assert titles == labels
+        found = experiments.cross_talk(model, pairs, 0.99, progress=False)
+        assert len(found.meta["unreached"]) == len(labels) and all(len(one) == 1 for one in found.meta["unreached"])
+        assert f"{len(labels)} without one" in found.plot().get_suptitle()
+        reached = experiments.cross_talk(model, pairs, 0, progress=False)
+        name = reached.table.columns[0]
+        assert name == ("group" if labels == {"all"} else "parity")
+        assert reached.table[name].map(str).unique().tolist() == sorted(labels)
+        reached.plot()
+    experiments.layer_removal(model, bare(ioi), progress=False).plot()
+
+
+def test_the_bottleneck_of_any_pairs_weighs_labels_alike(model, ioi) -> None:
+    label = [0] * (len(ioi) - 2) + [1] * 2
+    pairs = bare(ioi, groups={"kind": label})
+    typical = {}
+    for layer in (1, 2):
+        effects = plain.effects(model._module, ioi, plain.resampled(model._module, ioi, "layer_input", layer, None))
+        typical[layer] = (effects[:-2].median() + effects[-2:].median()).item()
+    assert experiments.bottleneck(model, pairs) == max(typical, key=typical.get)
+
+
+def test_what_does_not_fit(model, ioi) -> None:
+    pairs = bare(ioi, groups={"layer": [0] * len(ioi)})
+    with pytest.raises(ValueError, match="the group 'layer' of the data has the name of a column"):
+        experiments.resample_ablation(model, pairs, layers=[1], positions=[3], progress=False)
+    with pytest.raises(ValueError, match="the data are PromptPairs, such as an IOIDataset, not Tensor"):
+        experiments.layer_removal(model, ioi.clean_tokens, progress=False)
+    uneven = bare(IOIDataset.generate(model.tokenizer, 6, seed=2, templates="all"))
+    with pytest.raises(ValueError, match=r"marks and last token stand at the same positions.*marks=\[\.\.\.\]"):
+        experiments.conv_slices(model, uneven, 1, progress=False)
+    assert len(experiments.layer_removal(model, uneven, progress=False).table) == model.n_layers + 1
