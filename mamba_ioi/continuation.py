@@ -28,20 +28,33 @@ class Edit:
 
     def rows(self, part: slice, batch: int) -> Edit:
         """The same change for some of the rows."""
-        value = self.value
+        value, change = self.value, self.change
         if value is not None and value.dim() and value.shape[0] == batch:
             value = value[part]
-        return Edit(self.layer, self.change, value)
+        return Edit(self.layer, change.rows(part, batch) if isinstance(change.positions, Tensor) else change, value)
 
     def to(self, device: torch.device) -> Edit:
         """The same on a device."""
         return Edit(self.layer, self.change, None if self.value is None else self.value.to(device))
 
-    def start(self, parted: int, length: int) -> int:
-        """The first position that changes in a row whose prompts part at ``parted``; ``length`` if none does."""
-        positions = range(length) if self.change.positions is None else self.change.positions
+    def own(self) -> list[list[int]] | None:
+        """The positions that change in each row, where these are each row's own."""
+        positions = self.change.positions
+        if not isinstance(positions, Tensor):
+            return None
+        return [[position for position in row if position >= 0] for row in positions.tolist()]
+
+    def everywhere(self, length: int) -> Sequence[int]:
+        """The positions that change in some row."""
+        positions = self.change.positions
+        if isinstance(positions, Tensor):
+            return sorted(set(positions.flatten().tolist()) - {-1})
+        return range(length) if positions is None else positions
+
+    def start(self, positions: Sequence[int], parted: int, length: int) -> int:
+        """The first of a row's positions that changes where its prompts part at ``parted``; ``length`` if none does."""
         if self.value is not None:
-            return min(positions)
+            return min(positions, default=length)
         return min((position for position in positions if position >= parted), default=length)
 
 
@@ -76,7 +89,9 @@ class Item:
         for edit in self.edits:
             change = edit.change
             tap = -1 if change.tap is None else change.tap
-            found[edit.layer].append((change.site.name, change.positions or [], tap, id(edit.value)))
+            own = isinstance(change.positions, Tensor)  # told apart first: lists of lists and of numbers do not compare
+            positions = change.positions.tolist() if isinstance(change.positions, Tensor) else change.positions or []
+            found[edit.layer].append((change.site.name, own, positions, tap, id(edit.value)))
         return found
 
 
@@ -250,35 +265,57 @@ def change_layer(layer, index: int, job: Job, count: int) -> None:
         value = getattr(envoy, site.attribute)
         for rows, item, edit in changes[name]:
             target = value[rows] if edit.change.tap is None else value[rows][..., edit.change.tap]
-            for position, new in new_values(item, edit, job):
-                target[:, position] = cast(new, target[:, position])
+            for at, position, new in new_values(item, edit, job):
+                target[at, position] = cast(new, target[at, position])
 
 
 def new_values(item: Item, edit: Edit, job: Job):
-    """(position counted from the start, value) of every position that an edit changes in an item's rows."""
+    """(which of an item's rows, position counted from the start, value) wherever an edit changes them."""
     length = job.resid[0].shape[1]
+    if isinstance(edit.change.positions, Tensor):
+        yield from own_values(item, edit, job, edit.change.positions)
+        return
     positions = range(length) if edit.change.positions is None else edit.change.positions
+    every = slice(None)
     for column, position in enumerate(positions):
         if edit.value is None:
             if position >= job.start:
                 new = job.values[edit.layer, edit.change.site.name, position][item.rows]
-                yield position - job.start, new if edit.change.tap is None else new[..., edit.change.tap]
+                yield every, position - job.start, new if edit.change.tap is None else new[..., edit.change.tap]
         else:
             value = edit.value if edit.value.shape[0] == 1 else edit.value[item.rows]
-            yield position - job.start, value[:, column if value.shape[1] > 1 else 0]
+            yield every, position - job.start, value[:, column if value.shape[1] > 1 else 0]
+
+
+def own_values(item: Item, edit: Edit, job: Job, positions: Int[Tensor, "B k"]):
+    """`new_values` where positions are each row's own."""
+    positions = positions.to(item.rows.device)[item.rows]
+    for position in sorted(set(positions.flatten().tolist()) - {-1}):
+        if position < job.start:
+            continue  # a resampled value where the prompts have not parted
+        at, column = (positions == position).nonzero(as_tuple=True)
+        rows = item.rows[at]
+        if edit.value is None:
+            new = job.values[edit.layer, edit.change.site.name, position][rows]
+            new = new if edit.change.tap is None else new[..., edit.change.tap]
+        else:
+            value = edit.value
+            new = value[rows if value.shape[0] > 1 else 0 * rows, column if value.shape[1] > 1 else 0 * column]
+        yield at, position - job.start, new
 
 
 def hold_states(scan: ScanStages, changes: Sequence[tuple[slice, Item, Edit]], job: Job) -> None:
     """Hold states of some rows at some positions; later ones follow."""
-    held: dict[int, list[tuple[slice, Tensor]]] = {}
+    held: dict[int, list[tuple[slice, slice | Tensor, Tensor]]] = {}
     for rows, item, edit in changes:
-        for position, value in new_values(item, edit, job):
-            held.setdefault(position, []).append((rows, value))
+        for at, position, value in new_values(item, edit, job):
+            held.setdefault(position, []).append((rows, at, value))
 
     def patch(t: int, h: Tensor) -> Tensor:
         h = h.clone()
-        for rows, value in held[t]:
-            h[rows] = cast(value, h[rows])
+        for rows, at, value in held[t]:
+            target = h[rows]
+            target[at] = cast(value, target[at])
         return h
 
     scan.hold(lambda t, h: patch(t, h) if t in held else h, held)

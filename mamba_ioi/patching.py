@@ -67,8 +67,10 @@ class Patch:
         alias with a position the position's dimension may be left out). Or a callable that is given a copy of what
         is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
         ``[B, 1, E, N]``, with the state as it has become.
-        positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Patched
-            states (``h``) hold at their positions and the states after them follow.
+        positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Or each
+            row's own, a LongTensor ``[B, k]`` counted from 0, -1 for none: values are then ``[B, k, ...]``, and a
+            callable sees that (of a row that has none, what it sees is no matter, and what it returns is not used).
+            Patched states (``h``) hold at their positions and the states after them follow.
         slice: for ``conv_slice``, the one tap to change: -3, -2, -1 or 0. The term at *output* position p that comes
             from ``in_proj`` at p + slice is replaced.
     """
@@ -76,7 +78,7 @@ class Patch:
     site: str
     layer: int | None
     value: Tensor | float | Callable[[Tensor], Tensor | float]
-    positions: int | Sequence[int] | None = None
+    positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
     slice: int | None = None
 
 
@@ -316,7 +318,7 @@ def refuse_ends(last: Int[Tensor, "B"] | None, positions: Iterable) -> None:
         return
     for given in positions:
         common = [] if given is None or getattr(given, "ndim", 0) == 2 else listed(given)
-        if negative := [p for p in common if (integer(p) or 0) < 0]:
+        if negative := [p for p in map(integer, common) if p is not None and p < 0]:
             raise ValueError(
                 f"position {negative[0]} counts from the end, and the texts end at different positions: count from 0"
             )
@@ -348,20 +350,25 @@ def read_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B"] | Non
 
 @dataclass(frozen=True)
 class Change:
-    """A checked `Patch`: ``value`` goes to ``positions`` (None for all) of the site, in one tap if ``tap`` is given."""
+    """A checked `Patch`: ``value`` goes to ``positions`` of the site, in one tap if ``tap`` is given.
+
+    ``positions`` are those of all rows, or each row's own, ``[B, k]`` with -1 for none; None for all of them.
+    """
 
     site: SiteInfo
     value: Tensor | float | Callable[[Tensor], Tensor | float]
-    positions: list[int] | None
+    positions: list[int] | Tensor | None
     tap: int | None
 
     def rows(self, part: slice, batch: int) -> Change:
         """The same change for some of the rows."""
         dims = len(self.site.shape) - (self.tap is not None)
-        value = self.value
+        value, positions = self.value, self.positions
         if isinstance(value, Tensor) and value.dim() == dims and self.site.shape[0] == "B" and len(value) == batch:
-            return replace(self, value=value[part])
-        return self
+            value = value[part]
+        if isinstance(positions, Tensor):
+            positions = positions[part]
+        return replace(self, value=value, positions=positions)
 
 
 @dataclass(frozen=True)
@@ -452,7 +459,9 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
     if positions is not None:
         if not site.by_position:
             raise ValueError(f"the site {site.name!r} has no positions; patch it with positions=None")
-        positions = integers(positions)
+        own = own_positions(ids, positions)
+        positions = own if own is not None else integers(listed(positions))
+    if isinstance(positions, list):
         if not positions or not all(-length <= p < length for p in positions):
             raise ValueError(f"positions {positions} of a prompt with {length} positions: use 0 to {length - 1}")
         positions = [p % length for p in positions]
@@ -467,7 +476,8 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
                 f"slice={patch.slice} at the site {site.name!r}: slices are {list(taps)}, at the site 'conv_slice'"
             )
         tap -= 1
-    letters = {"B": batch, "L": length if positions is None else len(positions), **model.sizes()}
+    count = length if positions is None else positions.shape[1] if isinstance(positions, Tensor) else len(positions)
+    letters = {"B": batch, "L": count, **model.sizes()}
     shape = [letters[letter] for letter in site.shape[: -1 if tap is not None else None]]
     value = _patch_value(patch.value)
     if isinstance(value, Tensor):
@@ -482,6 +492,40 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
                 f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
             )
     return ref, Change(site, value, positions, tap)
+
+
+def own_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B k"] | None:
+    """Each row's own positions, on the CPU, if the positions given are such; None if they are not.
+
+    Raises:
+        ValueError: for other rows than the prompts', a position outside the prompts, or one that a row names twice.
+    """
+    nested = isinstance(positions, list | tuple) and any(isinstance(one, list | tuple) for one in positions)
+    if not nested and getattr(positions, "ndim", 0) < 2:
+        return None
+    wanted = f"each row's own positions are whole numbers of shape [{len(ids)}, k]"
+    try:
+        found = torch.as_tensor(positions).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{wanted}, not {positions!r:.80}") from None
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"{wanted}, not {found.dtype}")
+    if found.dim() != 2 or len(found) != len(ids) or not found.shape[1]:
+        raise ValueError(f"{wanted}, not of shape {tuple(found.shape)}")
+    found = found.long()
+    outside = (found < -1) | (found >= ids.shape[1])
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row} of a patch's positions: {int(found[row, column])} is no position of a prompt with "
+            f"{ids.shape[1]} positions: use 0 to {ids.shape[1] - 1}, or -1 for none"
+        )
+    ordered = found.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        row, column = twice.nonzero()[0].tolist()
+        raise ValueError(f"row {row} of a patch's positions names position {int(ordered[row, column])} twice")
+    return found
 
 
 def _patch_value(given) -> Tensor | float | Callable:
@@ -616,13 +660,24 @@ def change_site(envoy, site: SiteInfo, changes: Sequence[Change]) -> None:
         stages = open_stages(envoy, ScanStages)
         length = stages.x.shape[1]
         for change in changes:
+            if isinstance(change.positions, Tensor):
+                stages.hold(
+                    own_states(change, change.positions), sorted(set(change.positions.flatten().tolist()) - {-1})
+                )
+                continue
             positions = list(range(length)) if change.positions is None else change.positions
             stages.hold(state_patch(change, positions), positions)
         return
     value = getattr(envoy, site.attribute)
     for change in changes:
         target = value if change.tap is None else value[..., change.tap]
-        if change.positions is None:
+        if isinstance(change.positions, Tensor):
+            positions = change.positions.to(target.device)
+            rows = torch.arange(len(positions), device=target.device)[:, None]
+            new = new_value(change, target[rows, positions.clamp(min=0)])
+            row, column = (positions >= 0).nonzero(as_tuple=True)
+            target[row, positions[row, column]] = new[row, column]
+        elif change.positions is None:
             target[...] = new_value(change, target)
         else:
             target[:, change.positions] = new_value(change, target[:, change.positions])
@@ -635,6 +690,27 @@ def new_value(change: Change, there: Tensor) -> Tensor:
         kind = type(value).__name__
         raise ValueError(f"the callable at {change.site.name!r} must return a tensor or a float, not {kind}")
     return cast(value, there)
+
+
+def own_states(change: Change, positions: Int[Tensor, "B k"]):
+    """The callable that holds each row's states at the row's own positions."""
+    value, k = change.value, positions.shape[1]
+
+    def patch(t: int, h: Tensor) -> Tensor:
+        row, column = (positions == t).nonzero(as_tuple=True)
+        if not len(row):
+            return h
+        row, column = row.to(h.device), column.to(h.device)
+        if callable(value):
+            new = new_value(change, h[:, None])[row, 0]
+        else:
+            shape = (len(h), k, *h.shape[1:])
+            new = cast(value, h.new_empty(()).expand(shape))[row, column]
+        held = h.clone()
+        held[row] = new
+        return held
+
+    return patch
 
 
 def state_patch(change: Change, positions: list[int]):

@@ -61,7 +61,7 @@ class Resample:
 
     site: str
     layer: int | None
-    positions: int | Sequence[int] | None = None
+    positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
     slice: int | None = None
 
 
@@ -347,12 +347,16 @@ def _items(prompts: Prompts, interventions: Sequence[Sequence[Edit]]) -> list[It
         starts: dict[int, list[int]] = defaultdict(list)
         given = any(edit.value is not None for edit in edits)  # then a resampled value is not the one that is there
         from_row = [0] * batch if given else parted
+        begins = []  # of each edit, in each row
+        for edit in edits:
+            own, common = edit.own(), edit.everywhere(length)
+            begins.append([edit.start(own[row] if own else common, from_row[row], length) for row in range(batch)])
         for row in range(batch):
-            start = min((edit.start(from_row[row], length) for edit in edits), default=length)
+            start = min((begin[row] for begin in begins), default=length)
             if start <= last[row]:
                 starts[start].append(row)
         for start, rows in starts.items():
-            live = [edit for edit in edits if any(edit.start(from_row[row], length) < length for row in rows)]
+            live = [edit for edit, begin in zip(edits, begins, strict=True) if any(begin[r] < length for r in rows)]
             items.append(Item(index, start, torch.tensor(rows, device=tokens.device), live))
     return sorted(items, key=lambda item: (item.start, item.layer))
 
@@ -440,13 +444,13 @@ class Chunk:
 
     def wanted(self, items: Sequence[Item]) -> set[tuple[int, str, int]]:
         """Every (layer, site, position) that items resample, from where they start on."""
-        positions = range(self.prompts.tokens.shape[1])
+        length = self.prompts.tokens.shape[1]
         return {
             (edit.layer, edit.change.site.name, p)
             for item in items
             for edit in item.edits
             if edit.value is None
-            for p in (positions if edit.change.positions is None else edit.change.positions)
+            for p in edit.everywhere(length)
             if p >= item.start
         }
 

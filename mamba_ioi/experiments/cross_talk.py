@@ -64,7 +64,9 @@ def cross_talk(model: MambaModel, data: PromptPairs, target: float = 0.9, *, pro
     if unreached:
         logger.warning("%d of %d kinds of prompts stay at accuracy %g or below", len(unreached), len(kinds), target)
     arguments = {"target": target, "rows": len(data)}
-    return Result.create("cross_talk", pd.DataFrame(steps), model=model, arguments=arguments, unreached=unreached)
+    return Result.create(
+        "cross_talk", pd.DataFrame(steps), model=model, arguments=arguments, kind=names, unreached=unreached
+    )
 
 
 def _restore_layers(model: MambaModel, data: PromptPairs, target: float) -> list[dict]:

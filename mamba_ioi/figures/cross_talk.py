@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from mamba_ioi.result import Result
 
+KIND = ("template", "corruption")
+
 
 @paper_style()
 def cross_talk(result: Result) -> Figure:
@@ -25,15 +27,14 @@ def cross_talk(result: Result) -> Figure:
     out, and counted in the heading.
 
     Args:
-        result: columns that say the kind (template and corruption, or another group), then step, layer (−1 at the
+        result: columns that say the kind (`meta["kind"]`, or template and corruption), step, layer (−1 at the
             start), accuracy; `meta["n_layers"]` says how many layers to show, else up to the last one in a set;
             `meta["unreached"]` lists the kinds, such as [template, corruption], that never pass the target.
     """
-    require(result, "step", "layer", "accuracy")
-    if not kind_columns(result.table):
-        require(result, "template", "corruption")
+    kind = result.meta.get("kind", KIND)
+    require(result, *kind, "step", "layer", "accuracy")
     unreached = result.meta.get("unreached", [])
-    shares, sets = minimal_set_shares(result.table, result.meta.get("n_layers"), unreached)
+    shares, sets = minimal_set_shares(result.table, result.meta.get("n_layers"), unreached, kind)
     figure = new_figure(max(6.0, 1.6 + 0.21 * len(shares)), 3.2)
     axes = figure.subplots()
     colours = [BLUE if share == 1 else SKY for share in shares]
@@ -50,16 +51,11 @@ def cross_talk(result: Result) -> Figure:
     return figure
 
 
-def kind_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that say which kind of pairs a row is of."""
-    if {"template", "corruption"} <= set(table.columns):
-        return ["template", "corruption"]
-    known = ("step", "layer", "accuracy", "low", "high", "probability", "n")
-    return [name for name in table.columns if name not in known][:1]
-
-
 def minimal_set_shares(
-    table: pd.DataFrame, n_layers: int | None = None, unreached: Sequence[Sequence[str]] = ()
+    table: pd.DataFrame,
+    n_layers: int | None = None,
+    unreached: Sequence[Sequence] = (),
+    kind: Sequence[str] = KIND,
 ) -> tuple[pd.Series, int]:
     """For each layer 0, 1, … the share of the kinds whose minimal set it is in; how many sets.
 
@@ -67,8 +63,9 @@ def minimal_set_shares(
         table: columns that say the kind, and layer (−1 at the start).
         n_layers: how many layers to count; None for up to the last one in a set.
         unreached: kinds without a minimal set, which are left out.
+        kind: the columns that say the kind.
     """
-    kind = kind_columns(table)
+    kind = list(kind)
     left_out = {tuple(one) for one in unreached}
     table = table[[row not in left_out for row in table[kind].itertuples(index=False, name=None)]]
     sets = table.groupby(kind).ngroups
