@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .location import take_over
 from .memory import backward_bytes, fitting_rows
-from .metrics import normalized_logit_diff
+from .metrics import measure, normalized
 from .model import MambaModel
 from .patching import OPERATIONS, Plan, SiteRef, forward, logits_at, read_positions, resolve
 from .remote import ask, require_gradients
@@ -40,8 +40,9 @@ def attributed_effects(
     layers: Sequence[int],
     *,
     source: Int[Tensor, "B L"],
+    metric: str = "nld",
 ) -> Float[Tensor, "layers L B"]:
-    """Estimates of 1 - NLD (not absolute) where ``site`` is resampled at one layer and position.
+    """Estimates of 1 - NLD (not absolute), or of another metric's loss, with a site resampled at a layer and position.
 
     Args:
         model: a Mamba.
@@ -50,6 +51,7 @@ def attributed_effects(
         site: a site of a layer that has positions.
         layers: which layers.
         source: the corrupt prompts, row for row.
+        metric: the metric's name.
 
     Raises:
         ValueError: for an unknown site or layer, a model that carries edits or hooks, or on a server whose sandbox has
@@ -61,13 +63,12 @@ def attributed_effects(
     require_gradients(model, "attribution patching")
     tokens, source = model.to_tokens(tokens)[0], model.to_tokens(source)[0]
     readout.check(tokens, model.vocab_size)
-    pair = torch.stack([readout.answers, readout.corrupt_answers], dim=1)
-    pair = readout.tokens.gather(1, pair)
+    ids = [_token_ids(readout, name) for name in ("answers", "corrupt_answers", "candidates")]
     parts = []
     with frozen(model):
         for rows in torch.arange(len(tokens)).split(_rows_at_once(model, refs, tokens.shape[1])):
-            prompts = tokens[rows], source[rows], readout.last[rows], pair[rows]
-            parts.append(ask(model, attributed_batch, refs, *prompts)["effects"])
+            prompts = tokens[rows], source[rows], readout.last[rows], [column[rows] for column in ids]
+            parts.append(ask(model, attributed_batch, refs, *prompts, metric)["effects"])
     return torch.cat(parts, dim=2)
 
 
@@ -77,10 +78,12 @@ def attributed_batch(
     clean: Int[Tensor, "B L"],
     corrupt: Int[Tensor, "B L"],
     last: Int[Tensor, "B"],
-    pair: Int[Tensor, "B 2"],
+    ids: Sequence[Tensor],
+    metric: str,
 ) -> dict[str, Float[Tensor, "refs L B"]]:
     """``effects`` on some prompts, here or on a server that has gradients."""
-    clean, corrupt, pair = (ids.to(model.device) for ids in (clean, corrupt, pair))
+    clean, corrupt = clean.to(model.device), corrupt.to(model.device)
+    ids = [column.to(model.device) for column in ids]
     read = read_positions(clean, last)
     assert read is not None  # it is so for "all" alone
     plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
@@ -88,28 +91,26 @@ def attributed_batch(
         there = forward(model, plan, read).save()
     values, corrupt_logits = there
     with torch.enable_grad(), model.trace(clean):
-        estimate = estimated(model, refs, values, read, pair).save()  # pyright: ignore[reportAttributeAccessIssue]
-    changes, logits = estimate
-    cells = changes.shape[0] * changes.shape[1]
-    logits, corrupt_logits = (part.repeat(cells, 1) for part in (logits, corrupt_logits.gather(1, pair).to(logits)))
-    patched = logits.clone()
-    patched[:, 0] += changes.flatten()
-    first = torch.zeros_like(patched[:, 0], dtype=torch.long)
-    scores = normalized_logit_diff(patched, logits, corrupt_logits, first, first + 1, absolute=False)
-    return {"effects": 1 - scores.view_as(changes).cpu()}
+        estimate = estimated(model, refs, values, read, ids, metric).save()  # pyright: ignore[reportAttributeAccessIssue]
+    changes, here = estimate
+    if metric != "nld":
+        return {"effects": -changes.cpu()}
+    source = measure(metric, corrupt_logits, *ids).to(here)
+    return {"effects": 1 - normalized(here + changes, here, source, absolute=False).cpu()}
 
 
 def estimated(
-    model, refs: Sequence[SiteRef], there: Mapping[str, Tensor], read: Tensor, pair: Int[Tensor, "B 2"]
-) -> tuple[Float[Tensor, "refs L B"], Float[Tensor, "B 2"]]:
-    """The body of a trace: the estimated change of the first logit less the second, and the two logits themselves.
+    model, refs: Sequence[SiteRef], there: Mapping[str, Tensor], read: Tensor, ids: Sequence[Tensor], metric: str
+) -> tuple[Float[Tensor, "refs L B"], Float[Tensor, "B"]]:
+    """The body of a trace: the estimated change of the metric (of ``nld``, the logit difference), and its value.
 
     Args:
         model: a Mamba, in a trace.
         refs: one site at several layers.
         there: the source run's values, by key.
         read: the position to read in each row.
-        pair: the two tokens to read.
+        ids: the answers, the corrupt answers and the candidates.
+        metric: its name.
     """
     site, wanted = refs[0].site, {ref.layer: ref.key for ref in refs}
     embedding = model.embedding
@@ -127,10 +128,16 @@ def estimated(
             if name == site.name and layer in wanted:
                 value = getattr(owner(model, site, layer), site.attribute)
                 value.register_hook(partial(contract, layer, there[wanted[layer]] - value.detach()))
-    logits = logits_at(model, read).gather(1, pair)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    (logits[:, 0] - logits[:, 1]).sum().backward()  # to every leaf: the states of `h` are leaves of their own
-    return torch.stack([changes[ref.layer] for ref in refs]), logits.detach()
+    value = measure(metric, logits_at(model, read), *ids)
+    value.sum().backward()  # to every leaf: the states of `h` are leaves of their own
+    return torch.stack([changes[ref.layer] for ref in refs]), value.detach()
+
+
+def _token_ids(readout: Readout, name: str) -> Tensor:
+    """The tokens of a readout's columns, sets padded with -1."""
+    columns = getattr(readout, name)
+    ids = readout.tokens.gather(1, (columns if columns.dim() == 2 else columns[:, None]).clamp(min=0))
+    return ids.where(columns >= 0, -1) if columns.dim() == 2 else ids[:, 0]
 
 
 @contextmanager

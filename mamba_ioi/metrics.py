@@ -2,7 +2,8 @@
 
 Logits are [B, V], one row a prompt at its own last position; results are [B]. Half-precision logits are read
 as float32. A row with NaN among the logits it needs gives NaN, never a number. Token ids may lie on another
-device than the logits. Definitions: the paper, Section 3 and Appendix B (arXiv 2407.14008).
+device than the logits. Answers are [B], or sets [B, A] padded with -1: their logit is the mean over the set.
+Definitions: the paper, Section 3 and Appendix B (arXiv 2407.14008).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def logit_diff(
-    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"], corrupt_answers: Int[Tensor, "B"]
+    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B *A"], corrupt_answers: Int[Tensor, "B *A2"]
 ) -> Float[Tensor, "B"]:
     """Logit of the answer less the logit of the corrupt prompt's answer.
 
@@ -27,8 +28,8 @@ def normalized_logit_diff(
     patched: Float[Tensor, "B V"],
     clean: Float[Tensor, "B V"],
     corrupt: Float[Tensor, "B V"],
-    answers: Int[Tensor, "B"],
-    corrupt_answers: Int[Tensor, "B"],
+    answers: Int[Tensor, "B *A"],
+    corrupt_answers: Int[Tensor, "B *A2"],
     *,
     absolute: bool = True,
 ) -> Float[Tensor, "B"]:
@@ -56,18 +57,86 @@ def normalized_logit_diff(
             "patched, clean and corrupt logits must have one shape, "
             f"not {tuple(patched.shape)}, {tuple(clean.shape)} and {tuple(corrupt.shape)}"
         )
-    least = logit_diff(corrupt, answers, corrupt_answers)
-    spread = logit_diff(clean, answers, corrupt_answers) - least
-    if absolute:
-        spread = spread.abs()
-    spread = torch.where(spread == 0, torch.ones_like(spread), spread)
-    return (logit_diff(patched, answers, corrupt_answers) - least) / spread
+    values = (logit_diff(logits, answers, corrupt_answers) for logits in (patched, clean, corrupt))
+    return normalized(*values, absolute=absolute)
+
+
+def normalized(
+    patched: Float[Tensor, "B"], clean: Float[Tensor, "B"], corrupt: Float[Tensor, "B"], *, absolute: bool
+) -> Float[Tensor, "B"]:
+    """Where a value lies between the corrupt run's (0) and the clean run's (1), as `normalized_logit_diff` has it."""
+    least, spread = scale(clean, corrupt, absolute=absolute)
+    return (patched - least) / spread
+
+
+def scale(
+    clean: Float[Tensor, "B"], corrupt: Float[Tensor, "B"], *, absolute: bool
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """The ``min`` and ``range`` of two runs' values: what is normalized is (value - min) / range."""
+    spread = clean - corrupt
+    spread = spread.abs() if absolute else spread
+    return corrupt, torch.where(spread == 0, torch.ones_like(spread), spread)
+
+
+def prob_diff(
+    logits: Float[Tensor, "B V"],
+    answers: Int[Tensor, "B *A"],
+    corrupt_answers: Int[Tensor, "B *A2"],
+    total: Float[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B"]:
+    """Probability of the answers less that of the corrupt answers, by the softmax over the full vocabulary.
+
+    Args:
+        logits: Logits at the last position.
+        answers: The right answers; of a set, probabilities are summed.
+        corrupt_answers: The same of the corrupt prompt.
+        total: Log of the sum of the exponentials of all tokens' logits, where ``logits`` are some tokens' alone.
+
+    Raises:
+        ValueError: If a shape is wrong or a token id lies outside the vocabulary.
+    """
+    total = _at_least_float32(_check_logits(logits)).logsumexp(dim=1) if total is None else total
+    one, other = (
+        (_set_logits(logits, ids, name) - total[:, None]).exp().sum(1)
+        for ids, name in ((answers, "answers"), (corrupt_answers, "corrupt_answers"))
+    )
+    return one - other
+
+
+def margin(
+    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B *A"], candidates: Int[Tensor, "B K"]
+) -> Float[Tensor, "B"]:
+    """Logit of the answer less that of the best candidate that is no answer.
+
+    Raises:
+        ValueError: If a shape is wrong or a token id lies outside the vocabulary.
+    """
+    best = _other_logits(logits, answers, candidates).max(dim=1).values
+    return _logit(logits, answers, "answers") - best
+
+
+def measure(
+    metric: str,
+    logits: Float[Tensor, "B V"],
+    answers: Int[Tensor, "B *A"],
+    corrupt_answers: Int[Tensor, "B *A2"],
+    candidates: Int[Tensor, "B K"],
+    total: Float[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B"]:
+    """A metric of pairs by its name, of one run; of ``nld``, which needs three runs, the logit difference."""
+    if metric == "prob_diff":
+        return prob_diff(logits, answers, corrupt_answers, total)
+    if metric == "margin":
+        return margin(logits, answers, candidates)
+    return logit_diff(logits, answers, corrupt_answers)
 
 
 def accuracy(
-    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"], candidates: Int[Tensor, "B K"]
+    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B *A"], candidates: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B"]:
     """1 where the answer's logit is above that of every other candidate, else 0; a tie counts as wrong.
+
+    Of a set, 1 where the best candidate is in the set.
 
     Args:
         logits: Logits at the last position.
@@ -77,15 +146,17 @@ def accuracy(
     Raises:
         ValueError: If a shape is wrong or a token id lies outside the vocabulary.
     """
-    answer, others = _logit(logits, answers, "answers"), _other_logits(logits, answers, candidates)
-    best = others.max(dim=1).values
+    answer, others = _set_logits(logits, answers, "answers"), _other_logits(logits, answers, candidates)
+    answer, best = answer.max(dim=1).values, others.max(dim=1).values
     return torch.where(answer.isnan() | best.isnan(), torch.nan, (answer > best).to(answer.dtype))
 
 
 def answer_probability(
-    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"], candidates: Int[Tensor, "B K"]
+    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B *A"], candidates: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B"]:
     """Probability of the answer among the candidates: the softmax over those names alone (paper, Figure 5).
+
+    Of a set, the sum of its probabilities.
 
     Args:
         logits: Logits at the last position.
@@ -95,18 +166,18 @@ def answer_probability(
     Raises:
         ValueError: If a shape is wrong or a token id lies outside the vocabulary.
     """
-    answer, others = _logit(logits, answers, "answers"), _other_logits(logits, answers, candidates)
-    return torch.cat([answer[:, None], others], dim=1).softmax(dim=1)[:, 0]
+    answer, others = _set_logits(logits, answers, "answers"), _other_logits(logits, answers, candidates)
+    return torch.cat([answer, others], dim=1).softmax(dim=1)[:, : answer.shape[1]].sum(dim=1)
 
 
-def vocabulary_probability(logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+def vocabulary_probability(logits: Float[Tensor, "B V"], answers: Int[Tensor, "B *A"]) -> Float[Tensor, "B"]:
     """Probability of the answer among all tokens: the softmax over the full vocabulary.
 
     Raises:
         ValueError: If a shape is wrong or a token id lies outside the vocabulary.
     """
-    answer = _logit(logits, answers, "answers")
-    return (answer - _at_least_float32(logits).logsumexp(dim=1)).exp()
+    answer = _set_logits(logits, answers, "answers")
+    return (answer - _at_least_float32(logits).logsumexp(dim=1, keepdim=True)).exp().sum(dim=1)
 
 
 def kl_divergence(patched: Float[Tensor, "B V"], clean: Float[Tensor, "B V"]) -> Float[Tensor, "B"]:
@@ -127,17 +198,33 @@ def kl_divergence(patched: Float[Tensor, "B V"], clean: Float[Tensor, "B V"]) ->
     return torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(dim=1)
 
 
-def _logit(logits: Float[Tensor, "B V"], tokens: Int[Tensor, "B"], name: str) -> Float[Tensor, "B"]:
-    """Each row's logit of its token."""
+def _logit(logits: Float[Tensor, "B V"], tokens: Int[Tensor, "B *A"], name: str) -> Float[Tensor, "B"]:
+    """Each row's logit of its token, or the mean over its set of them."""
+    found = _set_logits(logits, tokens, name)
+    if found.shape[1] == 1:
+        return found[:, 0]
+    there = _ids(tokens, name).to(found.device) >= 0
+    return torch.where(there, found, 0).sum(1) / there.sum(1)
+
+
+def _set_logits(logits: Float[Tensor, "B V"], tokens: Int[Tensor, "B *A"], name: str) -> Float[Tensor, "B A"]:
+    """Each row's logits of its tokens; -inf at a set's padding."""
     tokens = _ids(tokens, name)
-    if _check_logits(logits).ndim != 2 or tokens.shape != logits.shape[:1]:
-        raise ValueError(f"logits must be [B, V] and {name} [B], not {tuple(logits.shape)} and {tuple(tokens.shape)}")
-    _check_ids(tokens, name, least=0, size=logits.shape[1])
-    return _at_least_float32(logits.gather(1, tokens.to(logits.device, torch.long)[:, None])[:, 0])
+    if _check_logits(logits).ndim != 2 or tokens.ndim not in (1, 2) or tokens.shape[:1] != logits.shape[:1]:
+        raise ValueError(
+            f"logits must be [B, V] and sets of {name} [B, A], or {name} [B], not {tuple(logits.shape)} and "
+            f"{tuple(tokens.shape)}"
+        )
+    _check_ids(tokens, name, least=-1 if tokens.ndim == 2 else 0, size=logits.shape[1])
+    tokens = (tokens if tokens.ndim == 2 else tokens[:, None]).to(logits.device, torch.long)
+    if (tokens < 0).all(1).any():
+        raise ValueError(f"row {int((tokens < 0).all(1).nonzero()[0])} of {name} holds no token")
+    found = _at_least_float32(logits.gather(1, tokens.clamp(min=0)))
+    return found.masked_fill(tokens < 0, -torch.inf)
 
 
 def _other_logits(
-    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B"], candidates: Int[Tensor, "B K"]
+    logits: Float[Tensor, "B V"], answers: Int[Tensor, "B *A"], candidates: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B K"]:
     """Each row's logits of its candidates; -inf at padding and at the answer itself."""
     answers, candidates = _ids(answers, "answers"), _ids(candidates, "candidates")
@@ -146,7 +233,9 @@ def _other_logits(
     _check_ids(candidates, "candidates", least=None, size=logits.shape[1])
     candidates, answers = candidates.to(logits.device, torch.long), answers.to(logits.device, torch.long)
     found = _at_least_float32(logits.gather(1, candidates.clamp(min=0)))
-    return found.masked_fill((candidates < 0) | (candidates == answers[:, None]), -torch.inf)
+    answers = answers if answers.ndim == 2 else answers[:, None]
+    among = (candidates[:, :, None] == answers[:, None, :]).any(2)
+    return found.masked_fill((candidates < 0) | among, -torch.inf)
 
 
 def _check_logits(logits: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from .remote import ask
 from .scan import compute_dtype
 from .sites import SITES
 from .tasks.columns import check_distinct, check_ids, check_rows, integers, refuse
-from .tasks.pairs import PromptPairs, require_single_answers
+from .tasks.pairs import PromptPairs
 from .touched import refuse_touched
 
 logger = logging.getLogger(__name__)
@@ -75,9 +75,10 @@ class Readout:
     Attributes:
         tokens: token ids to read, ``[B, K]``.
         last: the position to read at, ``[B]``.
-        answers: the column of the clean answer, ``[B]``.
-        corrupt_answers: the column of the corrupt answer, ``[B]``.
+        answers: the column of the clean answer, ``[B]``; or of a set of them, ``[B, A]``, padded with -1.
+        corrupt_answers: the column of the corrupt answer, ``[B]`` or ``[B, A]``.
         candidates: the columns of the tokens that compete, ``[B, C]``, padded with -1; the answer's is one of them.
+        total: whether a column more, the last, is the log of the sum of exponentials over the whole vocabulary.
 
     Raises:
         ValueError: if something does not fit: a sentence with row, field and value.
@@ -85,44 +86,54 @@ class Readout:
 
     tokens: Int[Tensor, "B K"]
     last: Int[Tensor, "B"]
-    answers: Int[Tensor, "B"]
-    corrupt_answers: Int[Tensor, "B"]
+    answers: Int[Tensor, "B *A"]
+    corrupt_answers: Int[Tensor, "B *A2"]
     candidates: Int[Tensor, "B C"]
+    total: bool = False
 
     def __post_init__(self) -> None:
-        dims = {"tokens": (2,), "candidates": (2,)}
-        for name in self.__dataclass_fields__:
+        dims = {"tokens": (2,), "candidates": (2,), "answers": (1, 2), "corrupt_answers": (1, 2)}
+        for name in ("tokens", "last", "answers", "corrupt_answers", "candidates"):
             column = integers(getattr(self, name), name, dims=dims.get(name, (1,)))
             check_rows(len(column), len(self.tokens), name, "tokens")
             object.__setattr__(self, name, column)
         check_ids(self.tokens, "tokens")
         refuse(self.last < 0, self.last, "last", "is no position, which are counted from 0")
         width = self.tokens.shape[1]
-        for name, least in (("answers", 0), ("corrupt_answers", 0), ("candidates", -1)):
+        for name in ("answers", "corrupt_answers", "candidates"):
             columns = getattr(self, name)
-            wrong = (columns < least) | (columns >= width)
+            wrong = (columns < (-1 if columns.dim() == 2 else 0)) | (columns >= width)
             refuse(wrong, columns, name, f"is no column of tokens, which are 0 to {width - 1}")
         check_distinct(self.candidates, "candidates")
-        missing = (self.candidates != self.answers[:, None].to(self.candidates.device)).all(1)
-        refuse(missing.to(self.answers.device), self.answers, "answers", "is not among the row's candidates")
+        answers = self.answers if self.answers.dim() == 2 else self.answers[:, None]
+        missing = (self.candidates[:, :, None] != answers[:, None, :].to(self.candidates.device)).all(1)
+        missing = (missing.to(answers.device) & (answers >= 0)).reshape(self.answers.shape)
+        refuse(missing, self.answers, "answers", "is not among the row's candidates")
 
     @classmethod
-    def of(cls, pairs: PromptPairs) -> Readout:
-        """Read every candidate of each pair at its last position.
-
-        Raises:
-            ValueError: if answers are sets of tokens.
-        """
-        require_single_answers(pairs, "a Readout")
+    def of(cls, pairs: PromptPairs, *, total: bool = False) -> Readout:
+        """Read every candidate of each pair at its last position; with ``total`` also what they are normalized by."""
         candidates = pairs.candidates
         columns = torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
+
+        def places(ids: Tensor) -> Tensor:
+            if ids.dim() == 1:
+                return (candidates == ids[:, None]).int().argmax(1)
+            return (candidates[:, None, :] == ids[:, :, None]).int().argmax(2).where(ids >= 0, -1)
+
         return cls(
             tokens=candidates.clamp(min=0),
             last=pairs.last_position,
-            answers=(candidates == pairs.answers[:, None]).int().argmax(1),
-            corrupt_answers=(candidates == pairs.corrupt_answers[:, None]).int().argmax(1),
+            answers=places(pairs.answers),
+            corrupt_answers=places(pairs.corrupt_answers),
             candidates=columns.where(candidates >= 0, -1),
+            total=total,
         )
+
+    @property
+    def read(self) -> Int[Tensor, "B K"]:
+        """What is read: the tokens, and -1 for the column of the whole vocabulary, if there is one."""
+        return torch.nn.functional.pad(self.tokens, (0, 1), value=-1) if self.total else self.tokens
 
     def check(self, tokens: Int[Tensor, "B L"], vocab_size: int) -> None:
         """Refuse prompts that this does not fit: other rows, fewer positions, or a smaller vocabulary.
@@ -179,14 +190,13 @@ def sweep(
     edits = [_edits(model, tokens, changes, source) for changes in interventions]
     model.require_stream("sweeps")
     limits = Budget.of(model, tokens.shape[1])
-    shape = len(interventions), *readout.tokens.shape
+    read = readout.read
+    shape = len(interventions), *read.shape
     parts = []
     with tqdm(total=shape[0] * shape[1], desc=description, unit="run", disable=description is None) as bar:
         for start in range(0, shape[1], limits.prompts):
             part = slice(start, start + limits.prompts)
-            prompts = Prompts(
-                tokens[part], None if source is None else source[part], readout.last[part], readout.tokens[part]
-            )
+            prompts = Prompts(tokens[part], None if source is None else source[part], readout.last[part], read[part])
             own = [[edit.rows(part, shape[1]) for edit in changes] for changes in edits]
             parts.append(_logits(model, prompts, own, limits, bar))
     return torch.cat(parts, dim=1) if parts else torch.empty(shape)
@@ -425,7 +435,7 @@ class Chunk:
             outcome = forward(model, plan, where).save()
         found, logits = outcome
         self.prompts = prompts.to(logits.device)  # in a server's sandbox this is not where the model is
-        self.plain = logits.gather(1, self.prompts.read).to(compute_dtype(logits.dtype))
+        self.plain = picked(logits, self.prompts.read).to(compute_dtype(logits.dtype))
         self.resid = [found[ref.key] for ref in refs]
         self.position = 0  # the states are those before this position
         self.states: States = [(None, None)] * model.n_layers
@@ -496,9 +506,17 @@ class Chunk:
         model = self.model
         with torch.no_grad(), model.trace(dummy):
             logits = run_job(model, job).save()  # pyright: ignore[reportAttributeAccessIssue]
-        logits = logits.gather(1, self.prompts.read[rows]).to(self.plain).cpu()
+        logits = picked(logits, self.prompts.read[rows]).to(self.plain).cpu()
         found = {id(entry.item): logits[entry.rows] for entry in order}
         return torch.cat([found[id(item)] for item in items])
+
+
+def picked(logits: Float[Tensor, "B V"], read: Int[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """Each row's logits of some tokens; where the last is -1, the log of the sum of exponentials over all of them."""
+    if not len(read) or not read.shape[1] or int(read[0, -1]) >= 0:
+        return logits.gather(1, read)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.cat([logits.gather(1, read[:, :-1]), logits.logsumexp(1, keepdim=True)], dim=1)
 
 
 def _batches(items: Sequence[Item], limit: int) -> list[list[Item]]:

@@ -106,3 +106,79 @@ def test_what_does_not_fit(model, ioi) -> None:
     with pytest.raises(ValueError, match=r"marks and last token stand at the same positions.*marks=\[\.\.\.\]"):
         experiments.conv_slices(model, uneven, 1, progress=False)
     assert len(experiments.layer_removal(model, uneven, progress=False).table) == model.n_layers + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Marks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_marks_put_all_templates_into_one_map(model) -> None:
+    """Each cell against each row's own patch by hooks; a row without the mark is in no mean."""
+    data = IOIDataset.generate(model.tokenizer, 10, seed=2, templates="all")
+    assert len(data.marks["n1"].unique()) > 1
+    some = data.last_position - 1
+    some[::3] = -1
+    pairs = bare(
+        data, marks={"n1": data.marks["n1"], "some": some, "none": some * 0 - 1}, groups={"c": data.corruptions}
+    )
+    marks = ["n1", "last", "some", "n1+1", "none"]
+    for site in ("layer_input", "h"):
+        found = experiments.resample_ablation(model, pairs, site, [1], marks=marks, progress=False)
+        table = found.table
+        assert list(table.columns) == ["c", "layer", "mark", "effect", "low", "high", "n"]
+        assert table["mark"].tolist()[:5] == marks and found.meta["arguments"]["marks"] == marks
+        for row in table.itertuples():
+            kept = [i for i, c in enumerate(data.corruptions) if c == row.c and pairs.positions_of(row.mark)[i] >= 0]
+            assert row.n == len(kept)
+            if not kept:
+                assert row.mark == "none" and row.effect != row.effect
+                continue
+            by_hand = []
+            for i in kept:
+                at = int(pairs.positions_of(row.mark)[i])
+                one = data[i]
+                by_hand.append(
+                    plain.effects(model._module, one, plain.resampled(model._module, one, site, 1, at)).item()
+                )
+            assert row.effect == pytest.approx(sum(by_hand) / len(by_hand), abs=2e-3, rel=2e-3)
+            assert row.low <= row.effect <= row.high
+    assert table["effect"].abs().max() > 0.01
+    figure = found.plot()
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == marks
+    assert "by layer and mark" in figure.get_suptitle()
+
+
+def test_conv_slices_by_marks(model, ioi) -> None:
+    by_mark = experiments.conv_slices(model, ioi, 1, [-1, 0], marks=["n4+1", "last"], progress=False)
+    positions = [int(ioi.marks["n4"][0]) + 1, int(ioi.last_position[0])]
+    by_position = experiments.conv_slices(model, ioi, 1, [-1, 0], positions, progress=False)
+    assert by_mark.table["effect"].tolist() == pytest.approx(by_position.table["effect"].tolist(), abs=1e-5)
+    assert list(by_mark.table.columns) == ["corruption", "slice", "mark", "effect", "low", "high", "n"]
+    assert [text.get_text() for text in by_mark.plot().axes[-2].get_xticklabels()] == ["n4+1", "last"]
+
+
+def test_estimates_by_marks(model, ioi) -> None:
+    run = experiments.resample_ablation
+    place = [int(ioi.marks["n4"][0]), int(ioi.last_position[0])]
+    one = run(model, ioi, "ssm_input", marks=["n4", "last"], estimate="attribution", progress=False)
+    other = run(model, ioi, "ssm_input", positions=place, estimate="attribution", progress=False)
+    assert one.table["effect"].tolist() == pytest.approx(other.table["effect"].tolist(), abs=1e-5)
+    assert one.meta["rank_correlation"] == pytest.approx(other.meta["rank_correlation"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"marks": ["n6"]}, "the data have no mark 'n6'; they have 'last', 'n1', 'n2'"),
+        ({"marks": ["last+1"]}, r"row 0 of mark 'last\+1': 20 is no position"),
+        ({"marks": []}, "at least one, each once"),
+        ({"marks": ["n1", "n1"]}, "at least one, each once"),
+        ({"marks": 3}, "not 3"),
+        ({"marks": ["n1"], "positions": [3]}, "give one of the two"),
+    ],
+)
+def test_marks_that_do_not_fit(model, ioi, arguments, message: str) -> None:
+    for run in (experiments.resample_ablation, lambda *given, **also: experiments.conv_slices(*given, 1, **also)):
+        with pytest.raises(ValueError, match=message):
+            run(model, ioi, **arguments, progress=False)

@@ -163,7 +163,7 @@ def gradients_at_inputs(model, data: IOIDataset, alpha: float, variant: str) -> 
     visitor = Watched(Graph(model.n_layers), alpha, corrupt, clean if variant == "standard" else None)
     visitor.gradients = []
     with torch.enable_grad(), model.trace(pairs.clean):
-        attributed(model, visitor, pairs.last, pairs.answers, pairs.corrupt_answers, torch.ones(len(pairs)))
+        attributed(model, visitor, pairs, torch.ones(len(pairs)))
     return visitor.gradients
 
 

@@ -438,26 +438,19 @@ def test_tokens_outside_the_vocabulary(model, ioi: IOIDataset) -> None:
         sweep(model, ioi.clean_tokens, [[]], Readout.of(beyond))
 
 
-def test_what_cannot_take_sets_or_other_metrics_says_so(model, ioi: IOIDataset) -> None:
+def test_sets_of_one_answer_are_that_answer(model, ioi: IOIDataset) -> None:
     sets = replace(ioi, answers=ioi.answers[:, None])
     for use in (
-        lambda: Readout.of(sets),
-        lambda: circuits.eap(model, sets),
-        lambda: experiments.layer_removal(model, sets, progress=False),
-        lambda: mamba_ioi.bottleneck(model, sets),
+        lambda pairs: circuits.eap(model, pairs, steps=1).table["score"].tolist(),
+        lambda pairs: experiments.layer_removal(model, pairs, progress=False).table["probability"].tolist(),
+        lambda pairs: experiments.resample_ablation(model, pairs, layers=1, progress=False).table["effect"].tolist(),
     ):
-        with pytest.raises(ValueError, match=r"one answer a row, \[B\], and answers are sets, of shape \(12, 1\)"):
-            use()
-    with pytest.raises(ValueError, match=r"answers \[B\], not"):
-        metrics.logit_diff(torch.zeros(12, 600), sets.answers, sets.corrupt_answers)
-    margin = replace(ioi, metric="margin")
-    for use in (
-        lambda: circuits.eap(model, margin),
-        lambda: experiments.resample_ablation(model, margin, layers=1, positions=3, progress=False),
-        lambda: mamba_ioi.bottleneck(model, margin),
-    ):
-        with pytest.raises(ValueError, match="measured by 'nld', and the pairs' metric is 'margin'"):
-            use()
+        assert use(sets) == pytest.approx(use(ioi), abs=1e-6)
+    logits = torch.rand(12, model.vocab_size)
+    assert torch.equal(
+        metrics.logit_diff(logits, sets.answers, sets.corrupt_answers),
+        metrics.logit_diff(logits, ioi.answers, ioi.corrupt_answers),
+    )
 
 
 READ = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import real_number
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit, edge_table
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .measure import MANY, Bench, graph_for
@@ -29,6 +29,7 @@ def acdc(
     exact: bool = False,
     ssm: str | None = None,
     absolute: bool = True,
+    metric: Metric | None = None,
     batch_rows: int | None = None,
     progress: bool = False,
 ) -> Circuit:
@@ -58,6 +59,7 @@ def acdc(
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, or ``states``, the states h, as the authors
             have it (see `Graph`); None: as the circuit has it, ``conv`` if it is not said there.
         absolute: NLD over |max - min| (App. B), or over max - min.
+        metric: another metric, as `PromptPairs` has them, whose drop counts; the pairs' own if None.
         batch_rows: how many rows, candidates times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         progress: show a progress bar.
 
@@ -80,7 +82,7 @@ def acdc(
     mask = graph.mask(circuit.edges)
     if fine:
         graph, mask = graph.refine(mask)
-    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=MANY)
+    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     search = Search(bench, mask, threshold)
     groups = steps(graph)
     for group in tqdm(groups, desc="acdc", disable=not progress):
@@ -98,6 +100,7 @@ def acdc(
         "tested": search.tested,
         "runs": search.runs,
         "pruned": int((search.mask & ~kept).sum()),
+        "metric": metric_name(bench.pairs.metric),
     }
     kind = graph.n_layers, graph.fine, graph.length
     return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, graph.ssm)
@@ -196,6 +199,6 @@ class Search:
         return mask
 
     def _run(self, masks: list[Tensor]) -> list[float]:
-        """The mean NLD of each candidate."""
+        """The mean metric of each candidate."""
         self.runs += len(masks)
-        return self.bench.measure(torch.stack(masks)).nld.double().mean(1).tolist()
+        return self.bench.measure(torch.stack(masks)).score.double().mean(1).tolist()

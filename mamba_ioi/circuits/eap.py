@@ -46,11 +46,11 @@ from ..memory import backward_bytes, fitting_rows
 from ..remote import ask, require_gradients
 from ..result import Result
 from ..stages import conv_terms
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import edge_table
 from .forward import Pass, Run, beginning, record, require_fine, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
-from .pairs import Pairs, answer_difference
+from .pairs import Pairs
 
 VARIANTS = ("standard", "paper")
 MOST_ROWS = 32
@@ -67,6 +67,7 @@ def eap(
     fine: bool = False,
     ssm: str = "conv",
     absolute: bool = True,
+    metric: Metric | None = None,
     batch_rows: int | None = None,
     progress: bool = False,
 ) -> Result:
@@ -82,6 +83,7 @@ def eap(
         fine: score also the edges inside layers: conv slices, SSM and skip.
         ssm: what the edges conv -> ssm carry: ``conv`` only; `exact_effects` measures ``states``.
         absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
+        metric: another metric, as `PromptPairs` has them, whose own change is scored; the pairs' own if None.
         batch_rows: how many rows run at once; as many, up to 32, as ``model.memory`` allows if None.
         progress: show a progress bar.
 
@@ -103,7 +105,7 @@ def eap(
         require_fine(model)
     require_gradients(model, "edge attribution patching")
     model.require_stream("circuits", edges=True)
-    pairs = Pairs.of(model, data, positional=positional)
+    pairs = Pairs.of(model, data, positional=positional, metric=metric)
     graph = Graph(model.n_layers, fine, pairs.length if positional else None)
     total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
     row = backward_bytes(model, pairs.length - int(pairs.start[0]))
@@ -119,6 +121,7 @@ def eap(
     if not total.isfinite().all():
         raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
     arguments = {"steps": steps, "positional": positional, "variant": variant, "fine": fine, "absolute": absolute}
+    arguments["metric"] = metric_name(pairs.metric)
     return Result.create(
         "eap",
         score_table(graph, total),
@@ -163,6 +166,7 @@ def attributed_batch(
         begins = beginning(model, part.clean, int(part.start[0]))
         runs = [record(model, ids, part.last, begins, fine=graph.fine) for ids in (part.clean, part.corrupt)]
         _, spread = part.scale(*(one.logits for one in runs), absolute=absolute)
+        spread = spread if part.metric == "nld" else torch.ones_like(spread)
         parts.append((part, *runs, 1 / (spread * n_rows * len(alphas))))
     for alpha in alphas:
         for part, clean, corrupt, weights in parts:
@@ -185,20 +189,19 @@ def attribute(
 ) -> Float[Tensor, "n_pairs width"]:
     """One step's scores, at the positions from where the runs begin: one forward, one backward.
 
-    ``weights`` turn each row's logit difference into its share.
+    ``weights`` turn each row's metric (of NLD, its logit difference) into its share.
     """
     live = variant == "paper"
     visitor = Attributed(graph, alpha, corrupt, None if live else clean)
-    answers, corrupt_answers = batch.answers, batch.corrupt_answers
     with torch.enable_grad(), model.trace(batch.clean[:, corrupt.begins.position :]):
-        scores = attributed(model, visitor, batch.last, answers, corrupt_answers, weights).save()  # pyright: ignore[reportAttributeAccessIssue]
+        scores = attributed(model, visitor, batch, weights).save()  # pyright: ignore[reportAttributeAccessIssue]
     return scores.double().cpu()
 
 
-def attributed(model, visitor: Attributed, read, answers, corrupt_answers, weights) -> Tensor:
+def attributed(model, visitor: Attributed, batch: Pairs, weights) -> Tensor:
     """The body of `attribute`'s trace."""
-    logits = stream(model, visitor, read)
-    metric = (answer_difference(logits, answers, corrupt_answers) * weights).sum()
+    logits = stream(model, visitor, batch.last)
+    metric = (batch.value(logits) * weights).sum()
     torch.autograd.grad(metric, visitor.start)
     return visitor.scores
 

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..result import Result, note_precisions
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit
 from .eap import score_table, table_of
 from .graph import Graph
@@ -27,6 +27,7 @@ def exact_effects(
     fine: bool = False,
     ssm: str = "conv",
     absolute: bool = True,
+    metric: Metric | None = None,
     batch_rows: int | None = None,
     progress: bool = False,
 ) -> Result:
@@ -40,28 +41,35 @@ def exact_effects(
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, which is what `eap` estimates; or
             ``states``, the states h, as the authors' ACDC has it (see `Graph`).
         absolute: NLD over |max - min| (App. B), or over max - min.
+        metric: another metric, as `PromptPairs` has them, whose own change is measured; the pairs' own if None.
         batch_rows: how many rows, edges times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         progress: show a progress bar.
 
     Returns:
-        A Result as that of `eap`: src, dst, position, score: the change of the mean NLD. Negative: the edge is needed.
+        A Result as that of `eap`: src, dst, position, score: the mean metric's change. Negative: the edge is needed.
         ``meta["graph"]`` and ``meta["arguments"]`` hold ``ssm``.
     """
     length = Pairs.of(model, data, positional=True).length if positional else None
     graph = Graph(model.n_layers, fine, length, ssm)
-    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=MANY)
+    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     whole = torch.ones(len(graph.pairs), graph.width, dtype=torch.bool)
-    before = bench.measure(whole[None]).nld.double().mean()
+    before = bench.measure(whole[None]).score.double().mean()
     effects = torch.zeros(len(graph), dtype=torch.float64)
     for some in tqdm(torch.arange(len(graph)).split(bench.batch_rows), desc="exact effects", disable=not progress):
         masks = whole.flatten().expand(len(some), -1).clone()
         masks[torch.arange(len(some)), some] = False
-        effects[some] = bench.measure(masks.view(len(some), *whole.shape)).nld.double().mean(1) - before
+        effects[some] = bench.measure(masks.view(len(some), *whole.shape)).score.double().mean(1) - before
     return Result.create(
         "exact_effects",
         score_table(graph, effects.view(whole.shape)),
         model=model,
-        arguments={"positional": positional, "fine": fine, "ssm": ssm, "absolute": absolute},
+        arguments={
+            "positional": positional,
+            "fine": fine,
+            "ssm": ssm,
+            "absolute": absolute,
+            "metric": metric_name(bench.pairs.metric),
+        },
         graph=graph.stored(),
         n_rows=bench.n_rows,
     )

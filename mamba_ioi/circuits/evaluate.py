@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..result import Result, note_precisions
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit
 from .measure import MANY, Bench, graph_for
 from .pairs import held_out
@@ -36,6 +36,8 @@ class Evaluation:
         n_rows: how many rows it was measured on.
         ssm: what of a fine circuit's edges conv -> ssm was resampled, ``conv`` or ``states``.
         random: the same for a random circuit with as many edges.
+        metric: the metric that was asked for.
+        score: its mean; the NLD's as a rule.
     """
 
     accuracy: float
@@ -50,6 +52,8 @@ class Evaluation:
     n_rows: int
     ssm: str = "conv"
     random: Evaluation | None = None
+    metric: str = "nld"
+    score: float | None = None
 
 
 def evaluate(
@@ -59,6 +63,7 @@ def evaluate(
     *,
     ssm: str | None = None,
     absolute: bool = True,
+    metric: Metric | None = None,
     random_seed: int = 0,
     batch_rows: int | None = None,
 ) -> Evaluation:
@@ -73,6 +78,7 @@ def evaluate(
         circuit: which edges are kept; of a coarse circuit, everything inside its layers is.
         ssm: what a fine circuit's edges conv -> ssm carry, as in `acdc`; None: as the circuit has it.
         absolute: NLD over |max - min| (App. B), or over max - min, with which the whole model scores 1 in every row.
+        metric: what ``score`` is the mean of; the pairs' own metric if None.
         random_seed: of the random circuit beside it.
         batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
@@ -84,13 +90,14 @@ def evaluate(
     """
     data = held_out(model, data)
     graph = graph_for(circuit, data, model, ssm)
-    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=2)
+    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=2)
     mask = graph.mask(circuit.edges)
     order = rank(torch.zeros(mask.shape), "random", random_seed)
     found = bench.measure(torch.stack([mask, prefix_mask(graph, order, len(circuit))]))
 
     def evaluation(i: int, random: Evaluation | None = None) -> Evaluation:
         of = {"n_edges": len(circuit), "n_rows": bench.n_rows, "ssm": graph.ssm}
+        of |= {"metric": metric_name(bench.pairs.metric), "score": float(found.score[i].mean())}
         return Evaluation(**found.means(i), **found.intervals(i), **of, random=random)
 
     return evaluation(0, random=evaluation(1))
@@ -146,6 +153,7 @@ def faithfulness(
     *,
     ssm: str | None = None,
     absolute: bool = True,
+    metric: Metric | None = None,
     seed: int = 0,
     batch_rows: int | None = None,
 ) -> Result:
@@ -163,6 +171,7 @@ def faithfulness(
         fractions: shares of all edges, increasing, each above 0 and at most 1.
         ssm: what the edges conv -> ssm carry in fine graphs, as in `acdc`; None: as in the scores.
         absolute: of the NLD in the table, as in `evaluate`.
+        metric: another metric than ``nld`` takes the place of the logit difference as m; the pairs' own if None.
         seed: of the random ranking.
         batch_rows: how many rows run at once; as many, up to 128, as ``model.memory`` allows if None.
 
@@ -179,7 +188,7 @@ def faithfulness(
     note_precisions(model, scores)
     graph, values = scored_graph(scores, model.n_layers, ssm)
     data = held_out(model, data)
-    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=MANY)
+    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     rows: list[dict] = []
     masks: list[Tensor] = [prefix_mask(graph, rank(values), size) for size in (0, len(graph))]
     for ranking in ("signed", "absolute", "random"):
@@ -189,12 +198,15 @@ def faithfulness(
             rows.append({"ranking": ranking, "fraction": fraction, "n_edges": size})
             masks.append(prefix_mask(graph, order, size))
     measured = bench.measure(torch.stack(masks))
-    empty, whole = (measured.means(i)["logit_diff"] for i in (0, 1))
+    named = "logit difference" if bench.pairs.metric == "nld" else metric_name(bench.pairs.metric)
+    values = measured.logit_diff if bench.pairs.metric == "nld" else measured.score
+    empty, whole, *kept = values.mean(1).tolist()
     if abs(whole - empty) < 1e-12:
-        raise ValueError("the mean logit difference is the same clean and corrupt: faithfulness has no scale")
+        raise ValueError(f"the mean {named} is the same clean and corrupt: faithfulness has no scale")
     for i, row in enumerate(rows, start=2):
         found = measured.means(i)
-        row["faithfulness"] = (found.pop("logit_diff") - empty) / (whole - empty)
+        found.pop("logit_diff")
+        row["faithfulness"] = (kept[i - 2] - empty) / (whole - empty)
         row.update(found)
     table = pd.DataFrame(rows)
     curves = {name: group.faithfulness.tolist() for name, group in table.groupby("ranking", sort=False)}

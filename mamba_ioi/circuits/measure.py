@@ -13,7 +13,7 @@ from ..memory import FLOAT, budget, fitting_rows, forward_bytes, inner_width, st
 from ..metrics import accuracy, kl_divergence
 from ..remote import ask
 from ..result import bootstrap_interval
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import Metric, PromptPairs
 from .circuit import Circuit
 from .forward import Run, beginning, record, require_fine
 from .graph import Graph
@@ -36,16 +36,18 @@ class Measures:
         accuracy: 1 where the answer beats the other names of the pair.
         kl: KL(clean ‖ circuit) over the vocabulary, in nats.
         logit_diff: the clean answer's logit less the corrupt one's.
+        score: the metric that was asked for, `nld` as a rule.
     """
 
     nld: Float[Tensor, "C B"]
     accuracy: Float[Tensor, "C B"]
     kl: Float[Tensor, "C B"]
     logit_diff: Float[Tensor, "C B"]
+    score: Float[Tensor, "C B"]
 
     def means(self, candidate: int = 0) -> dict[str, float]:
         """One candidate's averages over rows."""
-        return {name: float(getattr(self, name)[candidate].mean()) for name in self.__dataclass_fields__}
+        return {name: float(getattr(self, name)[candidate].mean()) for name in ("nld", "accuracy", "kl", "logit_diff")}
 
     def intervals(self, candidate: int = 0) -> dict[str, float]:
         """The ends of the bootstrap 95 % intervals of one candidate's mean accuracy and NLD."""
@@ -66,6 +68,7 @@ class Bench:
         model: a model from `load_model`.
         data: pairs of prompts.
         graph: the graph; its length, if it has one, must be the prompts'.
+        metric: what ``score`` measures; the pairs' own metric if None.
         absolute: whether the normalized logit difference is over |max - min| (App. B) or over max - min.
         batch_rows: how many rows, candidates times prompts, run at once; None: up to 128, as ``model.memory`` allows.
         together: how many candidates are measured together as a rule; in one forward they share what they agree on.
@@ -82,6 +85,7 @@ class Bench:
         graph: Graph,
         *,
         absolute: bool = True,
+        metric: Metric | None = None,
         batch_rows: int | None = None,
         together: int = 1,
     ) -> None:
@@ -92,7 +96,7 @@ class Bench:
         model.require_stream("circuits", edges=True)
         if batch_rows is not None:
             batch_rows = whole_number(batch_rows, "batch_rows", least=1)
-        pairs = Pairs.of(model, data, positional=graph.length is not None)
+        pairs = Pairs.of(model, data, positional=graph.length is not None, metric=metric)
         if graph.length is not None and graph.length != pairs.length:
             raise ValueError(f"the circuit has {graph.length} positions, the prompts have {pairs.length}")
         self.model, self.graph, self.absolute = model, graph, absolute
@@ -195,13 +199,14 @@ def task_metrics(
 ) -> dict[str, Float[Tensor, "C B"]]:
     """Each metric of [C, B, V] logits, on the CPU."""
     least, spread = batch.scale(clean, corrupt, absolute=absolute)
-    found: dict[str, list[Tensor]] = {"nld": [], "accuracy": [], "kl": [], "logit_diff": []}
+    found: dict[str, list[Tensor]] = {"nld": [], "accuracy": [], "kl": [], "logit_diff": [], "score": []}
     for one in logits:
         difference = batch.logit_diff(one)
         found["logit_diff"].append(difference)
         found["nld"].append((difference - least) / spread)
         found["accuracy"].append(accuracy(one, batch.answers, batch.candidates))
         found["kl"].append(kl_divergence(one, clean))
+        found["score"].append(found["nld"][-1] if batch.metric == "nld" else batch.value(one))
     return {name: torch.stack(values).cpu() for name, values in found.items()}
 
 

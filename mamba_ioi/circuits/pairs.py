@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,8 @@ from torch import Tensor
 from ..checks import whole_number
 from ..continuation import parting
 from ..dataset import IOIDataset
-from ..tasks.pairs import PromptPairs, check_fit, require_metric, require_single_answers
+from ..metrics import logit_diff, measure, scale
+from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 HELD_OUT_SEED = 28
 HELD_OUT_PAIRS = 100
@@ -26,40 +27,46 @@ class Pairs:
         clean: token ids of the prompts that run, ``[B, L]``.
         corrupt: token ids of the prompts that resampled values come from, ``[B, L]``.
         last: the position that logits are read at, ``[B]``.
-        answers: the clean prompts' answers, ``[B]``.
-        corrupt_answers: the corrupt prompts' answers, ``[B]``.
+        answers: the clean prompts' answers, ``[B]`` or sets ``[B, A]``.
+        corrupt_answers: the corrupt prompts' answers, the same.
         candidates: the tokens that compete, ``[B, C]``, padded with -1.
         start: the position that runs of a row can begin at, ``[B]``, ascending: where the two prompts part, since up to
             there any circuit's run is the clean one; 0 where the model is no Mamba.
         order: the dataset's row that each one is, ``[B]``.
+        metric: what is measured, as `PromptPairs` has it.
+        data: the dataset, where the metric is a callable, which sees its rows.
     """
 
     clean: Int[Tensor, "B L"]
     corrupt: Int[Tensor, "B L"]
     last: Int[Tensor, "B"]
-    answers: Int[Tensor, "B"]
-    corrupt_answers: Int[Tensor, "B"]
+    answers: Int[Tensor, "B *A"]
+    corrupt_answers: Int[Tensor, "B *A2"]
     candidates: Int[Tensor, "B C"]
     start: Int[Tensor, "B"]
     order: Int[Tensor, "B"]
+    metric: Metric = "nld"
+    data: PromptPairs | None = None
 
     @classmethod
-    def of(cls, model, data: PromptPairs, *, positional: bool = False) -> Pairs:
+    def of(cls, model, data: PromptPairs, *, positional: bool = False, metric: Metric | None = None) -> Pairs:
         """The dataset's rows, on the model's device, those that begin earlier first.
 
         Padding after the longest prompt's last token is cut off.
 
         Raises:
-            ValueError: if there are no rows, a token is outside the model's vocabulary, answers are sets, the metric is
-                another than NLD, or edges are to be kept apart by position and the prompts are not aligned.
+            ValueError: if there are no rows, a token is outside the model's vocabulary, the metric is unknown, or a
+                callable where the model runs on a server, or edges are to be kept apart by position and the prompts are
+                not aligned.
         """
         if not isinstance(data, PromptPairs):
             raise ValueError(f"the data are an IOIDataset, not {type(data).__name__}; any other PromptPairs will do")
         if len(data) == 0:
             raise ValueError("the data hold no rows")
         check_fit(model, data)
-        require_single_answers(data, "a circuit")
-        require_metric(data, "a circuit")
+        metric = check_metric(data, metric)
+        if callable(metric) and model.remote is not None:
+            raise ValueError(f"the metric {metric!r} is a callable, which {model.remote} does not know: name one")
         clean, corrupt, last = data.clean_tokens, data.corrupt_tokens, data.last_position
         if positional and data.position_labels is None:
             raise ValueError(
@@ -70,9 +77,8 @@ class Pairs:
         clean, corrupt = clean[:, :length], corrupt[:, :length]
         start = torch.minimum(parting(clean, corrupt), last) if model.has_scans else torch.zeros_like(last)
         order = torch.argsort(start, stable=True)
-        found = cls(
-            clean, corrupt, last, data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))
-        )
+        rows = data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))
+        found = cls(clean, corrupt, last, *rows, metric, data if callable(metric) else None)
         return found[order].to(model.device)
 
     def __len__(self) -> int:
@@ -85,10 +91,14 @@ class Pairs:
 
     def to(self, device: torch.device) -> Pairs:
         """The same on a device."""
-        return Pairs(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return replace(self, **{name: column.to(device) for name, column in self._columns().items()})
 
     def __getitem__(self, rows: slice | Int[Tensor, "rows"]) -> Pairs:
-        return Pairs(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        return replace(self, **{name: column[rows] for name, column in self._columns().items()})
+
+    def _columns(self) -> dict[str, Tensor]:
+        names = (name for name in self.__dataclass_fields__ if name not in ("metric", "data"))
+        return {name: getattr(self, name) for name in names}
 
     def chunks(self, rows: int) -> Iterator[Pairs]:
         """The pairs in order, at most ``rows`` at a time."""
@@ -118,14 +128,18 @@ class Pairs:
 
         As `metrics.normalized_logit_diff` has it, with |max - min| for ``range`` if ``absolute`` (App. B).
         """
-        least = self.logit_diff(corrupt)
-        spread = self.logit_diff(clean) - least
-        spread = spread.abs() if absolute else spread
-        return least, torch.where(spread == 0, torch.ones_like(spread), spread)
+        return scale(self.logit_diff(clean), self.logit_diff(corrupt), absolute=absolute)
 
     def logit_diff(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B"]:
         """The clean answer's logit less the corrupt one's."""
-        return answer_difference(logits, self.answers, self.corrupt_answers)
+        return logit_diff(logits, self.answers, self.corrupt_answers)
+
+    def value(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B"]:
+        """The metric of a run; of ``nld``, which needs two more runs, the logit difference."""
+        if callable(self.metric):
+            assert self.data is not None
+            return scored(self.metric, logits, self.data[self.order])
+        return measure(self.metric, logits, self.answers, self.corrupt_answers, self.candidates)
 
 
 def held_out(model, data: PromptPairs | None) -> PromptPairs:
@@ -139,10 +153,3 @@ def held_out(model, data: PromptPairs | None) -> PromptPairs:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer to make held-out data with: pass the data")
     return IOIDataset.generate(model.tokenizer, HELD_OUT_PAIRS, seed=HELD_OUT_SEED)
-
-
-def answer_difference(logits: Tensor, answers: Tensor, corrupt_answers: Tensor) -> Tensor:
-    """The clean answer's logit less the corrupt one's, ``[B, V] -> [B]``: plain torch, for the inside of a trace."""
-    pair = logits.gather(1, torch.stack([answers, corrupt_answers], dim=1))
-    pair = pair.to(torch.promote_types(pair.dtype, torch.float32))
-    return pair[:, 0] - pair[:, 1]

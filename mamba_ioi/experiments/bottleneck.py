@@ -7,13 +7,13 @@ import torch
 from ..dataset import IOIDataset
 from ..model import MambaModel
 from ..sweep import Resample
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import Metric, PromptPairs
 from .common import check_data, resample_effects, rows_by_group
 
 DEFAULT_PAIRS = 40
 
 
-def bottleneck(model: MambaModel, data: PromptPairs, *, progress: bool = False) -> int:
+def bottleneck(model: MambaModel, data: PromptPairs, *, metric: Metric | None = None, progress: bool = False) -> int:
     """The layer that matters most by resample ablation, layer 0 set aside (39 in mamba-370m, paper, Section 4.1).
 
     Each layer's ``layer_input`` is resampled at all positions at once. The layer with the largest effect is the
@@ -24,6 +24,7 @@ def bottleneck(model: MambaModel, data: PromptPairs, *, progress: bool = False) 
     Args:
         model: a Mamba of at least two layers.
         data: pairs of prompts; they need not be aligned.
+        metric: what effects are of, as in `resample_ablation`; the pairs' own if None.
         progress: show a bar.
 
     Raises:
@@ -38,6 +39,7 @@ def bottleneck(model: MambaModel, data: PromptPairs, *, progress: bool = False) 
         model,
         data,
         [[Resample("layer_input", layer)] for layer in layers],
+        metric=metric,
         description="bottleneck" if progress else None,
     )
     typical = [effects[:, rows].median(1).values for rows in rows_by_group(data)[1].values()]

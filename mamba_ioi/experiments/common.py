@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..checks import integers, listed
-from ..metrics import accuracy, answer_probability, normalized_logit_diff
+from ..memory import budget
+from ..metrics import accuracy, answer_probability, measure, normalized
 from ..result import bootstrap_interval
 from ..sweep import Readout, Resample, sweep
-from ..tasks.pairs import PromptPairs, check_fit, require_metric, require_single_answers
+from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 if TYPE_CHECKING:
     from ..model import CausalLM, MambaModel
@@ -31,15 +33,14 @@ def check_data(model: CausalLM, data: PromptPairs, *, aligned: str | None = None
         The data's position labels, None where its rows are not aligned.
 
     Raises:
-        ValueError: if there is no row, a token is outside the model's vocabulary, answers are sets, or positions are
-            needed and differ from row to row.
+        ValueError: if there is no row, a token is outside the model's vocabulary, or positions are needed and
+            differ from row to row.
     """
     if not isinstance(data, PromptPairs):
         raise ValueError(f"the data are PromptPairs, such as an IOIDataset, not {type(data).__name__}")
     if len(data) == 0:
         raise ValueError("the dataset has no rows; at least one is needed")
     check_fit(model, data)
-    require_single_answers(data, "an experiment")
     labels = data.position_labels
     if aligned is not None and labels is None:
         raise ValueError(
@@ -77,6 +78,49 @@ def check_positions(data: PromptPairs, positions: Sequence[int] | int | None) ->
     return _indices(range(length) if positions is None else positions, length, "position")
 
 
+def check_places(
+    data: PromptPairs, positions: Sequence[int] | int | None, marks: Sequence[str] | str | None
+) -> list[int] | list[str]:
+    """The places to go through: positions, or the marks where these are given.
+
+    Raises:
+        ValueError: as `check_positions`; for marks and positions together, or a mark that is unknown or named twice.
+    """
+    if marks is None:
+        return check_positions(data, positions)
+    if positions is not None:
+        raise ValueError(f"positions={positions!r} and marks={marks!r}: give one of the two")
+    given = [marks] if isinstance(marks, str) else list(marks) if isinstance(marks, Iterable) else []
+    names = [name for name in given if isinstance(name, str)]
+    if not names or len(set(names)) < len(given):
+        raise ValueError(f"marks are names of positions, at least one, each once, not {marks!r}")
+    for name in names:
+        data.positions_of(name)
+    return names
+
+
+def where(data: PromptPairs, place: int | str) -> int | Int[Tensor, "B 1"]:
+    """A place as a patch's positions: the position, or each row's own at a mark."""
+    return place if isinstance(place, int) else data.positions_of(place)[:, None]
+
+
+def present(data: PromptPairs, place: int | str) -> Bool[Tensor, "B"]:
+    """The rows that have a place."""
+    return torch.ones(len(data), dtype=torch.bool) if isinstance(place, int) else data.positions_of(place).cpu() >= 0
+
+
+def mean_where(effects: Float[Tensor, "I B"], there: Bool[Tensor, "I B"]) -> tuple[Any, Any, Any]:
+    """`mean_with_interval` of each row of ``effects`` over the entries that are there; NaN where none is."""
+    if there.all():
+        return mean_with_interval(effects)
+    found = np.full((3, len(effects)), np.nan)
+    for mask in there.unique(dim=0):  # those that share their rows share resamples
+        alike = (there == mask).all(1)
+        if mask.any():
+            found[:, alike.numpy()] = np.stack(mean_with_interval(effects[alike][:, mask]))
+    return found[0], found[1], found[2]
+
+
 def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
     listed_ones = listed(values)
     try:
@@ -96,22 +140,47 @@ def resample_effects(
     data: PromptPairs,
     interventions: Sequence[Sequence[Patch | Resample]],
     *,
+    metric: Metric | None = None,
     description: str | None = None,
 ) -> Float[Tensor, "I B"]:
     """1 - NLD of each row under each intervention on its clean prompt: 0 acts as clean, 1 acts as corrupted.
 
+    Under another metric than ``nld``, what the metric loses: that of the clean run less that of the patched one.
+
     The normalized logit difference is taken without the absolute value (the paper, Figures 4, 8, 10 and 11), so
     that it is linear in the patched logits. Values of a `Resample` come from the run on the row's corrupt prompt.
     """
-    require_metric(data, "an effect of resampling")
-    readout = Readout.of(data)
-    logits = sweep(
-        model, data.clean_tokens, [[], *interventions], readout, source=data.corrupt_tokens, description=description
-    )
-    clean, corrupt = logits[0], sweep(model, data.corrupt_tokens, [[]], readout)[0]
-    answers = readout.answers, readout.corrupt_answers
-    scores = [normalized_logit_diff(patched, clean, corrupt, *answers, absolute=False) for patched in logits[1:]]
-    return 1 - torch.stack(scores)
+    metric = check_metric(data, metric)
+    tokens, source = data.clean_tokens, data.corrupt_tokens
+    if callable(metric):
+        return _effects_of_callable(model, data, interventions, metric, description)
+    readout = Readout.of(data, total=metric == "prob_diff")
+    logits = sweep(model, tokens, [[], *interventions], readout, source=source, description=description)
+    columns = readout.answers, readout.corrupt_answers, readout.candidates
+
+    def value(run: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
+        return measure(metric, run, *columns, total=run[:, -1] if readout.total else None)
+
+    clean, patched = value(logits[0]), torch.stack([value(run) for run in logits[1:]])
+    if metric != "nld":
+        return clean - patched
+    corrupt = value(sweep(model, source, [[]], readout)[0])
+    return 1 - normalized(patched, clean, corrupt, absolute=False)
+
+
+def _effects_of_callable(
+    model: MambaModel, data: PromptPairs, interventions: Sequence, metric: Any, description: str | None
+) -> Float[Tensor, "I B"]:
+    """What a callable metric loses; it sees the logits of all tokens and rows, of so many runs as there is room for."""
+    whole = torch.arange(model.vocab_size).expand(len(data), -1)
+    readout = Readout(whole, data.last_position, data.answers, data.corrupt_answers, data.candidates)
+    room = max(1, budget(model) // (16 * whole.numel()))
+    runs, found = [[], *interventions], []
+    for start in range(0, len(runs), room):
+        some = runs[start : start + room]
+        logits = sweep(model, data.clean_tokens, some, readout, source=data.corrupt_tokens, description=description)
+        found += [scored(metric, run, data) for run in logits]
+    return found[0] - torch.stack(found[1:])
 
 
 def rows_by_group(

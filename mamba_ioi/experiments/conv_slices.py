@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-import numpy as np
-
 from ..checks import integer, integers, listed
 from ..model import MambaModel
 from ..result import Result
 from ..sweep import Resample
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import Metric, PromptPairs, check_metric, metric_name
 from .bottleneck import bottleneck
-from .common import check_data, check_layer, check_positions, resample_effects
-from .resample_ablation import effect_table
+from .common import check_data, check_layer, check_places, resample_effects, where
+from .resample_ablation import effect_table, place_columns
 
 
 def conv_slices(
@@ -24,6 +22,8 @@ def conv_slices(
     slices: Sequence[int] | int = (-3, -2, -1, 0),
     positions: Sequence[int] | int | None = None,
     *,
+    marks: Sequence[str] | str | None = None,
+    metric: Metric | None = None,
     progress: bool = True,
 ) -> Result:
     """Put the corrupt prompt's term in place of one term of the convolution's sum, at each output position in turn.
@@ -34,38 +34,45 @@ def conv_slices(
 
     Args:
         model: a Mamba.
-        data: aligned pairs of prompts.
+        data: pairs of prompts; aligned ones, unless ``marks`` are given.
         layer: the layer; the model's bottleneck on these data if None.
         slices: taps of the conv, 0 (the position itself) down to 1 - d_conv.
         positions: output positions, counted from 0; all if None.
+        marks: instead of positions, names of output positions in each row, as in `resample_ablation`.
+        metric: what is measured; the pairs' own if None. Under ``nld`` the effect is 1 - NLD; under another metric
+            it is what the metric loses, clean run less patched run.
         progress: show a bar.
 
     Returns:
         A row for each label of the data's first group (``corruption``; ``group`` if there is none), slice and output
         position: ``label`` (of the output position), ``effect`` (mean 1 - NLD, not absolute),
-        ``low`` and ``high`` (its bootstrap 95 % interval), ``n`` (rows).
+        ``low`` and ``high`` (its bootstrap 95 % interval), ``n`` (rows). By marks, as in
+        `resample_ablation`.
 
     Raises:
         ValueError: if the model is no Mamba, the data are empty or not aligned, or a layer, slice or position is not
             there.
     """
     model.require_mamba("conv slices")
-    check_data(model, data, aligned="conv_slices")
+    check_data(model, data, aligned="conv_slices" if marks is None else None)
     taps = range(1 - model.d_conv, 1)
     named = [integer(tap) for tap in listed(slices)]
     if not named or any(tap not in taps for tap in named) or len(set(named)) < len(named):
         raise ValueError(f"slices are among {list(taps)}, each once, not {slices}")
     slices = integers(slices, "slice")
-    positions = check_positions(data, positions)
-    layer = bottleneck(model, data, progress=progress) if layer is None else check_layer(model, layer)
-    cells = list(product(slices, positions))
+    places = check_places(data, positions, marks)
+    metric = check_metric(data, metric)
+    layer = bottleneck(model, data, metric=metric, progress=progress) if layer is None else check_layer(model, layer)
+    cells = list(product(slices, places))
     effects = resample_effects(
         model,
         data,
-        [[Resample("conv_slice", layer, positions=position, slice=tap)] for tap, position in cells],
+        [[Resample("conv_slice", layer, where(data, place), tap)] for tap, place in cells],
+        metric=metric,
         description=f"conv slices of layer {layer}" if progress else None,
     )
-    grid = np.array(cells)
-    columns = {"slice": grid[:, 0], "position": grid[:, 1]}
-    arguments = {"layer": layer, "slices": slices, "positions": positions, "rows": len(data)}
+    columns = place_columns("slice", cells)
+    kind = "positions" if marks is None else "marks"
+    arguments = {"layer": layer, "slices": slices, kind: places, "rows": len(data)}
+    arguments["metric"] = metric_name(metric)
     return Result.create("conv_slices", effect_table(model, data, columns, effects), model=model, arguments=arguments)

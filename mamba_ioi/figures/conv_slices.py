@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mamba_ioi.figures.heatmap import Scale, draw_cells, grid, group_column, labels
-from mamba_ioi.figures.style import new_figure, paper_style, prompts_note, require, set_heading
+from mamba_ioi.figures.heatmap import Scale, draw_cells, effect_grid, group_column, place_column
+from mamba_ioi.figures.style import new_figure, paper_style, prompts_note, set_heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,26 +20,26 @@ def conv_slices(result: Result) -> Figure:
     Colours as in `resample_ablation`: blue moves the answer towards the corrupt prompt's, one scale for all panels.
 
     Args:
-        result: columns corruption (or the group), slice, position (of the output), label, effect (mean 1 − NLD), and n
-            if known; `meta["arguments"]["layer"]` is named in the title.
+        result: columns corruption (or the group), slice, position (of the output) and label (or mark), effect (mean
+            1 − NLD), and n if known; `meta["arguments"]["layer"]` is named in the title.
     """
-    require(result, "slice", "position", "label", "effect")
-    group = group_column(result, "slice", "position", "label", "effect")
+    place = place_column(result)
+    group = group_column(result, "slice", "effect")
     table = result.table
     panels = list(table.groupby(group, sort=False))
-    columns, rows = table["position"].nunique(), table["slice"].nunique()
-    longest = table["label"].astype(str).str.len().max()
+    columns, rows = table[place].nunique(), table["slice"].nunique()
+    longest = table["label" if place == "position" else place].astype(str).str.len().max()
     width = max(4.0, 0.27 * columns) + 1.9
     figure = new_figure(width, len(panels) * (0.22 * rows + 0.075 * longest + 0.5) + 0.5)
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    scale = Scale.symmetric(table["effect"].to_numpy(), "effect = mean 1 − NLD")
+    scale = Scale.of_effects(result)
     for axis, (label, panel) in zip(axes, panels, strict=True):
-        cells = grid(panel, "slice", "position", "effect")
+        cells, column_labels = effect_grid(panel, "slice", place)
         draw_cells(
             axis,
             cells,
             norm=scale.norm,
-            column_labels=labels(panel),
+            column_labels=column_labels,
             row_labels=[str(tap).replace("-", "−") for tap in cells.index],
         )
         axis.set_title(str(label).replace("->", "→"), parse_math=False)

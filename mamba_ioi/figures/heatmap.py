@@ -26,6 +26,7 @@ EFFECT_LIMIT = 1.5
 """Effects are in units of the whole change (1 = acts as corrupted): colours stop here, so that one cell with a
 tiny denominator does not wash out the others."""
 MISSING = "#BDBDBD"
+_KNOWN = ("position", "label", "mark", "effect", "low", "high", "n")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Scale:
             (below > 0, above > 0), "both"
         )
         return cls(Normalize(-bound, bound), label, extend)
+
+    @classmethod
+    def of_effects(cls, result: Result) -> Scale:
+        """For the effects of a result, in units of its metric."""
+        metric = result.meta.get("arguments", {}).get("metric", "nld")
+        values = result.table["effect"].to_numpy()
+        if metric == "nld":
+            return cls.symmetric(values, "effect = mean 1 − NLD")
+        return cls.symmetric(values, f"effect = mean loss of {literal(metric)}", np.inf)
 
     def bar(self, figure: Figure, axes: Sequence[Axes], **options) -> None:
         """Draw the one colour bar that the heat maps in `axes` share."""
@@ -78,10 +88,39 @@ def group_column(result: Result, *known: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    others = [name for name in result.table.columns if name not in (*known, "effect", "low", "high", "n")]
+    others = [name for name in result.table.columns if name not in (*known, *_KNOWN)]
     column = "corruption" if "corruption" in others or not others else others[0]
     require(result, column, *known)
     return column
+
+
+def place_column(result: Result) -> str:
+    """The column of the heat map's columns: ``mark``, or else ``position``, which needs a ``label``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "mark" in result.table.columns:
+        return "mark"
+    require(result, "position", "label")
+    return "position"
+
+
+def effect_grid(panel: pd.DataFrame, rows: str, place: str) -> tuple[pd.DataFrame, list[str]]:
+    """A panel's effects as a matrix, positions ascending or marks as they first occur, and the columns' labels."""
+    cells = grid(panel, rows, place, "effect")
+    if place == "position":
+        return cells, labels(panel)
+    marks = panel[place].drop_duplicates().tolist()
+    return cells[marks], [literal(mark) for mark in marks]
+
+
+def rows_note(panel: pd.DataFrame) -> str:
+    """`n = 32`, or `n = 30–32` where cells differ; empty if the table does not say."""
+    if "n" not in panel.columns:
+        return ""
+    low, high = panel["n"].min(), panel["n"].max()
+    return f"n = {low}" if low == high else f"n = {low}–{high}"
 
 
 def labels(table: pd.DataFrame, position: str = "position", label: str = "label") -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..metrics import measure
 from .columns import check_distinct, check_ids, check_rows, integers, labels, refuse
 from .files import group_columns, group_fields, metric_of, read_records, write_records
 from .padding import check_ends, check_padding
@@ -379,26 +380,38 @@ class PromptPairs:
         return record | ({"marks": marks} if marks else {})
 
 
-def require_single_answers(pairs: PromptPairs, what: str) -> None:
-    """Refuse sets of answers, for what reads one answer of each prompt.
+Metric = str | Callable[..., Float[Tensor, "B"]]
+
+
+def check_metric(pairs: PromptPairs, metric: Metric | None) -> Metric:
+    """The metric that is asked for, or the pairs' own if that is None; checked with the pairs.
 
     Raises:
-        ValueError: if answers are sets.
+        ValueError: for an unknown metric, or one that cannot tell the pairs' answers apart.
     """
-    if pairs.has_sets:
-        name = "answers" if pairs.answers.dim() == 2 else "corrupt_answers"
-        shape = tuple(getattr(pairs, name).shape)
-        raise ValueError(f"{what} takes one answer a row, [B], and {name} are sets, of shape {shape}")
+    if metric is None or metric == pairs.metric:
+        return pairs.metric
+    return replace(pairs, metric=metric).metric
 
 
-def require_metric(pairs: PromptPairs, what: str) -> None:
-    """Refuse another metric than the normalized logit difference, for what measures that.
+def metric_name(metric: Metric) -> str:
+    """What a result says of its metric."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
+def scored(metric: Metric, logits: Float[Tensor, "B V"], pairs: PromptPairs) -> Float[Tensor, "B"]:
+    """A metric of the full logits of one run of the pairs; of ``nld``, the logit difference.
 
     Raises:
-        ValueError: if the pairs' metric is another.
+        ValueError: if a callable returns anything but a number a row.
     """
-    if pairs.metric != "nld":
-        raise ValueError(f"{what} is measured by 'nld', and the pairs' metric is {pairs.metric!r}: replace it")
+    if not callable(metric):
+        return measure(metric, logits, pairs.answers, pairs.corrupt_answers, pairs.candidates)
+    found = metric(logits, pairs)
+    if not isinstance(found, Tensor) or found.shape != (len(logits),):
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"the metric {metric!r} must return a tensor with a number a row, [{len(logits)}], not {what}")
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def check_fit(model, pairs: PromptPairs) -> None:
