@@ -106,7 +106,8 @@ def note_visit(mixer: Envoy) -> Visit | None:
     if key not in seen and mediator.occurrence(entry) <= number:
         args, kwargs = Mediator.value(entry)
         x = args[0] if args else kwargs["hidden_states"]
-        visit, layer = Visit(number, x.shape[1]), mixer._module.layer_idx
+        module: Any = mixer._module
+        visit, layer = Visit(number, x.shape[1]), module.layer_idx
         for cache in (*args, *kwargs.values()):  # its name depends on transformers' version
             if hasattr(cache, "update_conv_state"):
                 begun = layer < len(cache.layers) and bool(cache.has_previous_state(layer))
