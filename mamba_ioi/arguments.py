@@ -57,6 +57,14 @@ def parse(
         "--out", type=_path, metavar="DIR", help="folder of the result (default: results/MODEL/EXPERIMENT)"
     )
 
+    sub.add_argument(
+        "--data", type=_path, metavar="FILE", help="pairs of another task: a .jsonl, .csv or .parquet file"
+    )
+    sub.add_argument(
+        "--marks", type=_names, metavar="MARKS", help="with --data: go by these, such as subject,verb+1,last"
+    )
+    sub.add_argument("--metric", metavar="M", help="with --data: nld, logit_diff, prob_diff or margin")
+
     sub = add("plot", "draw a saved result again, or all of a folder of 'reproduce' and its report")
     sub.add_argument(
         "folder", type=_path, metavar="DIR", help="folder with table.parquet and meta.json, or with results"
@@ -84,6 +92,10 @@ def parse(
     arguments = parser.parse_args(argv)
     if getattr(arguments, "remote", False) and (arguments.device or arguments.dtype):
         parser.error("--device and --dtype have no meaning with --remote: the server decides on both")
+    if getattr(arguments, "data", True) is None and (arguments.marks or arguments.metric):
+        parser.error("--marks and --metric are of pairs from a file: give --data FILE as well")
+    if getattr(arguments, "data", None) is not None and arguments.pairs is not None:
+        parser.error("--pairs has no meaning with --data: all rows of the file are taken")
     if arguments.command is None:
         parser.error(f"a command is needed: {', '.join(name for name in commands if not name.startswith('-'))}")
     return arguments
@@ -131,6 +143,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="how much to use, about, such as 4GB or 500MB (default: half of what is free); no number depends on it",
     )
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between, not {text!r}")
+    return names
 
 
 def _from_zero(text: str) -> int:

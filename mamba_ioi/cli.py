@@ -7,6 +7,8 @@ needs torch is imported by the commands that compute, so that help, lists and re
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import logging
 import os
 import re
@@ -25,7 +27,9 @@ from .makers import Settings, prepare, with_layer
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .model import CausalLM
     from .reproduce import Outcome
+    from .result import Result
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +84,27 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if settings.layer is not None and not CATALOGUE[figure].takes_layer:
         raise ValueError(f"{arguments.experiment} looks at no single layer; --layer has no meaning for it")
-    out = arguments.out or Path("results", _safe(arguments.model), arguments.experiment)
+    folders = [_safe(arguments.model), *([] if arguments.data is None else [_safe(arguments.data.stem)])]
+    out = arguments.out or Path("results", *folders, arguments.experiment)
     asked = request(figure, settings, model_identity(settings))
+    if arguments.data is not None:
+        asked = {name: value for name, value in asked.items() if name not in ("pairs", "seed")}
+        asked |= {"data": _digest_of(arguments.data), "marks": arguments.marks, "metric": arguments.metric}
+        _check_on_data(arguments)
     with locked(out), _quiet():
         result = stored_result(out, asked)
         if result is None:
             from .remote import answers_in
 
-            model, usable = prepare(settings, [figure])
+            model, usable = prepare(settings, [figure] if arguments.data is None else [])
+            usable = usable or (arguments.data is not None and (model.is_mamba or not MAKERS[figure].needs_mamba))
             if not usable:
                 model.require_mamba(f"experiments such as {arguments.experiment}")
             with answers_in(model, out / ANSWERS):
-                result = compute(figure, model, with_layer(figure, model, settings), asked)
+                if arguments.data is None:
+                    result = compute(figure, model, with_layer(figure, model, settings), asked)
+                else:
+                    result = _on_data(model, arguments, settings, asked)
             result.save(out)
             discard_answers(out)
             _say(f"saved in {out}; draw it with: mamba-ioi plot {out}")
@@ -99,6 +112,46 @@ def _run(arguments: argparse.Namespace) -> int:
             _say(f"already in {out}")
     _say(_summary(result.table))
     return 0
+
+
+def _digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_on_data(arguments: argparse.Namespace) -> None:
+    """Refuse an experiment that takes no pairs from a file, or no marks or metric, before a model is loaded."""
+    from .experiments import EXPERIMENTS
+
+    takes = [name for name, one in EXPERIMENTS.items() if one.input in ("pairs", "balanced")]
+    if arguments.experiment not in takes:
+        raise ValueError(f"{arguments.experiment} takes no pairs from a file; --data is for {', '.join(takes)}")
+    known = inspect.signature(EXPERIMENTS[arguments.experiment].function).parameters
+    for name in ("marks", "metric"):
+        if getattr(arguments, name) and name not in known:
+            raise ValueError(f"{arguments.experiment} has no {name}; --{name} has no meaning for it")
+
+
+def _on_data(model: CausalLM, arguments: argparse.Namespace, settings: Settings, asked: Mapping[str, object]) -> Result:
+    """An experiment's result on the pairs of a file."""
+    from .experiments import EXPERIMENTS
+    from .result import Result
+    from .tasks.pairs import PromptPairs
+
+    if model.tokenizer is None:
+        raise ValueError(f"{settings.model} has no tokenizer, which is needed to read {arguments.data}")
+    experiment = EXPERIMENTS[arguments.experiment]
+    pairs = PromptPairs.load(arguments.data, model.tokenizer)
+    given = {name: getattr(arguments, name) for name in ("marks", "metric") if getattr(arguments, name)}
+    if experiment.takes_layer:
+        given["layer"] = settings.layer
+    try:
+        result = experiment.function(model, pairs, **experiment.arguments, **given, progress=settings.progress)
+    except ValueError as error:
+        if str(error).startswith(("row ", "the data ")):
+            raise ValueError(f"{arguments.data}: {error}") from None
+        raise
+    return Result(result.table, result.meta | {"data": arguments.data.name, "request": dict(asked)})
 
 
 def _plot(arguments: argparse.Namespace) -> int:
