@@ -478,7 +478,7 @@ READ = {
         ({"answers": [0, 2]}, "row 1 of answers: 2 is not among the row's candidates"),
         ({"answers": [0.0, 1.0]}, "row 0 of answers: 0.0 is torch.float64"),
         ({"corrupt_answers": [1, 5]}, "row 1 of corrupt_answers: 5 is no column"),
-        ({"corrupt_answers": [[1], [0]]}, r"corrupt_answers .* \[B\], not of shape \(2, 1\)"),
+        ({"corrupt_answers": torch.ones(2, 1, 1).long()}, r"corrupt_answers .* \[B, n\], not of shape \(2, 1, 1\)"),
         ({"candidates": [[0, 1, 3], [1, 0, -1]]}, "row 0 of candidates: 3 is no column"),
         ({"candidates": [[0, 1, -2], [1, 0, -1]]}, "row 0 of candidates: -2 is no column"),
         ({"candidates": [[0, 1, 1], [1, 0, -1]]}, "row 0 of candidates: token 1 is named twice"),
