@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import whole_number
 from .continuation import States, run_layers
-from .patching import Patch, Plan, Tokens, integers, resolve, unembed
+from .patching import Patch, Plan, Tokens, integers, resolve, row_parts, unembed
 from .remote import ask
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def generate(
     new_patches: Sequence[Patch] = (),
 ) -> Int[Tensor, "B L+T"]:
     """The prompts and the tokens that follow, each the most likely one; an end-of-text token does not end them.
+
+    As many rows run at once as ``model.memory`` allows, all of them where a value is a callable.
 
     Every token is read once: the states that the positions before it left are gone on from, so what a patch changes
     lasts. The result is that of running the growing text anew at every step with the same changes.
@@ -62,7 +64,13 @@ def generate(
         for position, one in _at_each(model, patch, first, first + new - 1):
             later[position - first].append(one)
     plans = [Plan.make(model, ids[:, :1], changes, ()) for changes in later]
-    return ask(model, continue_greedily, ids, plan, plans)["tokens"]
+    rows = len(ids) if any(one.calls for one in plans) else None
+    parts = row_parts(model, ids, plan, rows, logits=False)
+    found = []
+    for part in parts:
+        own = [one.rows(part, len(ids)) for one in plans]
+        found.append(ask(model, continue_greedily, ids[part], plan.rows(part, len(ids)), own)["tokens"])
+    return torch.cat(found)
 
 
 def _at_each(model: MambaModel, patch: Patch, first: int, stop: int) -> list[tuple[int, Patch]]:

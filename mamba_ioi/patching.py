@@ -187,7 +187,7 @@ def cache(
     refuse_ends(last, [patch.positions for patch in patches])
     shared = {ref.key for ref in refs if "B" not in ref.site.shape}
     found: dict[str, Tensor] = {}
-    for part in _parts(model, ids, plan, batch_rows, logits=plan.last == model.n_layers):
+    for part in row_parts(model, ids, plan, batch_rows, logits=plan.last == model.n_layers):
         for key, value in read_sites(model, ids[part], plan.rows(part, len(ids))).items():
             found[key] = value if key in shared else _joined(found.get(key), value, part, len(ids))
     return ActivationCache((ref.key, found[ref.key]) for ref in refs)
@@ -220,15 +220,15 @@ def run(
     plan = Plan.make(model, ids, patches, ())
     refuse_ends(last, [patch.positions for patch in patches])
     logits = None
-    for part in _parts(model, ids, plan, None, logits=read is None):
+    for part in row_parts(model, ids, plan, None, logits=read is None):
         value = read_logits(model, ids[part], plan.rows(part, len(ids)), None if read is None else read[part])
         logits = _joined(logits, value, part, len(ids))
     assert logits is not None  # there is at least one row
     return logits
 
 
-def _parts(model: MambaModel, ids: Int[Tensor, "B L"], plan: Plan, rows: int | None, *, logits: bool) -> list[slice]:
-    """The rows to run at once: so many, or as many as the model's memory allows.
+def row_parts(model: MambaModel, ids: Int[Tensor, "B L"], plan: Plan, rows: int | None, *, logits: bool) -> list[slice]:
+    """The rows to run at once: so many, or as many as the model's memory allows; all if a callable is to see them.
 
     Args:
         model: a Mamba.
@@ -238,7 +238,9 @@ def _parts(model: MambaModel, ids: Int[Tensor, "B L"], plan: Plan, rows: int | N
         logits: whether the logits of every position are computed.
     """
     batch, length = ids.shape
-    if rows is None:
+    if rows is None and plan.calls:
+        rows = batch
+    elif rows is None:
         refs = [ref for refs in plan.reads.values() for ref in refs]
         touched = {EVERY_SITE[name] for changes in plan.changes.values() for name in changes} | {
             ref.site for ref in refs
@@ -388,6 +390,13 @@ class Plan:
     last: int
     keep: Tensor | None = None
     whole: bool = False
+
+    @property
+    def calls(self) -> bool:
+        """Whether a value is a callable, which is to see every row."""
+        return any(
+            callable(change.value) for sites in self.changes.values() for some in sites.values() for change in some
+        )
 
     def rows(self, part: slice, batch: int) -> Plan:
         """The same for some of the rows."""

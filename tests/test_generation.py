@@ -412,6 +412,26 @@ class TestGenerate:
         assert states[0].shape == states[1].shape == (2, 1, 24, 4)
         close(states[1][:, 0], inflow)  # nothing is left of the state before it
 
+    def test_the_memory_changes_no_result(self, model, prompt):
+        """Rows go through in parts, and a callable sees all of them."""
+        values = torch.randn(2, 2, 24, generator=torch.Generator().manual_seed(8))
+        later = [Patch("ssm_input", LAYER, values, positions=[prompt.shape[1], prompt.shape[1] + 1])]
+        seen = []
+
+        def swap(delta):
+            seen.append(len(delta))
+            return delta.flip(0)
+
+        for patches in ([Patch("conv", 1, values[:, :1], [0])], [Patch("delta", 1, swap)]):
+            expected = generate(model, prompt, STEPS, patches=patches, new_patches=later)
+            model.memory = 1
+            try:
+                found = generate(model, prompt, STEPS, patches=patches, new_patches=later)
+            finally:
+                model.memory = None
+            assert torch.equal(found, expected)
+        assert seen == [2, 2]
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
