@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from numbers import Real
+from typing import Any
 
 
 def scalar(value):
@@ -40,7 +41,7 @@ def real_number(value: object) -> float | None:
     return None if isinstance(number, bool) or not isinstance(number, Real) else number  # pyright: ignore[reportReturnType]
 
 
-def integers(values: int | Iterable[int], name: str = "position") -> list[int]:
+def integers(values: Any, name: str = "position") -> list[int]:
     """One whole number, or any collection of them, as a list of Python's own.
 
     Raises:

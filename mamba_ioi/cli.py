@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
             from .remote import answers_in
 
             model, usable = prepare(settings, [figure] if arguments.data is None else [])
-            usable = usable or (arguments.data is not None and (model.is_mamba or not MAKERS[figure].needs_mamba))
+            usable = usable or (arguments.data is not None and (model.has_scans or not CATALOGUE[figure].needs_mamba))
             if not usable:
                 model.require_mamba(f"experiments such as {arguments.experiment}")
             with answers_in(model, out / ANSWERS):
@@ -126,7 +126,7 @@ def _check_on_data(arguments: argparse.Namespace) -> None:
     takes = [name for name, one in EXPERIMENTS.items() if one.input in ("pairs", "balanced")]
     if arguments.experiment not in takes:
         raise ValueError(f"{arguments.experiment} takes no pairs from a file; --data is for {', '.join(takes)}")
-    known = inspect.signature(EXPERIMENTS[arguments.experiment].function).parameters
+    known = inspect.signature(EXPERIMENTS[arguments.experiment].work).parameters
     for name in ("marks", "metric"):
         if getattr(arguments, name) and name not in known:
             raise ValueError(f"{arguments.experiment} has no {name}; --{name} has no meaning for it")
@@ -146,7 +146,7 @@ def _on_data(model: CausalLM, arguments: argparse.Namespace, settings: Settings,
     if experiment.takes_layer:
         given["layer"] = settings.layer
     try:
-        result = experiment.function(model, pairs, **experiment.arguments, **given, progress=settings.progress)
+        result = experiment.work(model, pairs, **experiment.arguments, **given, progress=settings.progress)
     except ValueError as error:
         if str(error).startswith(("row ", "the data ")):
             raise ValueError(f"{arguments.data}: {error}") from None

@@ -469,7 +469,7 @@ def check_patch(model: MambaModel, ids: Tensor, patch: Patch) -> tuple[SiteRef, 
         if not site.by_position:
             raise ValueError(f"the site {site.name!r} has no positions; patch it with positions=None")
         own = own_positions(ids, positions)
-        positions = own if own is not None else integers(listed(positions))
+        positions = own if own is not None else integers(positions)
     if isinstance(positions, list):
         if not positions or not all(-length <= p < length for p in positions):
             raise ValueError(f"positions {positions} of a prompt with {length} positions: use 0 to {length - 1}")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, MambaForCausalLM
 
 import mamba_ioi
+from mamba_ioi import __version__
 from mamba_ioi import reproduce as pipeline
 from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.cli import main
@@ -280,7 +281,7 @@ def test_a_result_made_otherwise_is_refused_and_left_alone(
     assert "dtype=None, and dtype=float64" in refusal(capsys, *base, *FEW, "--dtype", "float64")
     assert "model=local, and model=planted" in refusal(capsys, *PLANTED, "--out", made, "--only", "fig3")
     monkeypatch.setattr(mamba_ioi, "__version__", "9.9")
-    assert "mamba_ioi=0.1.0, and mamba_ioi=9.9" in refusal(capsys, *base, *FEW)
+    assert f"mamba_ioi={__version__}, and mamba_ioi=9.9" in refusal(capsys, *base, *FEW)
     assert snapshot(made) == before
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import mamba_ioi
-from mamba_ioi import PromptPairs, experiments
+from mamba_ioi import IOIDataset, PromptPairs, experiments, load_model
 from mamba_ioi.cli import main
 from mamba_ioi.result import Result
 
@@ -94,3 +95,18 @@ def test_what_has_no_meaning(tmp_path: Path, capsys, monkeypatch, words, message
     file = write(tmp_path / "pairs.jsonl")
     assert main(["run", *(str(file) if word == "PAIRS" else word for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_mamba(tmp_path, capsys):
+    """What goes through layers works on it; what needs scans says so."""
+    folder = tmp_path / "gpt2"
+    tokenizer = load_model("tiny").tokenizer
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = tmp_path / "pairs.jsonl"
+    IOIDataset.generate(tokenizer, 2).save(data)
+    asked = ["--model", str(folder), "--data", str(data), "--out"]
+    assert main(["run", "layer_removal", *asked, str(tmp_path / "removal")]) == 0
+    assert Result.load(tmp_path / "removal").table.layer.tolist() == [-1, 0, 1]
+    assert main(["run", "conv_slices", *asked, str(tmp_path / "slices")]) == 2
+    assert "Mamba" in capsys.readouterr().err

@@ -6,6 +6,7 @@ holds its rows by the experiments' names, to be called with a model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from pkgutil import resolve_name
@@ -48,6 +49,11 @@ __all__ = [
 class Experiment(Row):
     """A row of the catalogue, to be called with a model."""
 
+    @property
+    def work(self) -> Callable[..., Result]:
+        """The experiment's function, imported when it is asked for."""
+        return resolve_name(self.function) if isinstance(self.function, str) else self.function
+
     def __call__(
         self,
         model: CausalLM,
@@ -69,7 +75,7 @@ class Experiment(Row):
         Raises:
             ValueError: as the experiment; or for a layer where the experiment goes through all of them.
         """
-        function = resolve_name(self.function) if isinstance(self.function, str) else self.function
+        function = self.work
         if layer is not None and not self.takes_layer:
             raise ValueError(f"{function.__name__} goes through all layers; layer={layer} has no meaning for it")
         arguments = dict(self.arguments)
