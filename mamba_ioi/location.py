@@ -55,13 +55,18 @@ def open_source(obj: Envoy, key: str) -> None:
         look_inside(obj)
 
 
+def in_sandbox() -> bool:
+    """Whether requests are another function than nnsight's own, as in NDIF's sandbox."""
+    return Mediator.event.__func__.__module__ != Mediator.__module__
+
+
 def wait(mediator: Mediator, waiting: WriteBack) -> None:
     """Leave an edit to be written back before the worker's next request.
 
     In an NDIF sandbox a request is another function, which leaves out the writing back; here it gets that again.
     """
     request = Mediator.event.__func__
-    if request.__module__ != Mediator.__module__ and not hasattr(request, "flushes"):
+    if in_sandbox() and not hasattr(request, "flushes"):
 
         def event(cls, kind, location, *rest):
             write_back(cls.current(location))
@@ -96,13 +101,16 @@ class Visit:
 def note_visit(mixer: Envoy) -> Visit | None:
     """The visit of a mixer that the next request is meant for, None if the run is already inside and nobody has asked.
 
-    Asking waits until the run enters the mixer, so only what lies inside it asks.
+    Asking waits until the run enters the mixer, so only what lies inside it asks. In a sandbox, where nobody counts what
+    the run has passed, the first visit is not asked for: it might be too late.
     """
     entry = f"{mixer.path}.input"
     mediator = Mediator.current(entry)
     number = mediator.wanted(f"{mixer.path}.output")
     seen: dict[tuple[str, int], Visit] = mediator.__dict__.setdefault("visits_of_mixers", {})
     key = mixer.path, number + mediator.counts_at_start.get(f"{mixer.path}.output", 0)  # an edit's worker runs again
+    if number == 0 and in_sandbox():
+        return None
     if key not in seen and mediator.occurrence(entry) <= number:
         args, kwargs = Mediator.value(entry)
         x = args[0] if args else kwargs["hidden_states"]
