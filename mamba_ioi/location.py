@@ -101,8 +101,8 @@ class Visit:
 def note_visit(mixer: Envoy) -> Visit | None:
     """The visit of a mixer that the next request is meant for, None if the run is already inside and nobody has asked.
 
-    Asking waits until the run enters the mixer, so only what lies inside it asks. In a sandbox, where nobody counts what
-    the run has passed, the first visit is not asked for: it might be too late.
+    Asking waits until the run enters the mixer, so only what lies inside it asks. In a sandbox, where nobody counts
+    what the run has passed, the first visit is not asked for: it might be too late.
     """
     entry = f"{mixer.path}.input"
     mediator = Mediator.current(entry)
