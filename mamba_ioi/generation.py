@@ -29,7 +29,7 @@ def generate(
     *,
     patches: Sequence[Patch] = (),
     new_patches: Sequence[Patch] = (),
-) -> Int[Tensor, "B L+T"]:
+) -> Int[Tensor, "B M"]:
     """The prompts and the tokens that follow, each the most likely one; an end-of-text token does not end them.
 
     As many rows run at once as ``model.memory`` allows, all of them where a value is a callable.

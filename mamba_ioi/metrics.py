@@ -62,8 +62,8 @@ def normalized_logit_diff(
 
 
 def normalized(
-    patched: Float[Tensor, "B"], clean: Float[Tensor, "B"], corrupt: Float[Tensor, "B"], *, absolute: bool
-) -> Float[Tensor, "B"]:
+    patched: Float[Tensor, "..."], clean: Float[Tensor, "..."], corrupt: Float[Tensor, "..."], *, absolute: bool
+) -> Float[Tensor, "..."]:
     """Where a value lies between the corrupt run's (0) and the clean run's (1), as `normalized_logit_diff` has it."""
     least, spread = scale(clean, corrupt, absolute=absolute)
     return (patched - least) / spread

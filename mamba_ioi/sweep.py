@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from . import patching
 from .continuation import Edit, Item, Job, SourceValues, States, carry, entries, parting, run_job
 from .memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
-from .model import CausalLM, MambaModel
+from .model import CausalLM
 from .patching import (
     Change,
     Patch,
@@ -148,7 +148,7 @@ class Readout:
 
 
 def sweep(
-    model: MambaModel,
+    model: CausalLM,
     tokens: Int[Tensor, "B L"],
     interventions: Sequence[Sequence[Patch | Resample]],
     readout: Readout,
@@ -252,7 +252,7 @@ class Budget:
     request: int | None = None
 
     @classmethod
-    def of(cls, model: MambaModel, length: int) -> Budget:
+    def of(cls, model: CausalLM, length: int) -> Budget:
         """Divide the memory: 0.4 for what is held of the prompts, as much for the forward, the rest for values."""
         inputs = 8 * model.n_layers * length * model.d_inner
         held = 2 * stream_bytes(model, length) + state_bytes(model) + inputs
@@ -317,7 +317,7 @@ class Prompts:
 
 
 def _logits(
-    model: MambaModel, prompts: Prompts, interventions: Sequence[Sequence[Edit]], limits: Budget, bar: tqdm
+    model: CausalLM, prompts: Prompts, interventions: Sequence[Sequence[Edit]], limits: Budget, bar: tqdm
 ) -> Float[Tensor, "I B K"]:
     """The logits of every intervention on some prompts, here or by requests of bounded size to a server."""
     items = _pieces(_items(prompts, interventions), limits.rows)
@@ -390,7 +390,7 @@ def _pieces(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def run_items(
-    model: MambaModel,
+    model: CausalLM,
     prompts: Prompts,
     items: Sequence[Item],
     limit: int,
@@ -425,7 +425,7 @@ def run_items(
 class Chunk:
     """Some prompts: their clean run, kept as far as patched runs start from it."""
 
-    def __init__(self, model: MambaModel, prompts: Prompts) -> None:
+    def __init__(self, model: CausalLM, prompts: Prompts) -> None:
         self.model = model
         tokens = prompts.tokens.to(model.device)
         refs = [resolve(model, "resid_pre", layer) for layer in range(model.n_layers)]

@@ -312,6 +312,7 @@ class TestWhatIsRefused:
         layout(tmp_path, random_mamba(seed=3), edit=cut)
         refused(tmp_path, r"has the shape \(40, 12\), and its config asks for \(6[14], 12\)")
 
+    @pytest.mark.untyped
     @pytest.mark.parametrize(
         ("config", "words"),
         [

@@ -19,6 +19,8 @@ from mamba_ioi.sweep import Readout, sweep
 
 from .conftest import random_mamba
 
+pytestmark = pytest.mark.untyped
+
 WHOLE = [np.int64, np.int32, np.uint8, np.array, torch.tensor]
 BOOLS = [True, np.True_, np.array(True), torch.tensor(True)]
 

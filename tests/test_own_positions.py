@@ -173,6 +173,7 @@ def test_cache_memory_and_generation(small, ids) -> None:
     assert torch.equal(made, text)
 
 
+@pytest.mark.untyped
 def test_tensors_lists_and_arrays_say_the_same(small, ids) -> None:
     at = {"own": OWN, "lists": OWN.tolist(), "numpy": OWN.numpy()}
     found = [run(small, ids, [Patch("ssm_input", 1, 0.5, where)]) for where in at.values()]

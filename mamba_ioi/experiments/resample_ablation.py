@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attribution import attributed_effects
 from ..blocks import EVERY_SITE
-from ..model import MambaModel
+from ..model import CausalLM
 from ..result import Result
 from ..sites import SITES
 from ..sweep import Readout, Resample
@@ -35,7 +35,7 @@ MEASURED_CELLS, MEASURED_ROWS = 128, 8
 
 
 def resample_ablation(
-    model: MambaModel,
+    model: CausalLM,
     data: PromptPairs,
     site: str = "layer_input",
     layers: Sequence[int] | int | None = None,
@@ -117,7 +117,7 @@ def resample_ablation(
 
 
 def _measured(
-    model: MambaModel,
+    model: CausalLM,
     data: PromptPairs,
     site: str,
     cells: Sequence[tuple[int, int | str]],
@@ -130,7 +130,7 @@ def _measured(
 
 
 def _agreement(
-    model: MambaModel,
+    model: CausalLM,
     data: PromptPairs,
     site: str,
     cells: Sequence[tuple[int, int | str]],
@@ -161,7 +161,7 @@ def place_columns(name: str, cells: Sequence[tuple[int, int | str]]) -> dict[str
     return {name: [cell[0] for cell in cells], kind: [cell[1] for cell in cells]}
 
 
-def effect_table(model: MambaModel, data: PromptPairs, columns: dict[str, list], effects) -> pd.DataFrame:
+def effect_table(model: CausalLM, data: PromptPairs, columns: dict[str, list], effects) -> pd.DataFrame:
     """A row for each label of the first group and intervention: its columns, the position's label, and the mean effect.
 
     Args:
