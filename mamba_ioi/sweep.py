@@ -213,7 +213,7 @@ def _plain_runs(
     """A sweep where positions leave more than a state behind: every intervention is a run of the whole prompts."""
     refuse_touched(model, "sweeps")
     values: dict[str, Tensor] = {}
-    results = []
+    results, read = [], readout.read
     for changes in tqdm(interventions, desc=description, unit="run", disable=description is None):
         patches = []
         for change in changes:
@@ -227,12 +227,16 @@ def _plain_runs(
                     raise ValueError("a Resample needs source tokens to take its values from")
                 if (key := SiteRef(ref.site, ref.layer).key) not in values:
                     values |= cache(model, source, [key])
-                value = values[key] if checked.positions is None else values[key][:, checked.positions]
-                change = Patch(ref.site.name, ref.layer, value, checked.positions)
+                value, positions = values[key], checked.positions
+                if isinstance(positions, Tensor):
+                    value = value[torch.arange(len(value))[:, None], positions.clamp(min=0)]
+                elif positions is not None:
+                    value = value[:, positions]
+                change = Patch(ref.site.name, ref.layer, value, positions)
             patches.append(change)
         logits = patching.run(model, tokens, patches, positions=readout.last)
-        results.append(logits.gather(1, readout.tokens.to(logits.device)).float().cpu())
-    return torch.stack(results) if results else torch.empty(0, *readout.tokens.shape)
+        results.append(picked(logits.float(), read.to(logits.device)).cpu())
+    return torch.stack(results) if results else torch.empty(0, *read.shape)
 
 
 @dataclass(frozen=True)
