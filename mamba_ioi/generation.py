@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .checks import whole_number
+from .checks import integers, whole_number
 from .continuation import States, run_layers
-from .patching import Patch, Plan, Tokens, integers, resolve, row_parts, unembed
+from .patching import Patch, Plan, Tokens, resolve, row_parts, unembed
 from .remote import ask
 
 if TYPE_CHECKING:
