@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from .location import gives_output, logits_of
@@ -96,6 +97,11 @@ def _norm_beside(blocks: str, parts: Iterable[tuple[str, nn.Module]]) -> str:
     return next((path for path in beside if path in paths), "")
 
 
+def short_prompt(model, length: int, shift: int = 0) -> Int[Tensor, "B L"]:
+    """A short prompt of tokens from all over the vocabulary, for the checks at load."""
+    return (torch.arange(1, length + 1, device=model.device).mul(7919) + shift).remainder(model.vocab_size)[None]
+
+
 def stream_differences(model) -> dict[str, Tensor]:
     """How far the model is from its residual stream being all that passes from block to block and to the logits.
 
@@ -109,8 +115,7 @@ def stream_differences(model) -> dict[str, Tensor]:
         returns, or 0.
     """
     length = 6
-    ids = torch.arange(1, length + 1, device=model.device).mul(7919)
-    first, second = ((ids + shift).remainder(model.vocab_size)[None] for shift in (0, 1))
+    first, second = (short_prompt(model, length, shift) for shift in (0, 1))
     with torch.no_grad(), model.trace(first):
         plain = followed(model, None).save()  # pyright: ignore[reportAttributeAccessIssue]
     found = {}

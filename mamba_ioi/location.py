@@ -263,8 +263,8 @@ class Site(eproperty):
         return views
 
 
-def _rebuild_site(cls, key, description, preprocess, transform) -> eproperty:
-    return cls(key, description)(preprocess).transform(transform)
+def _rebuild_site(cls, place, description, preprocess, transform) -> eproperty:
+    return cls(place, description)(preprocess).transform(transform)
 
 
 class OperationSite(Site):
@@ -275,7 +275,7 @@ class OperationSite(Site):
         self.stages = stages
 
     def __reduce__(self):
-        return _rebuild_operation_site, (self.stages, self.description, self._preprocess, self._transform)
+        return _rebuild_site, (type(self), self.stages, self.description, self._preprocess, self._transform)
 
     def see(self, obj, raw, visit):
         """The positions that the visit runs: with the cache, what the conv gives of earlier ones is thrown away."""
@@ -286,10 +286,6 @@ class OperationSite(Site):
     def place(self, obj):
         visit = visit_of(obj)
         return f"{obj.path}.{self.stages.operation(visit.step(self.stages))}.output", visit
-
-
-def _rebuild_operation_site(stages, description, preprocess, transform) -> eproperty:
-    return OperationSite(stages, description)(preprocess).transform(transform)
 
 
 class PartSite(Site):

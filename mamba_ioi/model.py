@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS
 
-from .anatomy import Anatomy, find_anatomy, stream_differences
+from .anatomy import Anatomy, find_anatomy, short_prompt, stream_differences
 from .batching import model_input
 from .blocks import part_differences
 from .checkpoints import empty_tokenizer, read_checkpoint, read_config, read_tokenizer, refuse_missing
@@ -576,8 +576,7 @@ def check_parts(model: CausalLM) -> None:
 
 def part_answer(model) -> dict[str, Tensor]:
     """`part_differences` of a short prompt, here or on a server."""
-    ids = torch.arange(1, 7, device=model.device).mul(7919).remainder(model.vocab_size)[None]
-    with torch.no_grad(), model.trace(ids):
+    with torch.no_grad(), model.trace(short_prompt(model, 6)):
         found = part_differences(model).save()  # pyright: ignore[reportAttributeAccessIssue]
     return found
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from nnsight import TransformersModel
 from torch import Tensor
 
-from .anatomy import output_logits, relative_difference
+from .anatomy import output_logits, relative_difference, short_prompt
 from .location import logits_of, take_over
 from .stages import ScanStages
 from .weights import dtype_name, refuse_not_finite
@@ -39,8 +39,7 @@ def slow_path_differences(model: TransformersModel) -> dict[str, Tensor]:
 
     NaN for the logits if they are not finite.
     """
-    length = 6
-    ids = torch.arange(1, length + 1, device=model.device).mul(7919).remainder(model.vocab_size)[None]
+    ids = short_prompt(model, 6)
     with torch.no_grad(), model.trace(ids):
         logits = logits_of(model.output).save()  # pyright: ignore[reportAttributeAccessIssue]
     if not logits.isfinite().all():

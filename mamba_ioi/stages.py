@@ -67,6 +67,8 @@ class Stages:
         INDEPENDENT: pairs of stages, of which the second comes later and does not depend on the first.
 
     Args:
+        args: of the operation's call.
+        kwargs: of the call.
         length: how many positions are run; None for all that the operation is given.
         single: whether the operation is the one that continues a cache by one token.
         runs: whether the model's own operation runs all the same (in a batch of several invokes).
@@ -79,8 +81,8 @@ class Stages:
     x: Tensor
     INDEPENDENT: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, length: int | None = None, single: bool = False, runs: bool = False) -> None:
-        self.length, self.single, self.runs = length, single, runs
+    def __init__(self, runs: bool) -> None:
+        self.runs = runs
         self.values: dict[str, Tensor] = {}
         self.handed: dict[str, Handed] = {}
         self.stale: list[Handed] = []
@@ -216,7 +218,7 @@ class ConvStages(Stages):
     def __init__(
         self, args: tuple, kwargs: dict, length: int | None = None, single: bool = False, runs: bool = False
     ) -> None:
-        Stages.__init__(self, length, single, runs)
+        Stages.__init__(self, runs)
         self.state = args[1] if single else None
         self.x, self.weight = args[0], args[1 + single]
         self.bias = args[2 + single] if len(args) > 2 + single else kwargs.get("bias")
@@ -276,7 +278,7 @@ class ScanStages(Stages):
     def __init__(
         self, args: tuple, kwargs: dict, length: int | None = None, single: bool = False, runs: bool = False
     ) -> None:
-        Stages.__init__(self, length, single, runs)
+        Stages.__init__(self, runs)
         self.state, self.z = args[0] if single else None, kwargs.get("z")
         x, self.dt, self.A, B, C = args[single : 5 + single]
         self.D = args[5 + single] if len(args) > 5 + single else kwargs.get("D")

@@ -235,7 +235,7 @@ def _plain_runs(
                 change = Patch(ref.site.name, ref.layer, value, positions)
             patches.append(change)
         logits = patching.run(model, tokens, patches, positions=readout.last)
-        results.append(picked(logits.float(), read.to(logits.device)).cpu())
+        results.append(picked(logits, read.to(logits.device)).to("cpu", compute_dtype(logits.dtype)))
     return torch.stack(results) if results else torch.empty(0, *read.shape)
 
 
