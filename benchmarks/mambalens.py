@@ -397,7 +397,7 @@ def race(lens: Path, *, layers: int, prompts: int, rounds: int) -> None:
     every cell, whichever it is.
     """
     from mamba_ioi import bench
-    from mamba_ioi.sweep import Readout, Resample, sweep
+    from mamba_ioi.interventions.sweep import Readout, Resample, sweep
 
     command = [str(lens), __file__, "serve", "--layers", str(layers), "--prompts", str(prompts)]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

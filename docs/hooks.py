@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mamba_ioi.sites import SITES
+from mamba_ioi.trace.sites import SITES
 
 
 def sites_table() -> str:

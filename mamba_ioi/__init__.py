@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import circuits, experiments, metrics, reference
-    from .dataset import IOIDataset
     from .experiments import bottleneck
-    from .generation import generate
-    from .model import MambaModel, load_model, planted
-    from .patching import Patch, cache, run
+    from .interventions.generation import generate
+    from .interventions.patching import Patch, cache, run
+    from .models.model import MambaModel, load_model, planted
     from .result import Result
     from .tasks import PromptPairs
+    from .tasks.ioi import IOIDataset
 
 __version__ = "0.2.0"
 __all__ = [
@@ -35,17 +35,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "IOIDataset": "dataset",
-    "MambaModel": "model",
-    "Patch": "patching",
+    "IOIDataset": "tasks.ioi",
+    "MambaModel": "models.model",
+    "Patch": "interventions.patching",
     "PromptPairs": "tasks",
     "Result": "result",
     "bottleneck": "experiments",
-    "cache": "patching",
-    "generate": "generation",
-    "load_model": "model",
-    "planted": "model",
-    "run": "patching",
+    "cache": "interventions.patching",
+    "generate": "interventions.generation",
+    "load_model": "models.model",
+    "planted": "models.model",
+    "run": "interventions.patching",
 }
 
 

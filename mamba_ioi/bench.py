@@ -20,11 +20,11 @@ from transformers import MambaConfig, MambaForCausalLM
 from .circuits import eap
 from .circuits.graph import Graph
 from .circuits.measure import MANY, Bench
-from .dataset import IOIDataset
 from .experiments import resample_ablation
-from .model import CausalLM, MambaModel, load_model, wrap
-from .patching import run
-from .sweep import Readout, Resample, sweep
+from .interventions.patching import run
+from .interventions.sweep import Readout, Resample, sweep
+from .models.model import CausalLM, MambaModel, load_model, wrap
+from .tasks.ioi import IOIDataset
 
 SECONDS = 5.0
 """A work is timed again until its times add up to this, since a short one is easily disturbed."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any, Literal
 
-_EXPERIMENTS, _CIRCUITS, _MAKERS = "mamba_ioi.experiments", "mamba_ioi.circuits.pipeline", "mamba_ioi.makers"
+_EXPERIMENTS, _CIRCUITS, _MAKERS = "mamba_ioi.experiments", "mamba_ioi.circuits.pipeline", "mamba_ioi.reproduce.makers"
 _FIGURES, _REPORT = "mamba_ioi.figures", "mamba_ioi.report"
 _EFFECT = "1: the answer follows the corrupt prompt all the way; 0: not at all"
 _EFFECTS = ("corruption", "layer", "position", "label", "effect", "low", "high", "n")

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 
 from .arguments import BAD_INPUT, one_line, parse
 from .catalogue import CATALOGUE
-from .makers import Settings, prepare, with_layer
+from .reproduce.makers import Settings, prepare, with_layer
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .model import CausalLM
-    from .reproduce import Outcome
+    from .models.model import CausalLM
+    from .reproduce.run import Outcome
     from .result import Result
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from .reproduce import reproduce
+    from .reproduce.run import reproduce
 
     out = arguments.out or Path("figures", _safe(arguments.model))
     with _quiet():
@@ -74,8 +74,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .folder import ANSWERS, discard_answers, locked, stored_result
-    from .reproduce import compute, model_identity, request
+    from .reproduce.folder import ANSWERS, discard_answers, locked, stored_result
+    from .reproduce.run import compute, model_identity, request
 
     figures = {row.experiment: figure for figure, row in CATALOGUE.items()}
     figure = figures.get(arguments.experiment)
@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with locked(out), _quiet():
         result = stored_result(out, asked)
         if result is None:
-            from .remote import answers_in
+            from .remote.requests import answers_in
 
             model, usable = prepare(settings, [figure] if arguments.data is None else [])
             usable = usable or (arguments.data is not None and (model.has_scans or not CATALOGUE[figure].needs_mamba))
@@ -156,8 +156,8 @@ def _on_data(model: CausalLM, arguments: argparse.Namespace, settings: Settings,
 
 def _plot(arguments: argparse.Namespace) -> int:
     from .figures import save_companions, save_figure
-    from .folder import RESULTS
-    from .reproduce import redraw
+    from .reproduce.folder import RESULTS
+    from .reproduce.run import redraw
     from .result import Result
 
     if (arguments.folder / RESULTS).is_dir():
@@ -173,7 +173,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.sites:
-        from .sites import SITES
+        from .trace.sites import SITES
 
         rows = [(name, f"[{', '.join(site.shape)}]", site.owner, site.description) for name, site in SITES.items()]
         _say(_aligned([("site", "shape", "of", "what it is"), *rows]))

@@ -40,7 +40,7 @@ def examine(
         if package != "mamba_ioi":
             yield Finding(package, version or "not installed", well=version is not None)
     try:
-        from .model import load_model
+        from .models.model import load_model
     except ImportError as error:
         yield Finding("transformers' era", str(error), well=False)
         return
@@ -72,9 +72,9 @@ def _server(name: str, model) -> Iterator[Finding]:
     """Whether the server is there, has the versions that are here, and runs the model, and how."""
     from nnsight.schema.config import CONFIG
 
-    from .ndif import compare, get
-    from .remote import serve
-    from .slow_path import slow_path_tolerance
+    from .models.slow_path import slow_path_tolerance
+    from .remote.ndif import compare, get
+    from .remote.requests import serve
 
     host = model.remote.host
     get(host, "/ping")
@@ -111,8 +111,8 @@ def _server(name: str, model) -> Iterator[Finding]:
 
 def _sites(model) -> Iterator[Finding]:
     """Whether the operations that the sites stand on are there, and how far the slow path is from the model's own."""
-    from .sites import SITES, missing_operations
-    from .slow_path import check_slow_path, slow_path_tolerance
+    from .models.slow_path import check_slow_path, slow_path_tolerance
+    from .trace.sites import SITES, missing_operations
 
     missing = missing_operations(model.layers[0].mixer)
     found = (

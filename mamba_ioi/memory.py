@@ -13,7 +13,7 @@ import torch
 from .checks import integer
 
 if TYPE_CHECKING:
-    from .sites import SiteInfo
+    from .trace.sites import SiteInfo
 
 FLOAT = 4
 """Bytes of a value: the scan computes in float32 at least, and estimates are made for it."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
 
 torch.set_num_threads(1)  # the tests' models are too small for more, and a busy machine makes threads wait
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
 from transformers import MambaForCausalLM, PreTrainedTokenizerFast
 
-from mamba_ioi.dataset import BOS, OBJECTS, PLACES, TEMPLATES, IOIDataset
+from mamba_ioi.tasks.ioi import BOS, OBJECTS, PLACES, TEMPLATES, IOIDataset
 
 Edit = Callable[[Tensor], Tensor]
 PATTERN = r"After|wards|F(?=riends)|riends| ?\w+|[.,]"

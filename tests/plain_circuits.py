@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from mamba_ioi.dataset import IOIDataset
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from .plain import normed
 

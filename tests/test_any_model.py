@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mamba_ioi import circuits
 from mamba_ioi.circuits import Circuit, Graph
-from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.experiments import greedy_layer_removal, layer_removal
-from mamba_ioi.model import CausalLM, wrap
+from mamba_ioi.models.model import CausalLM, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain
 from .plain_circuits import PlainRun, hooked_run, nld

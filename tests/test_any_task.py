@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from mamba_ioi import IOIDataset, PromptPairs, experiments
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
 
 from . import plain
 from .conftest import random_mamba

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mamba_ioi import IOIDataset, experiments, load_model, planted
-from mamba_ioi.attribution import attributed_effects
-from mamba_ioi.model import wrap
-from mamba_ioi.patching import Patch, cache, run
-from mamba_ioi.sites import SITES
-from mamba_ioi.sweep import Readout
+from mamba_ioi.interventions.attribution import attributed_effects
+from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.interventions.sweep import Readout
+from mamba_ioi.models.model import wrap
+from mamba_ioi.trace.sites import SITES
 
 from .conftest import random_mamba
 

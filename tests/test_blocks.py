@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mamba_ioi import IOIDataset, Patch, cache, load_model, ndif, run
 from mamba_ioi.experiments import resample_ablation
-from mamba_ioi.model import CausalLM, wrap
-from mamba_ioi.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.models.model import CausalLM, wrap
 
 from .plain import effects
 from .test_any_model import CONFIGS, TOKENIZER, V, untouched

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaForCausalLM
 
 from mamba_ioi import load_model, run
-from mamba_ioi.model import wrap
+from mamba_ioi.models.model import wrap
 
 from .conftest import random_mamba
 

@@ -12,8 +12,8 @@ from mamba_ioi.circuits import Graph, eap, exact_effects, rank_correlation
 from mamba_ioi.circuits.eap import Attributed, attribute, attributed
 from mamba_ioi.circuits.forward import record
 from mamba_ioi.circuits.pairs import Pairs
-from mamba_ioi.dataset import IOIDataset
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain_circuits
 from .conftest import random_mamba

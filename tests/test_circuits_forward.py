@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from mamba_ioi.circuits import Graph
 from mamba_ioi.circuits.forward import beginning, record
 from mamba_ioi.circuits.resample import know, resampled_logits
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
 
 from . import plain as hooks
 from . import plain_circuits as plain

@@ -23,8 +23,8 @@ from mamba_ioi.circuits import (
 )
 from mamba_ioi.circuits.measure import Bench
 from mamba_ioi.circuits.search import prefix_mask, rank, scored_graph
-from mamba_ioi.dataset import IOIDataset
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain_circuits
 from .conftest import random_mamba

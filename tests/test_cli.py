@@ -28,7 +28,7 @@ from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.cli import main
 from mamba_ioi.experiments import EXPERIMENTS
 from mamba_ioi.result import Result
-from mamba_ioi.sites import SITES
+from mamba_ioi.trace.sites import SITES
 from mamba_ioi.zoo.tokenizer import build_tokenizer
 
 ROOT = Path(mamba_ioi.__file__).parents[1]
@@ -138,7 +138,7 @@ def test_a_figure_is_what_its_experiment_gives(made: Path, folder: Path) -> None
 
 
 def test_what_is_complete_is_kept(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mamba_ioi.model, "load_model", None)  # nothing is computed, so no model is needed
+    monkeypatch.setattr(mamba_ioi.models.model, "load_model", None)  # nothing is computed, so no model is needed
     before = snapshot(made)
     again = ["reproduce", "--model", str(folder), *FEW, "--out", str(made)]
     assert main(again) == 0
@@ -481,7 +481,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, gpt2: Path, capsys: pytest.Capt
     def differs(model):
         raise ValueError("the slow path does not reproduce planted")
 
-    monkeypatch.setattr(mamba_ioi.slow_path, "check_slow_path", differs)
+    monkeypatch.setattr(mamba_ioi.models.slow_path, "check_slow_path", differs)
     assert main(["doctor", "--model", "planted"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

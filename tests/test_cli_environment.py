@@ -20,7 +20,7 @@ from mamba_ioi.circuits.export import to_mib
 from mamba_ioi.cli import COMMANDS, main
 from mamba_ioi.figures.style import new_figure, save_figure
 from mamba_ioi.report import write_report
-from mamba_ioi.reproduce import redraw
+from mamba_ioi.reproduce.run import redraw
 from mamba_ioi.result import Result
 
 from .conftest import random_mamba

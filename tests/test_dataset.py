@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from mamba_ioi.dataset import (
+from mamba_ioi.tasks.ioi import (
     ALIGNED_TEMPLATES,
     BOS,
     CORRUPTIONS,

@@ -62,7 +62,7 @@ def test_the_sites_page_takes_its_table_from_the_code():
         from hooks import on_page_markdown
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    from mamba_ioi.sites import SITES
+    from mamba_ioi.trace.sites import SITES
 
     page = on_page_markdown((ROOT / "docs" / "sites.md").read_text(encoding="utf-8"))
     rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \| \[([\w, ]+)\]", page, re.M)

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-from mamba_ioi.dataset import CORRUPTIONS, TEMPLATES, IOIDataset
 from mamba_ioi.experiments import (
     balanced_pairs,
     bottleneck,
@@ -19,8 +18,9 @@ from mamba_ioi.experiments import (
     state_similarity,
 )
 from mamba_ioi.experiments.labels import token_labels
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.result import bootstrap_interval
+from mamba_ioi.tasks.ioi import CORRUPTIONS, TEMPLATES, IOIDataset
 
 from . import plain
 from .conftest import random_mamba

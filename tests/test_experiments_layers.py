@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
-from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.experiments import greedy_layer_removal, layer_removal, resample_ablation
-from mamba_ioi.model import CausalLM, wrap
+from mamba_ioi.models.model import CausalLM, wrap
 from mamba_ioi.result import bootstrap_interval
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain
 from .conftest import random_mamba

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_ioi.dataset import IOIDataset, single_token_names
 from mamba_ioi.experiments import name_means, name_pca, name_steering
 from mamba_ioi.experiments.name_steering import test_rows
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.tasks.ioi import IOIDataset, single_token_names
 
 from . import plain
 from .conftest import random_mamba

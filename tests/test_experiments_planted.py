@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.experiments import (
     EXPERIMENTS,
     balanced_pairs,
@@ -22,7 +21,8 @@ from mamba_ioi.experiments import (
     resample_ablation,
     state_similarity,
 )
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
 from mamba_ioi.zoo.planted import build_planted, planted_names
 
 from . import plain

@@ -13,10 +13,10 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig,
 
 from mamba_ioi import IOIDataset, Patch, cache, generate, load_model, ndif, run
 from mamba_ioi.circuits import Graph, eap, exact_effects
-from mamba_ioi.model import CausalLM, MambaModel, wrap
-from mamba_ioi.patching import resolve
-from mamba_ioi.sites import SITES, owner
-from mamba_ioi.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.patching import resolve
+from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.models.model import CausalLM, MambaModel, wrap
+from mamba_ioi.trace.sites import SITES, owner
 
 from . import plain_circuits
 from .conftest import randomized

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import mamba_ioi
 from mamba_ioi import IOIDataset, Patch, circuits, experiments
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
 
 from .conftest import random_mamba
 from .plain import NAMES, prompt_tokenizer

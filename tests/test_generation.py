@@ -10,9 +10,9 @@ import torch
 from transformers import DynamicCache, MambaForCausalLM
 
 from mamba_ioi import Patch, generate
-from mamba_ioi.dataset import IOIDataset
-from mamba_ioi.model import load_model, wrap
-from mamba_ioi.sites import SITES, owner
+from mamba_ioi.models.model import load_model, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
+from mamba_ioi.trace.sites import SITES, owner
 
 from .conftest import random_mamba
 from .plain import forward_by_hand

@@ -11,8 +11,8 @@ import torch
 from mamba_ioi import circuits, experiments, memory
 from mamba_ioi.circuits.measure import References, reference_bytes
 from mamba_ioi.circuits.pairs import Pairs
-from mamba_ioi.dataset import IOIDataset
-from mamba_ioi.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from .conftest import random_mamba
 from .plain import NAMES, prompt_tokenizer

@@ -25,11 +25,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import mamba_ioi.stages
+import mamba_ioi.trace.stages
 from mamba_ioi import Patch, cache, load_model, run
-from mamba_ioi.model import CausalLM, MambaModel, check_slow_path, wrap
-from mamba_ioi.names import NAMES
-from mamba_ioi.sites import SITES
+from mamba_ioi.models.model import CausalLM, MambaModel, check_slow_path, wrap
+from mamba_ioi.tasks.names import NAMES
+from mamba_ioi.trace.sites import SITES
 
 from .conftest import random_mamba
 from .plain import prompt_tokenizer
@@ -365,14 +365,14 @@ class TestSlowPath:
     @staticmethod
     def replace_scan(monkeypatch, factor):
         """Multiply the scan's outputs by ``factor(layer)``."""
-        right, calls = mamba_ioi.stages.selective_scan, []
+        right, calls = mamba_ioi.trace.s6.selective_scan, []
 
         def wrong(*args, **kwargs):
             y, last = right(*args, **kwargs)
             calls.append(1)
             return y * factor(len(calls) - 1), last
 
-        monkeypatch.setattr(mamba_ioi.stages, "selective_scan", wrong)
+        monkeypatch.setattr(mamba_ioi.trace.s6, "selective_scan", wrong)
 
     @pytest.mark.parametrize(
         ("factor", "words"),
@@ -389,8 +389,8 @@ class TestSlowPath:
         assert "does not reproduce random" in str(error.value)
 
     def test_a_wrong_conv(self, monkeypatch):
-        right = mamba_ioi.stages.conv_terms
-        monkeypatch.setattr(mamba_ioi.stages, "conv_terms", lambda *a: right(*a) * 1.01)
+        right = mamba_ioi.trace.conv.conv_terms
+        monkeypatch.setattr(mamba_ioi.trace.conv, "conv_terms", lambda *a: right(*a) * 1.01)
         with pytest.raises(ValueError, match=r"first site that differs is blocks\.0\.hook_ssm_input, by"):
             wrap(random_mamba(), None, model_id="random")
 
@@ -400,7 +400,7 @@ class TestSlowPath:
         assert check_slow_path(model) < (5e-2 if dtype == torch.bfloat16 else 1e-5)
 
     def test_a_mixer_without_the_operations(self, monkeypatch):
-        monkeypatch.setattr(mamba_ioi.stages.ScanStages, "OPERATION", "source.selective_scan_fn_7")
+        monkeypatch.setattr(mamba_ioi.trace.s6.ScanStages, "OPERATION", "source.selective_scan_fn_7")
         with pytest.raises(ValueError, match=rf"{transformers.__version__} .* without selective_scan_fn_7"):
             wrap(random_mamba(), None, model_id="random")
 

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import MambaForCausalLM
 
 from mamba_ioi import Patch, cache, circuits, run
-from mamba_ioi.attribution import attributed_effects
-from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.experiments import layer_removal, resample_ablation
-from mamba_ioi.model import MambaModel, wrap
-from mamba_ioi.sweep import Readout
+from mamba_ioi.interventions.attribution import attributed_effects
+from mamba_ioi.interventions.sweep import Readout
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain
 from .conftest import random_mamba

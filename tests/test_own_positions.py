@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mamba_ioi import generate
-from mamba_ioi.model import wrap
-from mamba_ioi.patching import Patch, cache, run
-from mamba_ioi.sites import SITES
-from mamba_ioi.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.models.model import wrap
+from mamba_ioi.trace.sites import SITES
 
 from .conftest import random_mamba
 from .plain import forward_by_hand

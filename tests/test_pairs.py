@@ -11,8 +11,8 @@ import torch
 
 import mamba_ioi
 from mamba_ioi import IOIDataset, PromptPairs, circuits, experiments, metrics
-from mamba_ioi.dataset import CORRUPTIONS, TEMPLATES
-from mamba_ioi.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.tasks.ioi import CORRUPTIONS, TEMPLATES
 
 CLEAN = torch.tensor([[9, 3, 4, 5, 6], [9, 3, 4, 7, 0], [9, 8, 0, 0, 0]])
 CORRUPT = torch.tensor([[9, 2, 4, 5, 6], [9, 3, 1, 7, 0], [9, 7, 0, 0, 0]])

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import mamba_ioi
 from mamba_ioi import IOIDataset, PromptPairs
-from mamba_ioi.patching import run
-from mamba_ioi.sweep import Readout, sweep
+from mamba_ioi.interventions.patching import run
+from mamba_ioi.interventions.sweep import Readout, sweep
 
 FORMATS = ("jsonl", "csv", "parquet")
 CLEAN = ["Then, Adam and Amy went to the store. Adam gave a drink to", "Amy and Bob went to the\nstore, Amy gave it to"]

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from mamba_ioi import Patch, cache, run
-from mamba_ioi.model import wrap
-from mamba_ioi.names import NAMES
-from mamba_ioi.sites import SITES
+from mamba_ioi.models.model import wrap
+from mamba_ioi.tasks.names import NAMES
+from mamba_ioi.trace.sites import SITES
 
 from .conftest import random_mamba
 from .plain import edited, forward_by_hand, mixer_by_hand, prompt_tokenizer

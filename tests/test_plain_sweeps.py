@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mamba_ioi import PromptPairs
 from mamba_ioi.experiments import resample_ablation
-from mamba_ioi.model import wrap
+from mamba_ioi.models.model import wrap
 
 
 def test_marks_and_a_metric_over_the_vocabulary() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MambaForCausalLM
 
-from mamba_ioi.dataset import CORRUPTIONS, NAMES, TEMPLATES, IOIDataset
+from mamba_ioi.tasks.ioi import CORRUPTIONS, NAMES, TEMPLATES, IOIDataset
 from mamba_ioi.zoo.planted import Planted, build_planted, planted_names
 from mamba_ioi.zoo.tokenizer import build_tokenizer
 

@@ -23,9 +23,9 @@ from nnsight.modeling.huggingface import _ID_CACHE
 
 from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, generate, load_model, ndif, remote, run, sweep
 from mamba_ioi.cli import main
-from mamba_ioi.model import PACKAGED, MambaModel
+from mamba_ioi.models.model import PACKAGED, MambaModel
 from mamba_ioi.result import Result
-from mamba_ioi.sites import SITES
+from mamba_ioi.trace.sites import SITES
 
 KEY = "33333333-3333-4333-8333-333333333333"
 
@@ -258,7 +258,7 @@ def test_no_gradients_in_a_sandbox(there: MambaModel, data: IOIDataset) -> None:
 def test_the_slow_path_is_checked_on_the_server(there: MambaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= remote.serve(there).difference < 1e-5
     there.remote.served = None
-    monkeypatch.setattr("mamba_ioi.slow_path.slow_path_tolerance", lambda dtype: -1.0)
+    monkeypatch.setattr("mamba_ioi.models.slow_path.slow_path_tolerance", lambda dtype: -1.0)
     with pytest.raises(ValueError, match=r"the slow path does not reproduce .*the first site that differs"):
         remote.serve(there)
 

@@ -18,7 +18,7 @@ from mamba_ioi.cli import main
 from mamba_ioi.report import QUESTIONS, Claim, Finding, judge, write_report
 from mamba_ioi.report import opening as openings
 from mamba_ioi.report.evidence import Number, shown
-from mamba_ioi.reproduce import redraw
+from mamba_ioi.reproduce.run import redraw
 from mamba_ioi.result import Result
 
 from . import report_examples as made

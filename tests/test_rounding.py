@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mamba_ioi import circuits, experiments, load_model
-from mamba_ioi.dataset import IOIDataset
+from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.interventions.sweep import Readout, sweep
 from mamba_ioi.metrics import answer_probability
-from mamba_ioi.model import MambaModel, wrap
-from mamba_ioi.patching import Patch, cache, run
-from mamba_ioi.sites import SITES
-from mamba_ioi.sweep import Readout, sweep
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
+from mamba_ioi.trace.sites import SITES
 
 from .conftest import random_mamba
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mamba_ioi import load_model, patching
-from mamba_ioi.model import MambaModel
-from mamba_ioi.patching import Patch, cache, run
-from mamba_ioi.sites import SITES
+from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.models.model import MambaModel
+from mamba_ioi.trace.sites import SITES
 
 from .plain import forward_by_hand
 
@@ -158,7 +158,7 @@ import resource, torch
 torch.set_num_threads(1)
 from tests.conftest import random_mamba
 from mamba_ioi import Patch, cache, run
-from mamba_ioi.model import wrap
+from mamba_ioi.models.model import wrap
 sizes = dict(hidden_size=128, num_hidden_layers=2, state_size=16, vocab_size=2000, time_step_rank=8)
 model = wrap(random_mamba(**sizes), None, model_id="random")
 model.memory = {memory}

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from mamba_ioi import scan
-from mamba_ioi.patching import Patch, cache, run
-from mamba_ioi.scan import discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
-from mamba_ioi.stages import ConvStages, convolve
+from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.trace.conv import ConvStages, convolve
+from mamba_ioi.trace.s6_scan import discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
 
 
 def random_inputs(batch=3, length=7, inner=8, state=4, dtype=torch.float64, seed=0):
@@ -224,7 +224,7 @@ class TestKernel:
         for name in ("mamba_ssm", "mamba_ssm.ops"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setitem(sys.modules, interface.__name__, interface)
-        monkeypatch.setattr("mamba_ioi.scan._KERNEL_DEVICE", "cpu")
+        monkeypatch.setattr("mamba_ioi.trace.s6_scan._KERNEL_DEVICE", "cpu")
         return calls
 
     def test_it_computes_what_needs_no_state(self, calls):

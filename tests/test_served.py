@@ -9,9 +9,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mamba_ioi import load_model
-from mamba_ioi.model import MambaModel, wrap
-from mamba_ioi.patching import Patch, cache, run
-from mamba_ioi.sites import SITES, owner
+from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.trace.sites import SITES, owner
 
 from .conftest import random_mamba
 

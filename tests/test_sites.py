@@ -6,9 +6,9 @@ import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from mamba_ioi.model import wrap
-from mamba_ioi.patching import cache
-from mamba_ioi.sites import SITES, owner
+from mamba_ioi.interventions.patching import cache
+from mamba_ioi.models.model import wrap
+from mamba_ioi.trace.sites import SITES, owner
 
 from .conftest import random_mamba
 from .plain import forward_by_hand
@@ -400,7 +400,7 @@ def test_the_repr_lists_the_sites_with_their_shapes(small):
 
 def test_every_site_is_documented():
     for site in SITES.values():
-        from mamba_ioi.sites import LayerEnvoy, MixerEnvoy, ModelSites
+        from mamba_ioi.trace.sites import LayerEnvoy, MixerEnvoy, ModelSites
 
         cls = {"model": ModelSites, "layer": LayerEnvoy, "mixer": MixerEnvoy}[site.owner]
         assert getattr(cls, site.attribute).__doc__

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mamba_ioi.continuation import entries
-from mamba_ioi.model import wrap
-from mamba_ioi.patching import Patch, cache, run
-from mamba_ioi.sites import SITES
-from mamba_ioi.sweep import Budget, Readout, Resample, sweep
+from mamba_ioi.interventions.continuation import entries
+from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.interventions.sweep import Budget, Readout, Resample, sweep
+from mamba_ioi.models.model import wrap
+from mamba_ioi.trace.sites import SITES
 
 from .conftest import random_mamba
 
@@ -91,7 +91,9 @@ def test_candidates_of_a_search_share_what_lies_below_their_difference(prompts, 
     model = wrap(random_mamba(seed=2, num_hidden_layers=5), None, model_id="random")
     monkeypatch.setattr(model, "memory", memory)
     orders = []
-    monkeypatch.setattr("mamba_ioi.sweep.entries", lambda *given: orders.append(entries(*given)) or orders[-1])
+    monkeypatch.setattr(
+        "mamba_ioi.interventions.sweep.entries", lambda *given: orders.append(entries(*given)) or orders[-1]
+    )
     everything = [Resample("in_proj", layer) for layer in range(5)]
     candidates = [everything[:layer] + everything[layer + 1 :] for layer in range(5)]
     check(model, prompts, [everything, *candidates, everything])
@@ -142,7 +144,7 @@ def test_the_memory_changes_no_result(small, prompts, memory, monkeypatch):
 
 
 def test_nothing_runs_where_the_prompts_have_not_parted(small, prompts, monkeypatch):
-    import mamba_ioi.sweep as module
+    import mamba_ioi.interventions.sweep as module
 
     started, run_job = [], module.run_job
     monkeypatch.setattr(
@@ -157,7 +159,7 @@ def test_nothing_runs_where_the_prompts_have_not_parted(small, prompts, monkeypa
 
 @pytest.mark.parametrize(("positions", "runs"), [(9, 1), (5, 2), (0, 9)])
 def test_the_source_prompts_run_once_where_their_values_fit(small, prompts, positions, runs, monkeypatch):
-    import mamba_ioi.sweep as module
+    import mamba_ioi.interventions.sweep as module
 
     clean, source, last = prompts
     asked, read = [], module.read_sites

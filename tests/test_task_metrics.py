@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mamba_ioi import IOIDataset, PromptPairs, circuits, experiments, metrics
-from mamba_ioi.model import MambaModel, wrap
-from mamba_ioi.patching import cache
+from mamba_ioi.interventions.patching import cache
+from mamba_ioi.models.model import MambaModel, wrap
 
 from . import plain
 from .conftest import random_mamba

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import mamba_ioi.zoo
-from mamba_ioi.dataset import BOS, CORRUPTIONS, OBJECTS, PLACES, TEMPLATES, IOIDataset
-from mamba_ioi.names import NAMES, single_token_names
+from mamba_ioi.tasks.ioi import BOS, CORRUPTIONS, OBJECTS, PLACES, TEMPLATES, IOIDataset
+from mamba_ioi.tasks.names import NAMES, single_token_names
 from mamba_ioi.zoo.fast_forward import fast_logits
 from mamba_ioi.zoo.tokenizer import TINY_NAMES, build_tokenizer
 from mamba_ioi.zoo.train_tiny import Prompts, train

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from mamba_ioi import Patch, cache, circuits, run
-from mamba_ioi.attribution import attributed_effects
-from mamba_ioi.dataset import IOIDataset
 from mamba_ioi.experiments import (
     conv_slices,
     cross_talk,
@@ -24,9 +22,11 @@ from mamba_ioi.experiments import (
     resample_ablation,
     state_similarity,
 )
-from mamba_ioi.model import CausalLM, MambaModel, load_model, wrap
-from mamba_ioi.sweep import Readout, sweep
-from mamba_ioi.touched import hooks
+from mamba_ioi.interventions.attribution import attributed_effects
+from mamba_ioi.interventions.sweep import Readout, sweep
+from mamba_ioi.models.model import CausalLM, MambaModel, load_model, wrap
+from mamba_ioi.tasks.ioi import IOIDataset
+from mamba_ioi.trace.touched import hooks
 
 from . import plain
 from .conftest import random_mamba

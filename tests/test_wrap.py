@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaForCausalLM
 
 from mamba_ioi import Patch, cache, load_model, run
 from mamba_ioi.circuits import eap
-from mamba_ioi.dataset import IOIDataset
-from mamba_ioi.model import wrap
+from mamba_ioi.models.model import wrap
+from mamba_ioi.tasks.ioi import IOIDataset
 
 from .conftest import random_mamba
 

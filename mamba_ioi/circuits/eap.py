@@ -40,13 +40,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attribution import frozen
 from ..checks import whole_number
+from ..interventions.attribution import frozen
 from ..memory import backward_bytes, fitting_rows
-from ..remote import ask, require_gradients
+from ..remote.requests import ask, require_gradients
 from ..result import Result
-from ..stages import conv_terms
 from ..tasks.pairs import Metric, PromptPairs, metric_name
+from ..trace.conv import conv_terms
 from .circuit import edge_table
 from .forward import Pass, Run, beginning, record, require_fine, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph

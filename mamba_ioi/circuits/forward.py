@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..anatomy import cut_head, output_logits, put_output, skip_block, stream_of
-from ..continuation import States, carry
-from ..location import take_over
-from ..stages import ConvStages, ScanStages
+from ..interventions.continuation import States, carry
+from ..trace.anatomy import cut_head, output_logits, put_output, skip_block, stream_of
+from ..trace.conv import ConvStages
+from ..trace.location import take_over
+from ..trace.s6 import ScanStages
 
 
 @dataclass(frozen=True)

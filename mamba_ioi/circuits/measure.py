@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import whole_number
 from ..memory import FLOAT, budget, fitting_rows, forward_bytes, inner_width, state_bytes, stream_bytes
 from ..metrics import accuracy, kl_divergence
-from ..remote import ask
+from ..remote.requests import ask
 from ..result import bootstrap_interval
 from ..tasks.pairs import Metric, PromptPairs
 from .circuit import Circuit

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import whole_number
-from ..continuation import parting
-from ..dataset import IOIDataset
+from ..interventions.continuation import parting
 from ..metrics import logit_diff, measure, scale
+from ..tasks.ioi import IOIDataset
 from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 HELD_OUT_SEED = 28

@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..dataset import IOIDataset
 from ..experiments.bottleneck import bottleneck
 from ..result import Result
+from ..tasks.ioi import IOIDataset
 from .acdc import acdc
 from .circuit import Circuit
 from .eap import eap

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..scan import discretize_A, discretize_B
-from ..stages import ScanStages, conv_terms
+from ..trace.conv import conv_terms
+from ..trace.s6 import ScanStages
+from ..trace.s6_scan import discretize_A, discretize_B
 from .forward import Pass, Run, stream
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 

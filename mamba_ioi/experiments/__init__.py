@@ -13,9 +13,9 @@ from pkgutil import resolve_name
 from typing import Any
 
 from ..catalogue import CATALOGUE, Row
-from ..dataset import IOIDataset
-from ..model import CausalLM
+from ..models.model import CausalLM
 from ..result import Result
+from ..tasks.ioi import IOIDataset
 from .bottleneck import bottleneck, default_layer
 from .conv_slices import conv_slices
 from .cross_talk import balanced_pairs, cross_talk

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..dataset import IOIDataset
-from ..model import MambaModel
-from ..sweep import Resample
+from ..interventions.sweep import Resample
+from ..models.model import MambaModel
+from ..tasks.ioi import IOIDataset
 from ..tasks.pairs import Metric, PromptPairs
 from .common import check_data, resample_effects, rows_by_group
 

@@ -12,15 +12,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..checks import integers, listed
+from ..interventions.sweep import Readout, Resample, sweep
 from ..memory import budget
 from ..metrics import accuracy, answer_probability, measure, normalized
 from ..result import bootstrap_interval
-from ..sweep import Readout, Resample, sweep
 from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 if TYPE_CHECKING:
-    from ..model import CausalLM, MambaModel
-    from ..patching import Patch
+    from ..interventions.patching import Patch
+    from ..models.model import CausalLM, MambaModel
 
 TIE_DIGITS = 6
 """Scores that agree to this many decimals count as equal, so that rounding errors choose no layer."""

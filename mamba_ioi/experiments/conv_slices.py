@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import product
 
 from ..checks import integer, integers, listed
-from ..model import MambaModel
+from ..interventions.sweep import Resample
+from ..models.model import MambaModel
 from ..result import Result
-from ..sweep import Resample
 from ..tasks.pairs import Metric, PromptPairs, check_metric, metric_name
 from .bottleneck import bottleneck
 from .common import check_data, check_layer, check_places, resample_effects, where

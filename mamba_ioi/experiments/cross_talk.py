@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import real_number
-from ..dataset import CORRUPTIONS, TEMPLATES, IOIDataset
-from ..model import MambaModel
+from ..interventions.sweep import Readout, Resample, sweep
+from ..models.model import MambaModel
 from ..result import Result
-from ..sweep import Readout, Resample, sweep
+from ..tasks.ioi import CORRUPTIONS, TEMPLATES, IOIDataset
 from ..tasks.pairs import PromptPairs
 from .common import best_run, candidate_scores, check_data, mean_with_interval, rows_by_group
 

@@ -13,15 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..anatomy import output_logits, put_output, skip_block, stream_of
-from ..location import take_over
+from ..interventions.sweep import Readout
 from ..memory import fitting_rows, forward_bytes, stream_bytes
-from ..model import CausalLM
-from ..remote import ask
+from ..models.model import CausalLM
+from ..remote.requests import ask
 from ..result import Result
-from ..stages import ConvStages, ScanStages
-from ..sweep import Readout
 from ..tasks.pairs import PromptPairs
+from ..trace.anatomy import output_logits, put_output, skip_block, stream_of
+from ..trace.conv import ConvStages
+from ..trace.location import take_over
+from ..trace.s6 import ScanStages
 from .common import best_run, candidate_scores, check_data, mean_with_interval
 
 PROMPTS_AT_ONCE = 64

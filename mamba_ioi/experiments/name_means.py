@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import integer, whole_number
-from ..dataset import IOIDataset
+from ..interventions.patching import cache
 from ..memory import fitting_rows, forward_bytes
-from ..model import MambaModel
-from ..names import name_tokens
-from ..patching import cache
-from ..remote import ask
+from ..models.model import MambaModel
+from ..remote.requests import ask
+from ..tasks.ioi import IOIDataset
+from ..tasks.names import name_tokens
 from .bottleneck import default_layer
 from .common import check_layer
 

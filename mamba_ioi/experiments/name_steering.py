@@ -11,12 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import whole_number
-from ..dataset import IOIDataset
+from ..interventions.patching import Patch, cache
+from ..interventions.sweep import Readout, sweep
 from ..metrics import logit_diff
-from ..model import MambaModel
-from ..patching import Patch, cache
+from ..models.model import MambaModel
 from ..result import Result
-from ..sweep import Readout, sweep
+from ..tasks.ioi import IOIDataset
 from .common import mean_with_interval
 from .name_means import SLOTS, NameMeans, check_names, mean_prompts, name_means, rows_at_once
 

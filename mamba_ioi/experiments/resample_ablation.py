@@ -11,23 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution import attributed_effects
-from ..blocks import EVERY_SITE
-from ..model import CausalLM
+from ..interventions.attribution import attributed_effects
+from ..interventions.sweep import Readout, Resample
+from ..models.model import CausalLM
 from ..result import Result
-from ..sites import SITES
-from ..sweep import Readout, Resample
 from ..tasks.pairs import Metric, PromptPairs, check_metric, metric_name
-from .common import (
-    check_data,
-    check_layers,
-    check_places,
-    mean_where,
-    present,
-    resample_effects,
-    rows_by_group,
-    where,
-)
+from ..trace.blocks import EVERY_SITE
+from ..trace.sites import SITES
+from .common import check_data, check_layers, check_places, mean_where, present, resample_effects, rows_by_group, where
 from .labels import token_labels
 
 MEASURED_CELLS, MEASURED_ROWS = 128, 8

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import listed
-from ..dataset import BOS, TEMPLATES, IOIDataset
-from ..model import MambaModel
-from ..names import NAMES
-from ..patching import cache
-from ..remote import ask
+from ..interventions.patching import cache
+from ..models.model import MambaModel
+from ..remote.requests import ask
 from ..result import Result
+from ..tasks.ioi import BOS, TEMPLATES, IOIDataset
+from ..tasks.names import NAMES
 from .bottleneck import default_layer
 from .common import check_layer
 

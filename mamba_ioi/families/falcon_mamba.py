@@ -8,9 +8,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..location import Site
-from ..sites import MixerEnvoy
-from ..stages import cast
+from ..trace.location import Site
+from ..trace.sites import MixerEnvoy
+from ..trace.stages import cast
 from .family import S6_SIZES, Family
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from nnsight import Envoy
 from torch import nn
 
-from ..blocks import BlockEnvoy
-from ..served import ServedEnvoy
-from ..sites import SITES, Conv1dEnvoy, DtProjEnvoy, InProjEnvoy, LayerEnvoy, MixerEnvoy
+from ..trace.blocks import BlockEnvoy
+from ..trace.served import ServedEnvoy
+from ..trace.sites import SITES, Conv1dEnvoy, DtProjEnvoy, InProjEnvoy, LayerEnvoy, MixerEnvoy
 
 
 @dataclass(frozen=True)

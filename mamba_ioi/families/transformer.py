@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..blocks import BLOCK_SITES, tree_of
+from ..trace.blocks import BLOCK_SITES, tree_of
 from .family import Family
 
 ATTENTION = ("attn", "attention", "self_attn", "self_attention", "temporal_block")

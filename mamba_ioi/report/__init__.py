@@ -20,7 +20,7 @@ from ..catalogue import CATALOGUE
 from ..figures import circuit_html
 from ..figures.companions import GRAPHS
 from ..files import replace_files
-from ..folder import REPORTS, RESULTS
+from ..reproduce.folder import REPORTS, RESULTS
 from ..result import META_FILE, Result
 from .claims import QUESTIONS, judge
 from .evidence import Claim, Finding, Number, Results, Table, number_table

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..names import NAMES
+from ..tasks.names import NAMES
 from .evidence import Finding, Number, Results, listed, plural, shown
 from .layers import LAYER_UNKNOWN, found_bottleneck, peaks_by
 

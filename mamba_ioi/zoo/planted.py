@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from mamba_ioi.checks import whole_number
-from mamba_ioi.dataset import NAMES
-from mamba_ioi.zoo.planted_weights import (
+from ..checks import whole_number
+from ..tasks.ioi import NAMES
+from .planted_weights import (
     Basis,
     rotate,
     single_tokens,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import MambaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 
-from mamba_ioi.dataset import OBJECTS, PLACES
+from ..tasks.ioi import OBJECTS, PLACES
 
 OTHER = 8  # dimensions for all tokens without a part in the task
 SCRATCH = 8  # least number of dimensions for scratch

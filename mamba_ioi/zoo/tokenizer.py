@@ -16,7 +16,7 @@ from itertools import pairwise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mamba_ioi.dataset import NAMES, OBJECTS, PLACES, TEMPLATES
+from ..tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 BOS = "<|endoftext|>"
 """Token 0: begins every prompt; also ends a text and pads a batch, as in GPT-NeoX's tokenizer."""

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 
 from ..checks import integer, whole_number
-from ..dataset import BOS, OBJECTS, PLACES, TEMPLATES
+from ..tasks.ioi import BOS, OBJECTS, PLACES, TEMPLATES
 from .fast_forward import fast_logits
 from .tokenizer import TINY_NAMES, build_tokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, MambaConfig
 
-from mamba_ioi.model import PACKAGED
+from mamba_ioi.models.model import PACKAGED
 from tests.conftest import random_mamba
 
 WIDTHS = {"narrow": 16, "wide": 256}

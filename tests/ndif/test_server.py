@@ -21,9 +21,9 @@ import torch
 
 from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, load_model, ndif, remote, run, sweep
 from mamba_ioi.cli import main
-from mamba_ioi.model import MambaModel
+from mamba_ioi.models.model import MambaModel
 from mamba_ioi.result import Result
-from mamba_ioi.sites import SITES
+from mamba_ioi.trace.sites import SITES
 
 URL = "http://127.0.0.1:8001"
 KEYS = {"trusted": "11111111-1111-4111-8111-111111111111", "sandboxed": "22222222-2222-4222-8222-222222222222"}

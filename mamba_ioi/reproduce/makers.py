@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .catalogue import CATALOGUE, Row
+from ..catalogue import CATALOGUE, Row
 
 if TYPE_CHECKING:
-    from .model import CausalLM
-    from .result import Result
+    from ..models.model import CausalLM
+    from ..result import Result
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def make(row: Row, model: CausalLM, settings: Settings) -> Result:
     Raises:
         ValueError: as the figure's function.
     """
-    from .experiments import Experiment
+    from ..experiments import Experiment
 
     layer = settings.layer if row.takes_layer else None
     experiment = Experiment(**vars(row))
@@ -71,16 +71,16 @@ def ssm_internals(model: CausalLM) -> Result:
 
 
 def _sizes(name: str, model: CausalLM) -> Result:
-    from .figures import ModelSizes
-    from .result import Result
+    from ..figures import ModelSizes
+    from ..result import Result
 
     return Result.create(name, ModelSizes.of(model).table(), model=model, arguments={})
 
 
 def residual_graph(model: CausalLM) -> Result:
     """Figure 3: every edge of the residual stream, columns src and dst; of the first layers where there are many."""
-    from .figures import residual_edges
-    from .result import Result
+    from ..figures import residual_edges
+    from ..result import Result
 
     shown = model.n_layers if model.n_layers <= 8 else 4
     return Result.create("residual_graph", residual_edges(shown), model=model, arguments={"layers_shown": shown})
@@ -88,9 +88,9 @@ def residual_graph(model: CausalLM) -> Result:
 
 def _beside_the_paper(result: Result, model_id: str) -> Result:
     """The result, of mamba-370m with its agreement with the authors' edges in ``meta["paper"]``, and in the log."""
-    from . import reference
-    from .circuits.pipeline import circuit_of
-    from .result import Result
+    from .. import reference
+    from ..circuits.pipeline import circuit_of
+    from ..result import Result
 
     if "circuit" not in result.meta or not reference.is_paper_model(model_id):
         return result
@@ -109,9 +109,9 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
     Raises:
         ValueError: for a model that cannot be loaded, a layer that it does not have, or a tokenizer without names.
     """
-    from .dataset import IOIDataset
-    from .experiments.common import check_layer
-    from .model import load_model
+    from ..experiments.common import check_layer
+    from ..models.model import load_model
+    from ..tasks.ioi import IOIDataset
 
     model = load_model(settings.model, device=settings.device, dtype=settings.dtype, remote=settings.remote)
     model.memory = settings.memory
@@ -128,6 +128,6 @@ def with_layer(figure: str, model: CausalLM, settings: Settings) -> Settings:
     """The settings with the bottleneck layer, if the figure needs a layer and none is named."""
     if not CATALOGUE[figure].takes_layer or settings.layer is not None:
         return settings
-    from .experiments import default_layer
+    from ..experiments import default_layer
 
     return replace(settings, layer=default_layer(model, seed=settings.seed, progress=settings.progress))

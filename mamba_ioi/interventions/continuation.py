@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .location import take_over
+from ..trace.conv import ConvStages
+from ..trace.location import take_over
+from ..trace.s6 import ScanStages
+from ..trace.sites import SITES
+from ..trace.stages import cast
 from .patching import Change, Plan, leave_out, logits_at, visit
-from .sites import SITES
-from .stages import ConvStages, ScanStages, cast
 
 
 @dataclass(frozen=True)

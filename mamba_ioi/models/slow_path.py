@@ -9,9 +9,9 @@ from jaxtyping import Int
 from nnsight import TransformersModel
 from torch import Tensor
 
-from .anatomy import output_logits, relative_difference, short_prompt
-from .location import logits_of, take_over
-from .stages import ScanStages
+from ..trace.anatomy import output_logits, relative_difference, short_prompt
+from ..trace.location import logits_of, take_over
+from ..trace.s6 import ScanStages
 from .weights import dtype_name, refuse_not_finite
 
 

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .catalogue import CATALOGUE, choose
+from ..catalogue import CATALOGUE, choose
 from .folder import ANSWERS, PICTURES, REPORTS, RESULTS, check_folder, discard_answers, locked, stored_result
 from .makers import Settings, make, prepare, with_layer
 
 if TYPE_CHECKING:
-    from .model import CausalLM
-    from .result import Result
+    from ..models.model import CausalLM
+    from ..result import Result
 
 logger = logging.getLogger(__name__)
 
-_PACKAGED = Path(__file__).parent / "zoo" / "tiny"
+_PACKAGED = Path(__file__).parent.parent / "zoo" / "tiny"
 _WEIGHTS = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt", "*.safetensors", "*.bin")
 
 
@@ -95,7 +95,7 @@ def reproduce(
             done, result = "drawn again from its result", found[figure]
             try:
                 if result is None:
-                    from .remote import answers_in
+                    from ..remote.requests import answers_in
 
                     with answers_in(model, out / RESULTS / figure / ANSWERS):
                         settings = with_layer(figure, model, settings)
@@ -127,7 +127,7 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
         ValueError: if another run is using the folder, or it holds no results.
         OSError: if the folder cannot be written, or the disk is full.
     """
-    from .result import META_FILE, Result
+    from ..result import META_FILE, Result
 
     out = Path(os.path.expanduser(out))
     if not (out / RESULTS).is_dir():
@@ -148,7 +148,7 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
 
 def compute(figure: str, model: CausalLM, settings: Settings, asked: Mapping[str, Any]) -> Result:
     """The figure's result, which says what was asked for."""
-    from .result import Result
+    from ..result import Result
 
     result = make(CATALOGUE[figure], model, settings)
     return Result(result.table, result.meta | {"request": dict(asked)})
@@ -164,7 +164,7 @@ def _store(result: Result, out: Path, figure: str) -> None:
 
 def _draw(result: Result, out: Path, figure: str) -> Outcome | None:
     """Draw a result into the folder; the outcome if that fails."""
-    from .figures import save_companions, save_figure
+    from ..figures import save_companions, save_figure
 
     try:
         save_companions(result, out / figure)
@@ -177,7 +177,7 @@ def _draw(result: Result, out: Path, figure: str) -> Outcome | None:
 
 
 def _report(out: Path) -> Outcome:
-    from .report import write_report
+    from ..report import write_report
 
     try:
         written = write_report(out)
@@ -200,11 +200,11 @@ def _failed(figure: str, error: Exception) -> Outcome:
 
 def model_identity(settings: Settings) -> dict[str, Any]:
     """What all figures of one folder must share: the model, its weights, their precision, the version of mamba_ioi."""
-    from . import __version__
+    from .. import __version__
 
     remote = None
     if settings.remote:
-        from .remote import Remote
+        from ..remote.requests import Remote
 
         remote = str(Remote(settings.remote))
     folder = _PACKAGED if settings.model == "tiny" else Path(os.path.expanduser(settings.model))

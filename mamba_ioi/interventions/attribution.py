@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .location import take_over
-from .memory import backward_bytes, fitting_rows
-from .metrics import measure, normalized
-from .model import MambaModel
+from ..memory import backward_bytes, fitting_rows
+from ..metrics import measure, normalized
+from ..models.model import MambaModel
+from ..remote.requests import ask, require_gradients
+from ..trace.location import take_over
+from ..trace.sites import SITES, owner
 from .patching import OPERATIONS, Plan, SiteRef, forward, logits_at, read_positions, resolve
-from .remote import ask, require_gradients
-from .sites import SITES, owner
 from .sweep import Readout
 
 MOST_ROWS = 64

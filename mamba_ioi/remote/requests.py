@@ -25,7 +25,7 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor
 
-from .slow_path import judge_slow_path, served_model
+from ..models.slow_path import judge_slow_path, served_model
 from .traffic import Traffic, public_url
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Answers:
         if self.folder is not None:
             from safetensors.torch import save
 
-            from .files import replace_files
+            from ..files import replace_files
 
             stored = save({name: value.contiguous() for name, value in answer.items()})
             replace_files(self.folder, {f"{key}.safetensors": stored})

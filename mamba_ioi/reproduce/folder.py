@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .catalogue import CATALOGUE
-from .result import META_FILE, Result
+from ..catalogue import CATALOGUE
+from ..result import META_FILE, Result
 
 RESULTS = "results"
 ANSWERS = "answers"

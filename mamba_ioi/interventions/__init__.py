@@ -1,0 +1,1 @@
+"""What is changed in a run and what is read from it: single runs, sweeps, estimates by gradients, generation."""

@@ -1,0 +1,125 @@
+"""Greedy generation with changes: of the prompt, whose effects last through the states, and of each new token.
+
+What runs inside a trace here uses torch alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..checks import integers, whole_number
+from ..remote.requests import ask
+from .continuation import States, run_layers
+from .patching import Patch, Plan, Tokens, resolve, row_parts, unembed
+
+if TYPE_CHECKING:
+    from ..models.model import MambaModel
+
+
+def generate(
+    model: MambaModel,
+    tokens: Tokens,
+    max_new_tokens: int,
+    *,
+    patches: Sequence[Patch] = (),
+    new_patches: Sequence[Patch] = (),
+) -> Int[Tensor, "B M"]:
+    """The prompts and the tokens that follow, each the most likely one; an end-of-text token does not end them.
+
+    As many rows run at once as ``model.memory`` allows, all of them where a value is a callable.
+
+    Every token is read once: the states that the positions before it left are gone on from, so what a patch changes
+    lasts. The result is that of running the growing text anew at every step with the same changes.
+
+    Args:
+        model: a Mamba from `load_model`.
+        tokens: token ids ``[B, L]``, a text, or texts of one length in tokens.
+        max_new_tokens: how many tokens to add (T).
+        patches: what to change while the prompt is read.
+        new_patches: what to change while the new tokens are read, one at a time. The last of them is not read, so the
+            positions are L to L + T - 2, counted from 0 as in the whole text; None is all of them, and ``h_start`` is
+            the state before the token. A callable sees the site at one position, ``[B, 1, ...]``.
+
+    Raises:
+        ValueError: for texts of several lengths, a number of tokens below 1, or a patch that does not fit.
+    """
+    model.require_mamba("patched runs")
+    model.require_stream("generations with patches")
+    ids, last = model.to_tokens(tokens)
+    if last is not None and len(lengths := sorted({position + 1 for position in last.tolist()})) > 1:
+        raise ValueError(f"generation needs prompts of one length, not of {lengths} tokens: generate them one by one")
+    new = whole_number(max_new_tokens, "max_new_tokens", least=1)
+    plan = Plan.make(model, ids, patches, ())
+    if isinstance(new_patches, Patch) or not all(isinstance(patch, Patch) for patch in new_patches):
+        raise ValueError(f"new_patches are a list whose entries are Patch, not this {type(new_patches).__name__}")
+    first = ids.shape[1]
+    later: list[list[Patch]] = [[] for _ in range(new - 1)]
+    for patch in new_patches:
+        for position, one in _at_each(model, patch, first, first + new - 1):
+            later[position - first].append(one)
+    plans = [Plan.make(model, ids[:, :1], changes, ()) for changes in later]
+    rows = len(ids) if any(one.calls for one in plans) else None
+    parts = row_parts(model, ids, plan, rows, logits=False)
+    found = []
+    for part in parts:
+        own = [one.rows(part, len(ids)) for one in plans]
+        found.append(ask(model, continue_greedily, ids[part], plan.rows(part, len(ids)), own)["tokens"])
+    return torch.cat(found)
+
+
+def _at_each(model: MambaModel, patch: Patch, first: int, stop: int) -> list[tuple[int, Patch]]:
+    """The positions at which a patch of new tokens acts, each with what it is in a run of that token alone."""
+    ref = resolve(model, patch.site, patch.layer)
+    if ref.position is not None and patch.positions is not None:
+        raise ValueError(f"{patch.site!r} names its position; give no positions as well")
+    at = patch.positions if ref.position is None else [ref.position]
+    positions = list(range(first, stop)) if at is None else integers(at)
+    if at is not None and not (positions and all(first <= position < stop for position in positions)):
+        read = f"at positions {first} to {stop - 1}" if stop > first else "of which there are none"
+        raise ValueError(f"new_patches act where new tokens are read, {read}, not at {positions}")
+    if at is not None and not ref.site.by_position:
+        raise ValueError(f"the site {ref.site.name!r} has no positions; patch it with positions=None")
+    value, axis = patch.value, 1 - len(ref.site.shape) + (patch.slice is not None)  # of the positions
+    found = []
+    for column, position in enumerate(positions):
+        if at is not None and isinstance(value, Tensor) and value.dim() >= -axis:
+            if ref.position is not None and value.dim() == -axis:
+                one = value.unsqueeze(axis)
+            elif value.shape[axis] not in (1, len(positions)):
+                raise ValueError(
+                    f"a value of shape {tuple(value.shape)} does not fit the site {ref.site.name!r} at "
+                    f"{len(positions)} positions"
+                )
+            else:
+                one = value.narrow(axis, column if value.shape[axis] > 1 else 0, 1)
+        else:
+            one = value
+        found.append(
+            (position, dataclasses.replace(patch, site=ref.site.name, layer=ref.layer, value=one, positions=None))
+        )
+    return found
+
+
+def continue_greedily(model, ids: Int[Tensor, "B L"], plan: Plan, later: Sequence[Plan]) -> dict[str, Tensor]:
+    """`generate` on some rows, here or on a server: one trace reads the prompt, and one each new token."""
+    states: States = [(None, None)] * model.n_layers
+    found = [ids.to(model.device)]
+    for changes in (plan, *later):
+        segment = found[-1]
+        with torch.no_grad(), model.trace(segment):
+            outcome = continued(model, changes, states, torch.full_like(segment[:, 0], segment.shape[1] - 1)).save()  # pyright: ignore[reportAttributeAccessIssue]
+        states, logits = outcome
+        found.append(logits.argmax(-1, keepdim=True))
+    return {"tokens": torch.cat(found, dim=1)}
+
+
+def continued(model, plan: Plan, states: States, last: Int[Tensor, "B"]) -> Any:
+    """The body of a trace: what it leaves behind in each layer, and the logits at its last position."""
+    ends = run_layers(model, states, plan)
+    return ends, unembed(model, plan, last, {})
