@@ -397,7 +397,9 @@ def race(lens: Path, *, layers: int, prompts: int, rounds: int) -> None:
     every cell, whichever it is.
     """
     from mamba_ioi import bench
-    from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+    from mamba_ioi.interventions.patch import Resample
+    from mamba_ioi.interventions.readout import Readout
+    from mamba_ioi.interventions.sweep import sweep
 
     command = [str(lens), __file__, "serve", "--layers", str(layers), "--prompts", str(prompts)]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

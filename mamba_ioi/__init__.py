@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from . import circuits, experiments, metrics, reference
     from .experiments import bottleneck
     from .interventions.generation import generate
-    from .interventions.patching import Patch, cache, run
+    from .interventions.patch import Patch
+    from .interventions.run import cache, run
     from .models.model import MambaModel, load_model, planted
     from .result import Result
     from .tasks import PromptPairs
@@ -37,15 +38,15 @@ __all__ = [
 _HOMES = {
     "IOIDataset": "tasks.ioi",
     "MambaModel": "models.model",
-    "Patch": "interventions.patching",
+    "Patch": "interventions.patch",
     "PromptPairs": "tasks",
     "Result": "result",
     "bottleneck": "experiments",
-    "cache": "interventions.patching",
+    "cache": "interventions.run",
     "generate": "interventions.generation",
     "load_model": "models.model",
     "planted": "models.model",
-    "run": "interventions.patching",
+    "run": "interventions.run",
 }
 
 

@@ -19,10 +19,12 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from .circuits import eap
 from .circuits.graph import Graph
-from .circuits.measure import MANY, Bench
+from .circuits.measure import MANY, Evaluator
 from .experiments import resample_ablation
-from .interventions.patching import run
-from .interventions.sweep import Readout, Resample, sweep
+from .interventions.patch import Resample
+from .interventions.readout import Readout
+from .interventions.run import run
+from .interventions.sweep import sweep
 from .models.model import CausalLM, MambaModel, load_model, wrap
 from .tasks.ioi import IOIDataset
 
@@ -200,8 +202,8 @@ def tested_edges(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line
     """What ACDC pays for an edge tested in the whole graph: candidates at some nodes, weighed by the nodes' edges."""
     data = pairs(model, max(2, prompts // 4))
     graph = Graph(model.n_layers)
-    circuits = Bench(model, data, graph, together=MANY)
-    circuits.know(torch.ones(len(graph.pairs), graph.width, dtype=torch.bool))
+    circuits = Evaluator(model, data, graph, together=MANY)
+    circuits.start_from(torch.ones(len(graph.pairs), graph.width, dtype=torch.bool))
     nodes = sorted({round(node) for node in np.linspace(0, model.n_layers, 5)})
     costs = []
     for node in nodes:

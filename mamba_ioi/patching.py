@@ -1,7 +1,8 @@
-"""Where `mamba_ioi.interventions.patching` was before 0.3: its public names are still to be had from here."""
+"""Where `Patch`, `cache` and `run` were before 0.3: they are still to be had from here."""
 
 from __future__ import annotations
 
-from .interventions.patching import ActivationCache, Patch, cache, run
+from .interventions.patch import Patch
+from .interventions.run import ActivationCache, cache, run
 
 __all__ = ["ActivationCache", "Patch", "cache", "run"]

@@ -1,7 +1,9 @@
-"""Where `mamba_ioi.interventions.sweep` was before 0.3: its public names are still to be had from here."""
+"""Where `sweep`, `Resample` and `Readout` were before 0.3: they are still to be had from here."""
 
 from __future__ import annotations
 
-from .interventions.sweep import Budget, Readout, Resample, picked, sweep
+from .interventions.patch import Resample
+from .interventions.readout import Readout, picked
+from .interventions.sweep import Budget, sweep
 
 __all__ = ["Budget", "Readout", "Resample", "picked", "sweep"]

@@ -7,8 +7,9 @@ import torch
 
 from mamba_ioi import IOIDataset, experiments, load_model, planted
 from mamba_ioi.interventions.attribution import attributed_effects
-from mamba_ioi.interventions.patching import Patch, cache, run
-from mamba_ioi.interventions.sweep import Readout
+from mamba_ioi.interventions.patch import Patch
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.run import cache, run
 from mamba_ioi.models.model import wrap
 from mamba_ioi.trace.sites import SITES
 

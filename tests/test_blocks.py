@@ -10,10 +10,13 @@ import torch
 from nnsight.modeling.huggingface import _ID_CACHE
 from torch import Tensor, nn
 
-from mamba_ioi import IOIDataset, Patch, cache, load_model, ndif, run
+from mamba_ioi import IOIDataset, Patch, cache, load_model, run
 from mamba_ioi.experiments import resample_ablation
-from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.patch import Resample
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import CausalLM, wrap
+from mamba_ioi.remote import ndif
 
 from .plain import effects
 from .test_any_model import CONFIGS, TOKENIZER, V, untouched

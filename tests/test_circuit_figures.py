@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 import mamba_ioi
-from mamba_ioi import makers
 from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.circuits import evaluate, pipeline
 from mamba_ioi.figures import circuit_graph, circuit_html, circuit_tables, companions, save_companions
@@ -26,6 +25,7 @@ from mamba_ioi.figures.circuit_layout import (
 )
 from mamba_ioi.figures.circuit_matrices import parts_table
 from mamba_ioi.figures.circuit_tables import traffic_table
+from mamba_ioi.reproduce import makers
 from mamba_ioi.result import Result
 
 from .browser import BROWSER, body_data

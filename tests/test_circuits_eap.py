@@ -150,8 +150,8 @@ def test_what_enters_a_linear_layer_leaves_it(linear: MambaModel, data: IOIDatas
 class Watched(Attributed):
     """The pass of `eap`, keeping the gradient at every input."""
 
-    def enter(self, layer, resid):
-        value = super().enter(layer, resid)
+    def into(self, layer, resid):
+        value = super().into(layer, resid)
         value.register_hook(lambda gradient: self.gradients.insert(0, gradient))
         return value
 

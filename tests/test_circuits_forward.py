@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from mamba_ioi.circuits import Graph
 from mamba_ioi.circuits.forward import beginning, record
-from mamba_ioi.circuits.resample import know, resampled_logits
+from mamba_ioi.circuits.resample import resampled_logits, run_circuit
 from mamba_ioi.models.model import MambaModel, wrap
 
 from . import plain as hooks
@@ -184,7 +184,7 @@ def test_candidates_go_on_from_a_known_circuit(graph: Graph) -> None:
     run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(len(graph.pairs), graph.width, generator=generator) < 0.7
-    known = know(model, graph, TOKENS[0], run, mask)
+    base = run_circuit(model, graph, TOKENS[0], run, mask)
     ran = []
     for layer in range(N):
         model._module.backbone.layers[layer].mixer.in_proj.register_forward_hook(lambda *_, i=layer: ran.append(i))
@@ -196,7 +196,7 @@ def test_candidates_go_on_from_a_known_circuit(graph: Graph) -> None:
             candidates[1, edges] = False
             candidates[2, edges.start :] = torch.rand(candidates[2, edges.start :].shape, generator=generator) < 0.6
             ran.clear()
-            found = resampled_logits(model, graph, TOKENS[0], LAST, run, candidates[:, None], known)
+            found = resampled_logits(model, graph, TOKENS[0], LAST, run, candidates[:, None], base)
             assert all(i >= layer for i in ran)
             expected = resampled_logits(model, graph, TOKENS[0], LAST, run, candidates[:, None])
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from mamba_ioi.circuits import (
     overlap,
     top_k,
 )
-from mamba_ioi.circuits.measure import Bench
+from mamba_ioi.circuits.measure import Evaluator
 from mamba_ioi.circuits.search import prefix_mask, rank, scored_graph
 from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.tasks.ioi import IOIDataset
@@ -70,14 +70,14 @@ def test_rows_are_those_of_the_data_wherever_they_begin(
     monkeypatch.setattr(model, "memory", memory)
     graph = Graph(3, True)
     masks = torch.rand(3, len(graph.pairs), 1, generator=torch.Generator().manual_seed(1)) < 0.8
-    bench = Bench(model, data, graph, batch_rows=batch_rows)
-    assert (bench.runs is None) == (memory == 1), "what is held fits into the memory"
-    assert len(set(bench.pairs.start.tolist())) > 1 and bench.pairs.order.tolist() != list(range(len(data)))
+    evaluator = Evaluator(model, data, graph, batch_rows=batch_rows)
+    assert (evaluator.runs is None) == (memory == 1), "what is held fits into the memory"
+    assert len(set(evaluator.pairs.start.tolist())) > 1 and evaluator.pairs.order.tolist() != list(range(len(data)))
     if known:
-        bench.know(masks[0])
-    found = bench.measure(masks)
+        evaluator.start_from(masks[0])
+    found = evaluator.measure(masks)
     for row in range(len(data)):
-        alone = Bench(model, data[row : row + 1], graph).measure(masks)
+        alone = Evaluator(model, data[row : row + 1], graph).measure(masks)
         for name in ("nld", "kl", "logit_diff"):
             got, expected = getattr(found, name)[:, row], getattr(alone, name)[:, 0]
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -180,7 +180,7 @@ def test_the_papers_binary_search(model: MambaModel, data: IOIDataset, monkeypat
             asked.append(int(masks.sum()))
             return FixedMeans(0.9 if asked[-1] >= needed else 0.5)
 
-        monkeypatch.setattr(Bench, "measure", means)
+        monkeypatch.setattr(Evaluator, "measure", means)
         circuit = minimal_circuit(model, data, scores, prune=False)
         low, high = 0, len(graph) - 1
         while low < high:
@@ -191,7 +191,7 @@ def test_the_papers_binary_search(model: MambaModel, data: IOIDataset, monkeypat
 
 
 class FixedMeans:
-    """What `Bench.measure` would return, with one accuracy."""
+    """What `Evaluator.measure` would return, with one accuracy."""
 
     def __init__(self, accuracy: float) -> None:
         self.accuracy = accuracy
@@ -288,17 +288,17 @@ def test_what_the_ssm_edge_carries_is_kept_from_scores_to_circuits(model: MambaM
 def test_joint_acdc_tests_against_the_circuit_at_hand(model: MambaModel, data: IOIDataset) -> None:
     threshold, graph = 0.05, Graph(3)
     found = acdc(model, data, None, threshold, fine=False)
-    bench = Bench(model, data, graph)
+    evaluator = Evaluator(model, data, graph)
     mask = torch.ones(len(graph.pairs), 1, dtype=torch.bool)
     for layer in (3, 2, 1, 0):
         mask = graph.prune(mask)
-        before = bench.measure(mask[None]).nld.mean().item()
+        before = evaluator.measure(mask[None]).nld.mean().item()
         dropped = []
         for i in range(len(graph.pairs))[graph.into(layer)]:
             if mask[i]:
                 without = mask.clone()
                 without[i] = False
-                effect = before - bench.measure(without[None]).nld.mean().item()
+                effect = before - evaluator.measure(without[None]).nld.mean().item()
                 assert found.table.effect[i] == pytest.approx(effect, abs=1e-4)
                 dropped += [i] if effect <= threshold else []
         mask[dropped] = False
@@ -310,10 +310,10 @@ def test_faithfulness_as_in_mib(model: MambaModel, data: IOIDataset) -> None:
     fractions = (0.2, 0.5, 1.0)
     result = faithfulness(model, data, scores, fractions)
     graph, values = scored_graph(scores)
-    bench = Bench(model, data, graph)
+    evaluator = Evaluator(model, data, graph)
 
     def difference(mask: torch.Tensor) -> float:
-        return bench.measure(mask[None]).logit_diff.mean().item()
+        return evaluator.measure(mask[None]).logit_diff.mean().item()
 
     empty, whole = (difference(torch.full((len(graph.pairs), 1), value)) for value in (False, True))
     for by in ("signed", "absolute", "random"):

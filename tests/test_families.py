@@ -11,11 +11,13 @@ from nnsight.modeling.huggingface import _ID_CACHE
 from torch import Tensor
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from mamba_ioi import IOIDataset, Patch, cache, generate, load_model, ndif, run
+from mamba_ioi import IOIDataset, Patch, cache, generate, load_model, run
 from mamba_ioi.circuits import Graph, eap, exact_effects
-from mamba_ioi.interventions.patching import resolve
-from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.patch import Resample, resolve
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import CausalLM, MambaModel, wrap
+from mamba_ioi.remote import ndif
 from mamba_ioi.trace.sites import SITES, owner
 
 from . import plain_circuits

@@ -41,7 +41,7 @@ MOVED = {
     "mamba_ioi.generation": ("mamba_ioi.interventions.generation", ("generate",)),
     "mamba_ioi.model": ("mamba_ioi.models.model", ("CausalLM", "MambaModel", "load_model", "planted", "wrap")),
     "mamba_ioi.names": ("mamba_ioi.tasks.names", ("NAMES", "name_tokens", "single_token_names")),
-    "mamba_ioi.patching": ("mamba_ioi.interventions.patching", ("Patch", "cache", "run")),
+    "mamba_ioi.patching": ("mamba_ioi.interventions.run", ("cache", "run")),
     "mamba_ioi.remote": ("mamba_ioi.remote.traffic", ("Traffic", "public_url")),
     "mamba_ioi.reproduce": (
         "mamba_ioi.reproduce.folder",

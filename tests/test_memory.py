@@ -100,9 +100,10 @@ def test_what_is_held_of_a_prompt_is_estimated(model, data, fine: bool, ssm: str
     graph = circuits.Graph(model.n_layers, fine, None, ssm)
     pairs = Pairs.of(model, data)
     held = References.of(model, graph, pairs, torch.ones(len(graph.pairs), 1, dtype=torch.bool))
-    states = [tensor for pair in held.corrupt.begins.states or () for tensor in pair if tensor is not None]
+    pieces = [tensor for one in held.corrupt.begins.states or () for tensor in (one.ssm, one.conv)]
+    states = [tensor for tensor in pieces if tensor is not None]
     inner = [tensor for layer in held.corrupt.inner for tensor in layer.values()]
-    tensors = [*held.corrupt.sources, *inner, *held.known.sources, *states]
+    tensors = [*held.corrupt.sources, *inner, *held.base.sources, *states]
     floats = sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values()) / 2
     run = pairs.length - held.corrupt.begins.position
     estimated = len(pairs) * reference_bytes(model, graph, pairs.length)

@@ -13,7 +13,8 @@ from mamba_ioi import IOIDataset, Patch, cache, load_model, planted, run
 from mamba_ioi.checks import integers, real_number, scalar, whole_number
 from mamba_ioi.circuits import Circuit, Graph, acdc, eap, evaluate, faithfulness, minimal_circuit, top_k
 from mamba_ioi.experiments import conv_slices, cross_talk, name_steering, resample_ablation, state_similarity
-from mamba_ioi.interventions.sweep import Readout, sweep
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import wrap
 from mamba_ioi.result import Result, bootstrap_interval
 

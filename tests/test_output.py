@@ -10,7 +10,7 @@ from transformers import MambaForCausalLM
 from mamba_ioi import Patch, cache, circuits, run
 from mamba_ioi.experiments import layer_removal, resample_ablation
 from mamba_ioi.interventions.attribution import attributed_effects
-from mamba_ioi.interventions.sweep import Readout
+from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.tasks.ioi import IOIDataset
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from mamba_ioi import generate
-from mamba_ioi.interventions.patching import Patch, cache, run
-from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.patch import Patch, Resample
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.run import cache, run
+from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import wrap
 from mamba_ioi.trace.sites import SITES
 

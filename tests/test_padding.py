@@ -10,7 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mamba_ioi import load_model
-from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.interventions.patch import Patch
+from mamba_ioi.interventions.run import cache, run
 from mamba_ioi.models.model import CausalLM, MambaModel, wrap
 
 TEXTS = ["When John and Mary went to the shop, John gave the bag to", "Then Mary and Anna", "Anna and John had a long"]

@@ -11,7 +11,9 @@ import torch
 
 import mamba_ioi
 from mamba_ioi import IOIDataset, PromptPairs, circuits, experiments, metrics
-from mamba_ioi.interventions.sweep import Readout, Resample, sweep
+from mamba_ioi.interventions.patch import Resample
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.tasks.ioi import CORRUPTIONS, TEMPLATES
 
 CLEAN = torch.tensor([[9, 3, 4, 5, 6], [9, 3, 4, 7, 0], [9, 8, 0, 0, 0]])

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 import mamba_ioi
 from mamba_ioi import IOIDataset, PromptPairs
-from mamba_ioi.interventions.patching import run
-from mamba_ioi.interventions.sweep import Readout, sweep
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.run import run
+from mamba_ioi.interventions.sweep import sweep
 
 FORMATS = ("jsonl", "csv", "parquet")
 CLEAN = ["Then, Adam and Amy went to the store. Adam gave a drink to", "Amy and Bob went to the\nstore, Amy gave it to"]

@@ -21,9 +21,13 @@ from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling.huggingface import _ID_CACHE
 
-from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, generate, load_model, ndif, remote, run, sweep
+from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, generate, load_model, run
 from mamba_ioi.cli import main
+from mamba_ioi.interventions import sweep
 from mamba_ioi.models.model import PACKAGED, MambaModel
+from mamba_ioi.remote import ndif
+from mamba_ioi.remote import requests as remote
+from mamba_ioi.remote.traffic import Traffic
 from mamba_ioi.result import Result
 from mamba_ioi.trace.sites import SITES
 
@@ -462,7 +466,7 @@ def test_a_folder_has_no_name_on_a_server(ids: torch.Tensor) -> None:
     ],
 )
 def test_refusals(status: int, detail: str, kind: type, sentence: str) -> None:
-    backend = ndif.Backend("", "http://server", remote.Traffic(), quiet=True, env={})
+    backend = ndif.Backend("", "http://server", Traffic(), quiet=True, env={})
     backend.api_key = KEY
     response = httpx.Response(status, request=httpx.Request("POST", "http://server/request"))
     error = RemoteError(f"Failed to send request: {detail}")
@@ -482,7 +486,7 @@ def test_refusals(status: int, detail: str, kind: type, sentence: str) -> None:
 )
 def test_a_model_that_cannot_be_deployed(description: str) -> None:
     key = 'nnsight.modeling.transformers.TransformersModel:{"repo_id": "mamba-ioi/tiny", "revision": null}'
-    backend = ndif.Backend(key, "http://server", remote.Traffic(), quiet=True, env={})
+    backend = ndif.Backend(key, "http://server", Traffic(), quiet=True, env={})
     fault = backend.fault(RemoteError(f"job 7 failed:\n{description}\n"))
     assert type(fault) is ValueError
     assert str(fault) == f"http://server cannot run mamba-ioi/tiny: {description}"

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from mamba_ioi import circuits, experiments, load_model
-from mamba_ioi.interventions.patching import Patch, cache, run
-from mamba_ioi.interventions.sweep import Readout, sweep
+from mamba_ioi.interventions.patch import Patch
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.run import cache, run
+from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.metrics import answer_probability
 from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.tasks.ioi import IOIDataset

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_ioi import load_model, patching
-from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi import load_model
+from mamba_ioi.interventions import run as running
+from mamba_ioi.interventions.patch import Patch
+from mamba_ioi.interventions.run import cache, run
 from mamba_ioi.models.model import MambaModel
 from mamba_ioi.trace.sites import SITES
 
@@ -30,9 +32,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each trace to come."""
     rows: list[int] = []
     for name in ("read_sites", "read_logits"):
-        work = getattr(patching, name)
+        work = getattr(running, name)
         monkeypatch.setattr(
-            patching, name, lambda model, ids, *rest, work=work: rows.append(len(ids)) or work(model, ids, *rest)
+            running, name, lambda model, ids, *rest, work=work: rows.append(len(ids)) or work(model, ids, *rest)
         )
     return rows
 

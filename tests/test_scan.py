@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from mamba_ioi import scan
-from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.interventions.patch import Patch
+from mamba_ioi.interventions.run import cache, run
+from mamba_ioi.trace import s6_scan as scan
 from mamba_ioi.trace.conv import ConvStages, convolve
 from mamba_ioi.trace.s6_scan import discretize_A, discretize_B, held_scan, read_out, scan_states, selective_scan
 

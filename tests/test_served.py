@@ -9,7 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mamba_ioi import load_model
-from mamba_ioi.interventions.patching import Patch, cache, run
+from mamba_ioi.interventions.patch import Patch
+from mamba_ioi.interventions.run import cache, run
 from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.trace.sites import SITES, owner
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from mamba_ioi.interventions.patching import cache
+from mamba_ioi.interventions.run import cache
 from mamba_ioi.models.model import wrap
 from mamba_ioi.trace.sites import SITES, owner
 

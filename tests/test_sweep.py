@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mamba_ioi.interventions.continuation import entries
-from mamba_ioi.interventions.patching import Patch, cache, run
-from mamba_ioi.interventions.sweep import Budget, Readout, Resample, sweep
+from mamba_ioi.interventions.batches import entries
+from mamba_ioi.interventions.patch import Patch, Resample
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.run import cache, run
+from mamba_ioi.interventions.sweep import Budget, sweep
 from mamba_ioi.models.model import wrap
 from mamba_ioi.trace.sites import SITES
 
@@ -164,13 +166,13 @@ def test_the_source_prompts_run_once_where_their_values_fit(small, prompts, posi
     clean, source, last = prompts
     asked, read = [], module.read_sites
     monkeypatch.setattr(
-        module, "read_sites", lambda model, ids, plan: asked.append(plan.reads.values()) or read(model, ids, plan)
+        module, "read_sites", lambda model, ids, plan: asked.append(plan.reads) or read(model, ids, plan)
     )
     budget = replace(Budget.of(small, 9), values=positions * 3 * 7 * 24 * 4 * 4)  # layers, rows, E, N, bytes
     monkeypatch.setattr(Budget, "of", lambda *_: budget)
     cells = [[Resample("h", layer, position)] for layer in range(3) for position in range(9)]
     sweep(small, clean, cells, readout(last), source=source)
-    assert len(asked) == runs and sum(len(at) for sites in asked for at in sites) == len(cells)
+    assert len(asked) == runs and sum(map(len, asked)) == len(cells)
 
 
 def test_a_resampled_value_counts_where_another_change_came_before(small, prompts):

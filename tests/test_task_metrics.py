@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mamba_ioi import IOIDataset, PromptPairs, circuits, experiments, metrics
-from mamba_ioi.interventions.patching import cache
+from mamba_ioi.interventions.run import cache
 from mamba_ioi.models.model import MambaModel, wrap
 
 from . import plain

@@ -23,7 +23,8 @@ from mamba_ioi.experiments import (
     state_similarity,
 )
 from mamba_ioi.interventions.attribution import attributed_effects
-from mamba_ioi.interventions.sweep import Readout, sweep
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import CausalLM, MambaModel, load_model, wrap
 from mamba_ioi.tasks.ioi import IOIDataset
 from mamba_ioi.trace.touched import hooks

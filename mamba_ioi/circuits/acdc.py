@@ -14,7 +14,7 @@ from ..checks import real_number
 from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit, edge_table
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
-from .measure import MANY, Bench, graph_for
+from .measure import MANY, Evaluator, graph_for
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,13 @@ def acdc(
     mask = graph.mask(circuit.edges)
     if fine:
         graph, mask = graph.refine(mask)
-    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
-    search = Search(bench, mask, threshold)
+    evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
+    search = Search(evaluator, mask, threshold)
     groups = steps(graph)
     for group in tqdm(groups, desc="acdc", disable=not progress):
         search.test(group, exact)
     kept = graph.prune(search.mask)
-    final = bench.measure(kept[None]).means()
+    final = evaluator.measure(kept[None]).means()
     logger.info("%d edges kept, %d tested in %d runs", int(kept.sum()), search.tested, search.runs)
     table = edge_table(graph.edges())
     table["kept"] = kept.flatten().tolist()
@@ -100,7 +100,7 @@ def acdc(
         "tested": search.tested,
         "runs": search.runs,
         "pruned": int((search.mask & ~kept).sum()),
-        "metric": metric_name(bench.pairs.metric),
+        "metric": metric_name(evaluator.pairs.metric),
     }
     kind = graph.n_layers, graph.fine, graph.length
     return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, graph.ssm)
@@ -133,12 +133,12 @@ class Search:
         runs: how many candidate circuits were run.
     """
 
-    def __init__(self, bench: Bench, mask: Bool[Tensor, "n_pairs W"], threshold: float) -> None:
-        self.bench, self.graph, self.threshold = bench, bench.graph, threshold
+    def __init__(self, evaluator: Evaluator, mask: Bool[Tensor, "n_pairs W"], threshold: float) -> None:
+        self.evaluator, self.graph, self.threshold = evaluator, evaluator.graph, threshold
         self.mask = mask.clone()
         self.effects = torch.full(mask.shape, math.nan, dtype=torch.float64)
         self.tested = self.runs = 0
-        bench.know(mask)  # edges are tested backwards: below the node at hand the circuit is still this one
+        evaluator.start_from(mask)  # edges are tested backwards: below the node at hand the circuit is still this one
         self.nld = self._run([self.mask])[0]
 
     def test(self, group: list[int], exact: bool) -> None:
@@ -168,7 +168,7 @@ class Search:
             self.nld = self._run([self.mask])[0]
 
     def _one_by_one(self, edges: list[tuple[int, int]]) -> None:
-        ahead = max(1, self.bench.batch_rows // min(self.bench.rows, self.bench.n_rows))
+        ahead = max(1, self.evaluator.batch_rows // min(self.evaluator.rows, self.evaluator.n_rows))
         while edges:
             chain = edges[:ahead]
             values = self._run([self._without(chain[: k + 1]) for k in range(len(chain))])
@@ -201,4 +201,4 @@ class Search:
     def _run(self, masks: list[Tensor]) -> list[float]:
         """The mean metric of each candidate."""
         self.runs += len(masks)
-        return self.bench.measure(torch.stack(masks)).score.double().mean(1).tolist()
+        return self.evaluator.measure(torch.stack(masks)).score.double().mean(1).tolist()

@@ -46,9 +46,10 @@ from ..memory import backward_bytes, fitting_rows
 from ..remote.requests import ask, require_gradients
 from ..result import Result
 from ..tasks.pairs import Metric, PromptPairs, metric_name
-from ..trace.conv import conv_terms
+from ..trace.conv import ConvStages, conv_terms
+from ..trace.s6 import ScanStages
 from .circuit import edge_table
-from .forward import Pass, Run, beginning, record, require_fine, stream
+from .forward import Pass, Run, beginning, record, require_fine, run_nodes
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .pairs import Pairs
 
@@ -200,7 +201,7 @@ def attribute(
 
 def attributed(model, visitor: Attributed, batch: Pairs, weights) -> Tensor:
     """The body of `attribute`'s trace."""
-    logits = stream(model, visitor, batch.last)
+    logits = run_nodes(model, visitor, batch.last)
     metric = (batch.value(logits) * weights).sum()
     torch.autograd.grad(metric, visitor.start)
     return visitor.scores
@@ -233,7 +234,7 @@ class Attributed(Pass):
         self._difference(0, self.start)
         return self.start
 
-    def enter(self, layer, resid):
+    def into(self, layer, resid):
         value = resid.clone() if self.clean is not None else torch.lerp(resid, self.base, self.alpha)
         start, width = self.graph.into(layer).start, self.width
         scores, differences = self.scores, self.differences
@@ -245,45 +246,58 @@ class Attributed(Pass):
         value.register_hook(contract)
         return value
 
-    def leave(self, layer, resid, added):
+    def after(self, layer, resid, added):
         self.base = self.base + self.corrupt.sources[layer + 1]
         self._difference(layer + 1, added)
         return resid + added
 
-    def inside(self, layer, mixer):
-        if not self.graph.fine:
-            self.conv(layer, mixer)
+    def at(self, model, layer, site):
+        if not self.graph.fine or site.name != "skip":
             return
+        gate: Tensor = model.layers[layer].mixer.gate
         start, width, scores = self.graph.inside(layer).start, self.width, self.scores
-        there = self.corrupt.inner[layer]
-        here = {} if self.clean is None else self.clean.inner[layer]
-        gate: Tensor = mixer.gate
-        conv = self.conv(layer, mixer)
-        convolved, weight = conv.peek("conv"), conv.weight.detach()
-        came = here.get("conv_input", conv.x.detach().transpose(1, 2))
-        scan = self.scan(layer, mixer)
-        output = scan.peek("ssm_output")
-        d_gate = there["gate"] - here.get("gate", gate.detach())
-        d_output = there["ssm_output"] - here.get("ssm_output", output.detach())
-        d_input = there["conv_input"] - came
+        d_gate = self.corrupt.inner[layer]["gate"] - self.here(layer, "gate", gate)
 
-        def contract_gate(gradient: Tensor) -> None:
+        def contract(gradient: Tensor) -> None:
             score = by_position(gradient * d_gate, width)
             scores[start + SKIP] += score
             scores[start + SKIP_OUT] += score
 
-        def contract_conv(gradient: Tensor) -> None:
+        gate.register_hook(contract)
+
+    def opened(self, layer, stages):
+        Pass.opened(self, layer, stages)
+        if self.graph.fine:
+            (self.conv if stages.KIND == "conv" else self.scan)(layer, stages)
+
+    def conv(self, layer: int, conv: ConvStages) -> None:
+        """Score the edges into the conv's taps, and from them into the scan."""
+        start, width, scores = self.graph.inside(layer).start, self.width, self.scores
+        convolved, weight = conv.peek("conv"), conv.weight.detach()
+        d_input = self.corrupt.inner[layer]["conv_input"] - self.here(layer, "conv_input", conv.x.transpose(1, 2))
+
+        def contract(gradient: Tensor) -> None:
             terms = conv_terms(d_input.transpose(1, 2), weight)
             by_slice = by_position(gradient[..., None] * terms, width, keep=-1)
             scores[start : start + SLICE.stop] += by_slice
             scores[start + SSM] += by_slice.sum(0)
 
-        def contract_output(gradient: Tensor) -> None:
+        convolved.register_hook(contract)
+
+    def scan(self, layer: int, scan: ScanStages) -> None:
+        """Score the edge out of the scan."""
+        start, width, scores = self.graph.inside(layer).start, self.width, self.scores
+        output = scan.peek("ssm_output")
+        d_output = self.corrupt.inner[layer]["ssm_output"] - self.here(layer, "ssm_output", output)
+
+        def contract(gradient: Tensor) -> None:
             scores[start + SSM_OUT] += by_position(gradient * d_output, width)
 
-        gate.register_hook(contract_gate)
-        convolved.register_hook(contract_conv)
-        output.register_hook(contract_output)
+        output.register_hook(contract)
+
+    def here(self, layer: int, name: str, live: Tensor) -> Tensor:
+        """The value that the corrupt run's is compared with: the clean run's, or this run's."""
+        return live.detach() if self.clean is None else self.clean.inner[layer][name]
 
     def _difference(self, source: int, value: Tensor) -> None:
         here = value if self.clean is None else self.clean.sources[source]

@@ -13,7 +13,7 @@ from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit
 from .eap import score_table, table_of
 from .graph import Graph
-from .measure import MANY, Bench
+from .measure import MANY, Evaluator
 from .pairs import Pairs
 
 KEY = ["src", "dst", "position"]
@@ -51,14 +51,14 @@ def exact_effects(
     """
     length = Pairs.of(model, data, positional=True).length if positional else None
     graph = Graph(model.n_layers, fine, length, ssm)
-    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
+    evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     whole = torch.ones(len(graph.pairs), graph.width, dtype=torch.bool)
-    before = bench.measure(whole[None]).score.double().mean()
+    before = evaluator.measure(whole[None]).score.double().mean()
     effects = torch.zeros(len(graph), dtype=torch.float64)
-    for some in tqdm(torch.arange(len(graph)).split(bench.batch_rows), desc="exact effects", disable=not progress):
+    for some in tqdm(torch.arange(len(graph)).split(evaluator.batch_rows), desc="exact effects", disable=not progress):
         masks = whole.flatten().expand(len(some), -1).clone()
         masks[torch.arange(len(some)), some] = False
-        effects[some] = bench.measure(masks.view(len(some), *whole.shape)).score.double().mean(1) - before
+        effects[some] = evaluator.measure(masks.view(len(some), *whole.shape)).score.double().mean(1) - before
     return Result.create(
         "exact_effects",
         score_table(graph, effects.view(whole.shape)),
@@ -68,10 +68,10 @@ def exact_effects(
             "fine": fine,
             "ssm": ssm,
             "absolute": absolute,
-            "metric": metric_name(bench.pairs.metric),
+            "metric": metric_name(evaluator.pairs.metric),
         },
         graph=graph.stored(),
-        n_rows=bench.n_rows,
+        n_rows=evaluator.n_rows,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..result import Result, note_precisions
 from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit
-from .measure import MANY, Bench, graph_for
+from .measure import MANY, Evaluator, graph_for
 from .pairs import held_out
 from .search import prefix_mask, rank, scored_graph
 
@@ -90,14 +90,14 @@ def evaluate(
     """
     data = held_out(model, data)
     graph = graph_for(circuit, data, model, ssm)
-    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=2)
+    evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=2)
     mask = graph.mask(circuit.edges)
     order = rank(torch.zeros(mask.shape), "random", random_seed)
-    found = bench.measure(torch.stack([mask, prefix_mask(graph, order, len(circuit))]))
+    found = evaluator.measure(torch.stack([mask, prefix_mask(graph, order, len(circuit))]))
 
     def evaluation(i: int, random: Evaluation | None = None) -> Evaluation:
-        of = {"n_edges": len(circuit), "n_rows": bench.n_rows, "ssm": graph.ssm}
-        of |= {"metric": metric_name(bench.pairs.metric), "score": float(found.score[i].mean())}
+        of = {"n_edges": len(circuit), "n_rows": evaluator.n_rows, "ssm": graph.ssm}
+        of |= {"metric": metric_name(evaluator.pairs.metric), "score": float(found.score[i].mean())}
         return Evaluation(**found.means(i), **found.intervals(i), **of, random=random)
 
     return evaluation(0, random=evaluation(1))
@@ -132,8 +132,8 @@ def last_position_only(
     data = held_out(model, data)
     both = {"whole": circuit, "cut": circuit.only_last_position(layer)}
     graph = graph_for(circuit, data, model)
-    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=2)
-    found = bench.measure(torch.stack([graph.mask(one.edges) for one in both.values()]))
+    evaluator = Evaluator(model, data, graph, absolute=absolute, batch_rows=batch_rows, together=2)
+    found = evaluator.measure(torch.stack([graph.mask(one.edges) for one in both.values()]))
     rows = [
         {"circuit": name, "n_edges": len(one), **found.means(i), **found.intervals(i)}
         for i, (name, one) in enumerate(both.items())
@@ -141,7 +141,7 @@ def last_position_only(
     table = pd.DataFrame(rows).drop(columns="logit_diff")
     arguments = {"layer": layer, "absolute": absolute, "circuit": circuit.meta.get("found_by")}
     return Result.create(
-        "last_position_only", table, model=model, arguments=arguments, graph=graph.stored(), n_rows=bench.n_rows
+        "last_position_only", table, model=model, arguments=arguments, graph=graph.stored(), n_rows=evaluator.n_rows
     )
 
 
@@ -188,7 +188,7 @@ def faithfulness(
     note_precisions(model, scores)
     graph, values = scored_graph(scores, model.n_layers, ssm)
     data = held_out(model, data)
-    bench = Bench(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
+    evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     rows: list[dict] = []
     masks: list[Tensor] = [prefix_mask(graph, rank(values), size) for size in (0, len(graph))]
     for ranking in ("signed", "absolute", "random"):
@@ -197,9 +197,9 @@ def faithfulness(
             size = int(len(graph) * fraction)
             rows.append({"ranking": ranking, "fraction": fraction, "n_edges": size})
             masks.append(prefix_mask(graph, order, size))
-    measured = bench.measure(torch.stack(masks))
-    named = "logit difference" if bench.pairs.metric == "nld" else metric_name(bench.pairs.metric)
-    values = measured.logit_diff if bench.pairs.metric == "nld" else measured.score
+    measured = evaluator.measure(torch.stack(masks))
+    named = "logit difference" if evaluator.pairs.metric == "nld" else metric_name(evaluator.pairs.metric)
+    values = measured.logit_diff if evaluator.pairs.metric == "nld" else measured.score
     empty, whole, *kept = values.mean(1).tolist()
     if abs(whole - empty) < 1e-12:
         raise ValueError(f"the mean {named} is the same clean and corrupt: faithfulness has no scale")
@@ -219,7 +219,7 @@ def faithfulness(
         graph=graph.stored(),
         cpr={name: area(fractions, curve) for name, curve in curves.items()},
         cmd={name: area(fractions, [abs(1 - value) for value in curve]) for name, curve in curves.items()},
-        n_rows=bench.n_rows,
+        n_rows=evaluator.n_rows,
     )
 
 

@@ -15,11 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..interventions.continuation import States, carry
-from ..trace.anatomy import cut_head, output_logits, put_output, skip_block, stream_of
-from ..trace.conv import ConvStages
-from ..trace.location import take_over
-from ..trace.s6 import ScanStages
+from ..interventions.batches import run_prefix
+from ..trace.anatomy import put_output, skip_block, stream_of
+from ..trace.state import LayerState
+from ..trace.walk import Visitor, logits_at, walk
 
 
 @dataclass(frozen=True)
@@ -32,107 +31,95 @@ class Beginning:
     """
 
     position: int = 0
-    states: States | None = None
+    states: list[LayerState] | None = None
 
 
 def beginning(model, tokens: Int[Tensor, "B L"], position: int) -> Beginning:
     """Run the positions of a Mamba's prompts before ``position``."""
-    if not position:
-        return Beginning()
-    return Beginning(position, carry(model, tokens[:, :position], [(None, None)] * model.n_layers))
+    return Beginning(position, run_prefix(model, tokens[:, :position], None)) if position else Beginning()
 
 
-class Pass:
+class Pass(Visitor):
     """What a run does at each node. This one changes nothing; the others change what they say.
+
+    It carries the residual stream itself, in float32 at least, and may hand on more rows than the trace began with (a
+    Mamba's only), each block of ``B`` rows the same prompts again.
 
     Args:
         begins: where the run begins; the values at its nodes are those from there on.
     """
 
+    resid: Tensor
+    own_input: Tensor
+    shape: torch.Size
+
     def __init__(self, begins: Beginning) -> None:
+        Visitor.__init__(self, begins.states)
         self.begins = begins
 
     def embed(self, value: Tensor) -> Tensor:
         """The embedding as the residual stream begins with it, ``[B, L, D]``."""
         return value
 
-    def enter(self, layer: int, resid: Tensor) -> Tensor:
+    def into(self, layer: int, resid: Tensor) -> Tensor:
         """The input of a layer (n_layers: of the output node), given the residual stream there."""
         return resid
 
-    def inside(self, layer: int, mixer) -> None:
-        """What to do in a Mamba layer, between its input projection and its output projection: at least `conv`."""
-        self.conv(layer, mixer)
-
-    def conv(self, layer: int, mixer) -> ConvStages:
-        """Open the layer's conv, which goes on from where the run begins."""
-        conv = take_over(mixer, ConvStages)
-        conv.before = self._left(layer, 1, conv.x)
-        return conv
-
-    def scan(self, layer: int, mixer) -> ScanStages:
-        """Open the layer's scan, which goes on from where the run begins."""
-        scan = take_over(mixer, ScanStages)
-        scan.initial = self._left(layer, 0, scan.x)
-        return scan
-
-    def _left(self, layer: int, which: int, x: Tensor) -> Tensor | None:
-        """What earlier positions left in a layer, for each row of its input ``x``."""
-        if self.begins.states is None:
-            return None
-        left = self.begins.states[layer][which]
-        return None if left is None else left.repeat(len(x) // len(left), 1, 1)
-
     def skipped(self, layer: int) -> bool:
-        """Whether the layer need not run, because `leave` does not need what it adds."""
+        """Whether the layer need not run, because `after` does not need what it adds."""
         return False
 
-    def leave(self, layer: int, resid: Tensor, added) -> Tensor:
+    def after(self, layer: int, resid: Tensor, added) -> Tensor:
         """The residual stream after a layer that adds ``added`` (None if it was skipped)."""
         return resid + added
 
+    def enter(self, model, layer):
+        block = model.layers[layer]
+        if layer == 0:
+            first = block.input
+            self.resid = self.embed(first.to(torch.promote_types(first.dtype, torch.float32)))
+        if self.skipped(layer):
+            skip_block(model, layer, block.input)
+            self.resid = self.after(layer, self.resid, None)
+            return False
+        value = self.into(layer, self.resid)
+        self.shape, flat = value.shape[:-2], value.flatten(0, -3)
+        if model.has_scans:
+            args, kwargs = block.inputs
+            block.inputs = ((flat, *args[1:]), {**kwargs, "attention_mask": None})
+        else:
+            self.own_input = flat.to(block.input.dtype)
+            block.input = self.own_input
+        return True
 
-def stream(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows V"]:
+    def leave(self, model, layer):
+        block = model.layers[layer]
+        if model.has_scans:
+            added = block.mixer.out_proj.output.to(self.resid.dtype)
+        else:
+            added = stream_of(block.output).to(self.resid.dtype) - self.own_input.to(self.resid.dtype)
+        self.resid = self.after(layer, self.resid, added.unflatten(0, self.shape))
+
+
+def run_nodes(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows V"]:
     """The body of a trace: run the model node by node.
 
     Args:
         model: a `CausalLM`, in a trace of the positions from where the visitor begins.
-        visitor: what to do at each node. It may hand on more rows than the trace began with (a Mamba's only), each
-            block of ``B`` rows the same prompts again.
+        visitor: what to do at each node.
         read: the position of the prompt to read logits at, per prompt.
 
     Returns:
         The logits, ``[rows, V]``.
     """
+    length = model.layers[0].input.shape[1]
+    walk(model, visitor)
     read = read - visitor.begins.position
-    blocks = model.layers
-    first = blocks[0].input
-    length = first.shape[1]
-    resid = visitor.embed(first.to(torch.promote_types(first.dtype, torch.float32)))
-    for layer in range(model.n_layers):
-        block = blocks[layer]
-        if visitor.skipped(layer):
-            skip_block(model, layer, block.input)
-            resid = visitor.leave(layer, resid, None)
-            continue
-        value = visitor.enter(layer, resid)
-        if model.has_scans:
-            args, kwargs = block.inputs
-            block.inputs = ((value.flatten(0, -3), *args[1:]), {**kwargs, "attention_mask": None})
-            visitor.inside(layer, block.mixer)
-            visitor.scan(layer, block.mixer)
-            added = block.mixer.out_proj.output
-        else:
-            flat = value.flatten(0, -3).to(block.input.dtype)
-            block.input = flat
-            added = stream_of(block.output).to(resid.dtype) - flat.to(resid.dtype)
-        resid = visitor.leave(layer, resid, added.to(resid.dtype).unflatten(0, value.shape[:-2]))
-    final = visitor.enter(model.n_layers, resid).flatten(0, -3)
+    final = visitor.into(model.n_layers, visitor.resid).flatten(0, -3)
     rows = torch.arange(final.shape[0], device=final.device)
     final = final[rows, read.repeat(final.shape[0] // read.shape[0])]
-    put_output(blocks[model.n_layers - 1], final[:, None].expand(-1, length, -1))
-    cut_head(model)
-    return output_logits(model)[:, 0]
+    put_output(model.layers[model.n_layers - 1], final[:, None].expand(-1, length, -1))
+    return logits_at(model, torch.zeros_like(rows))
 
 
 @dataclass(frozen=True)
@@ -162,28 +149,32 @@ class Record(Pass):
         self.fine, self.ssm = fine, ssm
         self.sources: list[Tensor] = []
         self.inner: list[dict[str, Tensor]] = []
+        self.values: dict[str, Tensor] = {}
 
     def embed(self, value):
         self.sources.append(value)
         return value
 
-    def inside(self, layer, mixer):
-        if not self.fine:
-            self.conv(layer, mixer)
-            return
-        gate = mixer.gate
-        conv = self.conv(layer, mixer)
-        values = {"gate": gate, "conv_input": conv.x.transpose(1, 2)}
-        if self.ssm == "conv":
-            values["conv"] = conv.peek("conv")
-        scan = self.scan(layer, mixer)
-        if self.ssm == "conv":
-            values["ssm_output"] = scan.peek("ssm_output")
-        else:
-            values |= {"ssm_input": scan.x, "delta": scan.peek("delta"), "B": scan.B.clone()}
-        self.inner.append(values)
+    def at(self, model, layer, site):
+        if self.fine and site.name == "skip":
+            self.values = {"gate": model.layers[layer].mixer.gate}
 
-    def leave(self, layer, resid, added):
+    def opened(self, layer, stages):
+        Pass.opened(self, layer, stages)
+        if not self.fine:
+            return
+        if stages.KIND == "conv":
+            self.values["conv_input"] = stages.x.transpose(1, 2)
+            if self.ssm == "conv":
+                self.values["conv"] = stages.peek("conv")
+            return
+        if self.ssm == "conv":
+            self.values["ssm_output"] = stages.peek("ssm_output")
+        else:
+            self.values |= {"ssm_input": stages.x, "delta": stages.peek("delta"), "B": stages.B.clone()}
+        self.inner.append(self.values)
+
+    def after(self, layer, resid, added):
         self.sources.append(added)
         return resid + added
 
@@ -208,7 +199,7 @@ def record(
 
 def recorded(model, visitor: Record, read: Tensor) -> tuple:
     """The body of `record`'s trace."""
-    logits = stream(model, visitor, read)
+    logits = run_nodes(model, visitor, read)
     return visitor.sources, visitor.inner, logits
 
 

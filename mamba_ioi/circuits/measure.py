@@ -18,7 +18,7 @@ from .circuit import Circuit
 from .forward import Run, beginning, record, require_fine
 from .graph import Graph
 from .pairs import Pairs
-from .resample import Known, know, resampled_logits
+from .resample import BaseCircuit, resampled_logits, run_circuit
 
 MOST_ROWS = 128
 MANY = 8
@@ -59,7 +59,7 @@ class Measures:
         }
 
 
-class Bench:
+class Evaluator:
     """Rows of data on which circuits of one graph are measured.
 
     Their clean and corrupt runs are computed once where they fit into half of the memory, else for each measurement.
@@ -104,16 +104,16 @@ class Bench:
         self.batch_rows = batch_rows or fitting_rows(model, row, MOST_ROWS, share=0.5)
         self.n_rows = len(pairs)
         self.pairs, self.rows = pairs, max(1, self.batch_rows // together)
-        self.runs = self.known = None
+        self.runs = self.base = None
         held = len(pairs) * reference_bytes(model, graph, pairs.length)
         if model.remote is None and held <= budget(model) // 2:
             self.runs = [References.of(model, graph, batch, None) for batch in pairs.batches(self.rows)]
 
-    def know(self, mask: Bool[Tensor, "n_pairs W"]) -> None:
+    def start_from(self, mask: Bool[Tensor, "n_pairs W"]) -> None:
         """Keep a circuit's run, for candidates that are like it in the edges into the first layers to go on from."""
-        self.known = mask
+        self.base = mask
         for batch, runs in zip(self.pairs.batches(self.rows), self.runs or (), strict=False):
-            runs.known = know(self.model, self.graph, batch.clean, runs.corrupt, mask)
+            runs.base = run_circuit(self.model, self.graph, batch.clean, runs.corrupt, mask)
 
     def measure(self, masks: Bool[Tensor, "C n_pairs W"]) -> Measures:
         """Run candidate circuits, with everything outside each of them resampled."""
@@ -123,7 +123,7 @@ class Bench:
         columns = []
         for pairs in pieces:
             parts = [
-                ask(self.model, measured, self.graph, pairs, some, self.known, *limits, self.absolute, self.runs)
+                ask(self.model, measured, self.graph, pairs, some, self.base, *limits, self.absolute, self.runs)
                 for some in masks.split(at_once)
             ]
             columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -140,20 +140,20 @@ class References:
     Attributes:
         corrupt: the run that resampled values come from.
         clean: the clean run's logits ``[B, V]``.
-        known: a circuit's run to go on from, or None.
+        base: a circuit's run to go on from, or None.
     """
 
     corrupt: Run
     clean: Tensor
-    known: Known | None
+    base: BaseCircuit | None
 
     @classmethod
-    def of(cls, model, graph: Graph, batch: Pairs, known: Bool[Tensor, "n_pairs W"] | None) -> References:
+    def of(cls, model, graph: Graph, batch: Pairs, base: Bool[Tensor, "n_pairs W"] | None) -> References:
         """Run them, from the position where the first row's prompts part."""
         begins = beginning(model, batch.clean, int(batch.start[0]))
         corrupt = record(model, batch.corrupt, batch.last, begins, fine=graph.fine, ssm=graph.ssm)
         clean = record(model, batch.clean, batch.last, begins).logits
-        return cls(corrupt, clean, None if known is None else know(model, graph, batch.clean, corrupt, known))
+        return cls(corrupt, clean, None if base is None else run_circuit(model, graph, batch.clean, corrupt, base))
 
 
 def measured(
@@ -161,7 +161,7 @@ def measured(
     graph: Graph,
     pairs: Pairs,
     masks: Bool[Tensor, "C n_pairs W"],
-    known: Bool[Tensor, "n_pairs W"] | None,
+    base: Bool[Tensor, "n_pairs W"] | None,
     rows: int,
     batch_rows: int,
     absolute: bool,
@@ -174,19 +174,19 @@ def measured(
         graph: the circuits' graph.
         pairs: the prompts.
         masks: the circuits.
-        known: a circuit whose run they may go on from.
+        base: a circuit whose run they may go on from.
         rows: how many prompts share a forward.
         batch_rows: how many rows, candidates times prompts, run at once.
-        absolute: as `Bench` has it.
+        absolute: as `Evaluator` has it.
         runs: those of each batch of prompts; None to run them.
     """
     columns: dict[str, list[Tensor]] = {}
     for index, batch in enumerate(pairs.to(model.device).batches(rows)):
-        there = References.of(model, graph, batch, known) if runs is None else runs[index]
+        there = References.of(model, graph, batch, base) if runs is None else runs[index]
         batch = batch.to(there.clean.device)
         parts: dict[str, list[Tensor]] = {}
         for some in masks.split(max(1, batch_rows // len(batch))):
-            logits = resampled_logits(model, graph, batch.clean, batch.last, there.corrupt, some[:, None], there.known)
+            logits = resampled_logits(model, graph, batch.clean, batch.last, there.corrupt, some[:, None], there.base)
             for name, values in task_metrics(batch, logits, there.clean, there.corrupt.logits, absolute).items():
                 parts.setdefault(name, []).append(values)
         for name, values in parts.items():
@@ -220,7 +220,7 @@ def row_bytes(model, graph: Graph, length: int, together: int) -> int:
 
 
 def reference_bytes(model, graph: Graph, length: int) -> int:
-    """What is held of a prompt: sources of the corrupt and of a known run, inner values, states where runs begin."""
+    """What is held of a prompt: sources of the corrupt and of a base run, inner values, states where runs begin."""
     inner = FLOAT * model.n_layers * length * 4 * inner_width(model) if graph.fine else 0
     if graph.fine and graph.ssm == "states":  # B beside gate, conv_input, ssm_input and delta
         inner += FLOAT * model.n_layers * length * model.d_state

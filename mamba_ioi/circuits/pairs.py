@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import whole_number
-from ..interventions.continuation import parting
+from ..interventions.batches import divergence_index
 from ..metrics import logit_diff, measure, scale
 from ..tasks.ioi import IOIDataset
 from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
@@ -75,7 +75,7 @@ class Pairs:
             )
         length = int(last.max()) + 1
         clean, corrupt = clean[:, :length], corrupt[:, :length]
-        start = torch.minimum(parting(clean, corrupt), last) if model.has_scans else torch.zeros_like(last)
+        start = torch.minimum(divergence_index(clean, corrupt), last) if model.has_scans else torch.zeros_like(last)
         order = torch.argsort(start, stable=True)
         rows = data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))
         found = cls(clean, corrupt, last, *rows, metric, data if callable(metric) else None)

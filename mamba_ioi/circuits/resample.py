@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..trace.conv import conv_terms
+from ..trace.conv import ConvStages, conv_terms
 from ..trace.s6 import ScanStages
 from ..trace.s6_scan import discretize_A, discretize_B
-from .forward import Pass, Run, stream
+from .forward import Pass, Run, run_nodes
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 
 
@@ -71,7 +71,7 @@ class Resampled(Pass):
         self.differences = [value - corrupt]
         return value
 
-    def enter(self, layer, resid):
+    def into(self, layer, resid):
         mix = self.mixes[layer]
         value = self.base[None] if mix.from_corrupt else resid
         for source, weight in mix.terms:
@@ -84,7 +84,7 @@ class Resampled(Pass):
     def skipped(self, layer):
         return layer < self.first or not self.live[layer]
 
-    def leave(self, layer, resid, added):
+    def after(self, layer, resid, added):
         corrupt = self.corrupt.sources[layer + 1]
         self.base = self.base + corrupt
         if self.known is not None and layer < self.first:
@@ -92,17 +92,31 @@ class Resampled(Pass):
         self.differences.append(None if added is None or layer + 1 not in self.wanted else added - corrupt)
         return resid + (corrupt if added is None else added)
 
-    def inside(self, layer, mixer):
+    def at(self, model, layer, site):
+        weights = self.inner[layer] if site.name == "skip" and self.inner else None
+        if weights is None:
+            return
+        kept, mixer = weights[:, :, SKIP] * weights[:, :, SKIP_OUT], model.layers[layer].mixer
+        if (kept != 1).any():
+            mixer.gate = blend(self.corrupt.inner[layer]["gate"], mixer.gate, kept[..., None])
+
+    def opened(self, layer, stages):
+        Pass.opened(self, layer, stages)
         weights = self.inner[layer] if self.inner else None
         if weights is None:
-            self.conv(layer, mixer)
             return
+        if stages.KIND == "conv":
+            self.conv(layer, stages, weights)
+        elif self.graph.ssm == "states":
+            self.resample_states(layer, stages, weights[:, :, SSM], weights[:, :, SSM_OUT])
+        elif (weights[:, :, SSM_OUT] != 1).any():
+            kept = weights[:, :, SSM_OUT, :, None]
+            stages.set("ssm_output", blend(self.corrupt.inner[layer]["ssm_output"], stages.peek("ssm_output"), kept))
+
+    def conv(self, layer: int, conv: ConvStages, weights: Float[Tensor, "C R inner w"]) -> None:
+        """Blend the conv's terms, and in a graph whose ssm is fed by the conv, their sum."""
         corrupt, states = self.corrupt.inner[layer], self.graph.ssm == "states"
-        skip = weights[:, :, SKIP] * weights[:, :, SKIP_OUT]
-        if (skip != 1).any():
-            mixer.gate = blend(corrupt["gate"], mixer.gate, skip[..., None])
         slices = weights[:, :, SLICE]
-        conv = self.conv(layer, mixer)
         if (slices != 1).any() or (not states and (weights[:, :, SSM] != 1).any()):
             live = conv.peek("conv")
             if (slices != 1).any():
@@ -111,19 +125,15 @@ class Resampled(Pass):
                 share = (1 - slices).movedim(2, -1)[..., None, :].to(terms)
                 live = live + (terms * share).sum(-1).flatten(0, 1)
             conv.set("conv", live if states else blend(corrupt["conv"], live, weights[:, :, SSM, :, None]))
-        if states:
-            self.states(layer, mixer, weights[:, :, SSM], weights[:, :, SSM_OUT])
-        elif (weights[:, :, SSM_OUT] != 1).any():
-            scan = self.scan(layer, mixer)
-            output = blend(corrupt["ssm_output"], scan.peek("ssm_output"), weights[:, :, SSM_OUT, :, None])
-            scan.set("ssm_output", output)
 
-    def states(self, layer: int, mixer, kept: Float[Tensor, "C R w"], read: Float[Tensor, "C R w"]) -> None:
+    def resample_states(
+        self, layer: int, scan: ScanStages, kept: Float[Tensor, "C R w"], read: Float[Tensor, "C R w"]
+    ) -> None:
         """Put the corrupt run's states in place of the live ones, and read them in their place.
 
         Args:
             layer: which layer.
-            mixer: its mixer.
+            scan: its scan.
             kept: the share of the live state, at each position or at all.
             read: the share of the live state in what is read there.
         """
@@ -132,9 +142,8 @@ class Resampled(Pass):
             kept, read = torch.ones_like(kept), kept * read  # all states or none: what is read of them is all they do
         if (kept == 1).all() and (read == 1).all():
             return
-        scan = self.scan(layer, mixer)
         begins = self.begins.states
-        there = CorruptStates(self.corrupt.inner[layer], scan, None if begins is None else begins[layer][0])
+        there = CorruptStates(self.corrupt.inner[layer], scan, None if begins is None else begins[layer].ssm)
         length = scan.x.shape[1]
         cut = [t for t in range(length) if (at(kept, t) != 1).any()]
         if cut:
@@ -220,7 +229,7 @@ def resampled_logits(
     read: Int[Tensor, "B"],
     corrupt: Run,
     keep: Float[Tensor, "C R n_pairs W"] | Bool[Tensor, "C R n_pairs W"],
-    known: Known | None = None,
+    base: BaseCircuit | None = None,
 ) -> Float[Tensor, "C B V"]:
     """The logits of C candidate circuits in one forward, everything outside each of them resampled.
 
@@ -232,32 +241,32 @@ def resampled_logits(
         corrupt: `record` of the prompts that resampled values come from (with ``fine`` if the graph is), which begins
             no later than the prompts part.
         keep: which edges are kept: a bool, or a share. R is B (each row its own circuit) or 1, W is L or 1.
-        known: `know` of a circuit on the same prompts: the layers below those where the candidates differ from it are
-            not run.
+        base: `run_circuit` of a circuit on the same prompts: the layers below those where the candidates differ from
+            it are not run.
 
     Raises:
         ValueError: if the weights fit neither graph nor prompts, or the corrupt run was recorded for another ``ssm``.
     """
     weights = _weights(graph, tokens, corrupt, keep)
-    sources, first = (None, 0) if known is None else (known.sources, first_difference(graph, keep, known.mask))
+    sources, first = (None, 0) if base is None else (base.sources, first_difference(graph, keep, base.mask))
     candidates, share = keep.shape[0], bool(model.has_scans)
     visitor = Resampled(graph, weights, corrupt, share, sources, first)
     ids = tokens[:, corrupt.begins.position :]
     with torch.no_grad(), model.trace(ids if share else ids.repeat(candidates, 1)):
-        logits = stream(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
+        logits = run_nodes(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
     logits = logits.unflatten(0, (-1, len(tokens)))
     return logits.expand(candidates, -1, -1)
 
 
 @dataclass(frozen=True)
-class Known:
+class BaseCircuit:
     """A circuit, and what embed and each layer added to the residual stream in its run, n_layers + 1 times."""
 
     mask: Bool[Tensor, "n_pairs W"]
     sources: list[Float[Tensor, "B L D"]]
 
 
-class Knowing(Resampled):
+class Kept(Resampled):
     """Resample one circuit's edges and keep what every node gives: all layers run, on a path from embed or not."""
 
     def embed(self, value):
@@ -268,23 +277,25 @@ class Knowing(Resampled):
     def skipped(self, layer):
         return False
 
-    def leave(self, layer, resid, added):
+    def after(self, layer, resid, added):
         self.given.append(added[0])
-        return Resampled.leave(self, layer, resid, added)
+        return Resampled.after(self, layer, resid, added)
 
 
-def know(model, graph: Graph, tokens: Int[Tensor, "B L"], corrupt: Run, mask: Bool[Tensor, "n_pairs W"]) -> Known:
+def run_circuit(
+    model, graph: Graph, tokens: Int[Tensor, "B L"], corrupt: Run, mask: Bool[Tensor, "n_pairs W"]
+) -> BaseCircuit:
     """Run one circuit, for candidates that are like it in the edges into the first layers to go on from."""
     keep, read = _weights(graph, tokens, corrupt, mask[None, None]), torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
-    visitor = Knowing(graph, keep, corrupt)
+    visitor = Kept(graph, keep, corrupt)
     with torch.no_grad(), model.trace(tokens[:, corrupt.begins.position :]):
         found = given(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
-    return Known(mask, found)
+    return BaseCircuit(mask, found)
 
 
-def given(model, visitor: Knowing, read: Tensor) -> list[Tensor]:
-    """The body of `know`'s trace."""
-    stream(model, visitor, read)
+def given(model, visitor: Kept, read: Tensor) -> list[Tensor]:
+    """The body of `run_circuit`'s trace."""
+    run_nodes(model, visitor, read)
     return visitor.given
 
 

@@ -17,7 +17,7 @@ from ..tasks.pairs import PromptPairs
 from .circuit import Circuit, edge_table
 from .eap import table_of
 from .graph import Graph
-from .measure import Bench
+from .measure import Evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -144,13 +144,13 @@ def minimal_circuit(
     target = accuracy
     note_precisions(model, *([scores] if isinstance(scores, Result) else []))
     graph, values = scored_graph(scores, model.n_layers, ssm)
-    bench = Bench(model, data, graph, absolute=absolute, batch_rows=batch_rows)
+    evaluator = Evaluator(model, data, graph, absolute=absolute, batch_rows=batch_rows)
     order = rank(values, by, seed)
     tried: dict[int, dict[str, float]] = {}
 
     def measure(k: int) -> dict[str, float]:
         if k not in tried:
-            tried[k] = bench.measure(prefix_mask(graph, order, k)[None]).means()
+            tried[k] = evaluator.measure(prefix_mask(graph, order, k)[None]).means()
         return tried[k]
 
     low, high = 0, len(graph) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..interventions.sweep import Resample
+from ..interventions.patch import Resample
 from ..models.model import MambaModel
 from ..tasks.ioi import IOIDataset
 from ..tasks.pairs import Metric, PromptPairs

@@ -12,14 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..checks import integers, listed
-from ..interventions.sweep import Readout, Resample, sweep
+from ..interventions.patch import Resample
+from ..interventions.readout import Readout
+from ..interventions.sweep import sweep
 from ..memory import budget
 from ..metrics import accuracy, answer_probability, measure, normalized
 from ..result import bootstrap_interval
 from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 if TYPE_CHECKING:
-    from ..interventions.patching import Patch
+    from ..interventions.patch import Patch
     from ..models.model import CausalLM, MambaModel
 
 TIE_DIGITS = 6

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from ..checks import integer, integers, listed
-from ..interventions.sweep import Resample
+from ..interventions.patch import Resample
 from ..models.model import MambaModel
 from ..result import Result
 from ..tasks.pairs import Metric, PromptPairs, check_metric, metric_name

@@ -11,7 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import real_number
-from ..interventions.sweep import Readout, Resample, sweep
+from ..interventions.patch import Resample
+from ..interventions.readout import Readout
+from ..interventions.sweep import sweep
 from ..models.model import MambaModel
 from ..result import Result
 from ..tasks.ioi import CORRUPTIONS, TEMPLATES, IOIDataset

@@ -13,16 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..interventions.sweep import Readout
+from ..interventions.readout import Readout
 from ..memory import fitting_rows, forward_bytes, stream_bytes
 from ..models.model import CausalLM
 from ..remote.requests import ask
 from ..result import Result
 from ..tasks.pairs import PromptPairs
-from ..trace.anatomy import output_logits, put_output, skip_block, stream_of
-from ..trace.conv import ConvStages
-from ..trace.location import take_over
-from ..trace.s6 import ScanStages
+from ..trace.anatomy import put_output, skip_block, stream_of
+from ..trace.walk import Visitor, logits_at, walk
 from .common import best_run, candidate_scores, check_data, mean_with_interval
 
 PROMPTS_AT_ONCE = 64
@@ -185,6 +183,46 @@ def run_without_each(
     return {"logits": torch.stack(found)}
 
 
+class Removing(Visitor):
+    """Leave layers out, in all batches or in one.
+
+    Args:
+        removed: layers to leave out in all batches.
+        own: the layer that each batch leaves out in addition, and the batch's rows.
+        stream: the residual stream before layer ``first``, from where the run starts; None to start at layer 0.
+        first: that layer.
+        save: layers whose input to keep.
+    """
+
+    def __init__(
+        self, removed: Sequence[int], own: dict[int, slice], stream: Tensor | None, first: int, save: Sequence[int]
+    ) -> None:
+        Visitor.__init__(self)
+        self.removed, self.own, self.stream, self.first, self.save = removed, own, stream, first, save
+        self.inputs: dict[int, Tensor] = {}
+        self.before: Tensor = torch.empty(0)
+
+    def enter(self, model, layer):
+        if layer < self.first and self.stream is not None:
+            skip_block(model, layer, self.stream)
+            return False
+        given = self.stream if layer == self.first and self.stream is not None else None
+        self.before = model.layers[layer].input if given is None else given
+        if layer in self.save:
+            self.inputs[layer] = self.before
+        if layer in self.removed or (layer in self.own and len(self.own) == 1):
+            skip_block(model, layer, self.before)
+            return False
+        return True
+
+    def leave(self, model, layer):
+        if layer in self.own:
+            block, rows = model.layers[layer], self.own[layer]
+            after = stream_of(block.output).clone()
+            after[rows] = self.before[rows].to(after.dtype)
+            put_output(block, after)
+
+
 def _run_without(
     model: CausalLM,
     ids: Int[Tensor, "B L"],
@@ -209,29 +247,11 @@ def _run_without(
     first = candidates[0] if start is not None else 0
     own = {layer: slice(size * index, size * (index + 1)) for index, layer in enumerate(candidates)}
     stream = None if start is None else start.repeat(batches, 1, 1)
-    rows, read = torch.arange(batches * size, device=ids.device), last.repeat(batches)
-    layers, head = model.layers, model.unembedding
+    read = last.repeat(batches)
     inputs: dict[int, Tensor] = {}
     with torch.no_grad(), model.trace(ids.repeat(batches, 1)):
-        found = {}
-        for i in range(model.n_layers):
-            if i < first and stream is not None:
-                skip_block(model, i, stream)
-                continue
-            before = stream if i == first and stream is not None else layers[i].input
-            if i in save:
-                found[i] = before
-            if i in removed or (i in own and batches == 1):
-                skip_block(model, i, before)
-                continue
-            if model.has_scans:
-                take_over(layers[i].mixer, ConvStages)
-                take_over(layers[i].mixer, ScanStages)
-            if i in own:
-                after = stream_of(layers[i].output).clone()
-                after[own[i]] = before[own[i]].to(after.dtype)
-                put_output(layers[i], after)
-        head.input = head.input[rows, read].unsqueeze(1)
-        logits = output_logits(model)[:, 0].save()  # pyright: ignore[reportAttributeAccessIssue]
-        inputs = found.save()  # pyright: ignore[reportAttributeAccessIssue]
+        visitor = Removing(removed, own, stream, first, save)
+        walk(model, visitor)
+        logits = logits_at(model, read).save()  # pyright: ignore[reportAttributeAccessIssue]
+        inputs = visitor.inputs.save()  # pyright: ignore[reportAttributeAccessIssue]
     return list(logits.cpu().float().split(size)), inputs

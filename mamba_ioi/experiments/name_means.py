@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import integer, whole_number
-from ..interventions.patching import cache
+from ..interventions.run import cache
 from ..memory import fitting_rows, forward_bytes
 from ..models.model import MambaModel
 from ..remote.requests import ask

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import whole_number
-from ..interventions.patching import Patch, cache
-from ..interventions.sweep import Readout, sweep
+from ..interventions.patch import Patch
+from ..interventions.readout import Readout
+from ..interventions.run import cache
+from ..interventions.sweep import sweep
 from ..metrics import logit_diff
 from ..models.model import MambaModel
 from ..result import Result

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..interventions.attribution import attributed_effects
-from ..interventions.sweep import Readout, Resample
+from ..interventions.patch import Resample
+from ..interventions.readout import Readout
 from ..models.model import CausalLM
 from ..result import Result
 from ..tasks.pairs import Metric, PromptPairs, check_metric, metric_name

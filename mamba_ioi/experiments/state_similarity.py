@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import listed
-from ..interventions.patching import cache
+from ..interventions.run import cache
 from ..models.model import MambaModel
 from ..remote.requests import ask
 from ..result import Result

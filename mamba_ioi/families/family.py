@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nnsight import Envoy
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..trace.blocks import BlockEnvoy
 from ..trace.served import ServedEnvoy
-from ..trace.sites import SITES, Conv1dEnvoy, DtProjEnvoy, InProjEnvoy, LayerEnvoy, MixerEnvoy
+from ..trace.sites import SITES, Conv1dEnvoy, DtProjEnvoy, InProjEnvoy, LayerEnvoy, MixerEnvoy, SiteInfo
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Family:
         mixer: the envoy of a mixer, which says where ``delta_1``, ``B`` and ``C`` are served.
         block: the envoy of a block.
         sizes: the config's field of each letter that shapes are written in.
+        infos: the table of sites of all its layers, by name.
         kind: what a layer is, given its block: its parts, joined by ``+``.
         sites: which sites a layer has, given its block, in execution order.
     """
@@ -32,6 +33,7 @@ class Family:
     mixer: type[Envoy] = MixerEnvoy
     block: type[Envoy] = LayerEnvoy
     sizes: Mapping[str, str] = field(default_factory=dict)
+    infos: Mapping[str, SiteInfo] = field(default_factory=lambda: SITES)
     kind: Callable[[nn.Module], str] = lambda block: "mamba"
     sites: Callable[[nn.Module], tuple[str, ...]] = lambda block: LAYER_SITES
 
@@ -60,6 +62,12 @@ class Family:
             "mixer.dt_proj": DtProjEnvoy,
             "*": ServedEnvoy,
         }
+
+    def tables(self, layers: Iterable[Envoy]) -> list[dict[str, SiteInfo]]:
+        """Each layer's sites by name, in execution order; layers with the same ones share a table."""
+        names = [self.sites(layer._module) for layer in layers]
+        shared = {some: {name: self.infos[name] for name in some} for some in dict.fromkeys(names)}
+        return [shared[some] for some in names]
 
     def measures(self, config) -> dict[str, int]:
         """The sizes by letter, as the config has them."""

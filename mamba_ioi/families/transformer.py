@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..trace.blocks import BLOCK_SITES, tree_of
+from ..trace.blocks import BLOCK_SITES, EVERY_SITE, tree_of
 from .family import Family
 
 ATTENTION = ("attn", "attention", "self_attn", "self_attention", "temporal_block")
@@ -42,4 +42,4 @@ def block_sites(block: nn.Module) -> tuple[str, ...]:
     return BLOCK_SITES if tree_of(block) is not None else ("resid_pre", "resid_post")
 
 
-TRANSFORMER = Family("", kind=layer_kind, sites=block_sites)
+TRANSFORMER = Family("", infos=EVERY_SITE, kind=layer_kind, sites=block_sites)

@@ -23,10 +23,12 @@ from ..memory import backward_bytes, fitting_rows
 from ..metrics import measure, normalized
 from ..models.model import MambaModel
 from ..remote.requests import ask, require_gradients
-from ..trace.location import take_over
-from ..trace.sites import SITES, owner
-from .patching import OPERATIONS, Plan, SiteRef, forward, logits_at, read_positions, resolve
-from .sweep import Readout
+from ..trace.sites import owner
+from ..trace.walk import Visitor, logits_at, walk
+from .patch import SiteRef, resolve
+from .plan import Plan, forward
+from .positions import read_positions
+from .readout import Readout
 
 MOST_ROWS = 64
 
@@ -86,7 +88,7 @@ def attributed_batch(
     ids = [column.to(model.device) for column in ids]
     read = read_positions(clean, last)
     assert read is not None  # it is so for "all" alone
-    plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
+    plan = Plan([], list(refs), model.n_layers)
     with torch.no_grad(), model.trace(corrupt):
         there = forward(model, plan, read).save()
     values, corrupt_logits = there
@@ -112,25 +114,38 @@ def estimated(
         ids: the answers, the corrupt answers and the candidates.
         metric: its name.
     """
-    site, wanted = refs[0].site, {ref.layer: ref.key for ref in refs}
     embedding = model.embedding
     start = embedding.output.detach().requires_grad_()
     embedding.output = start
-    changes: dict[int | None, Tensor] = {}
-
-    def contract(layer: int, difference: Tensor, gradient: Tensor) -> None:
-        changes[layer] = (gradient * difference).flatten(2).sum(-1).transpose(0, 1)
-
-    for layer in range(model.n_layers):
-        for name in SITES:
-            if name in OPERATIONS:
-                take_over(model.layers[layer].mixer, OPERATIONS[name])
-            if name == site.name and layer in wanted:
-                value = getattr(owner(model, site, layer), site.attribute)
-                value.register_hook(partial(contract, layer, there[wanted[layer]] - value.detach()))
+    visitor = Contracted({ref.layer: ref.key for ref in refs}, refs[0].site.name, there)
+    walk(model, visitor)
     value = measure(metric, logits_at(model, read), *ids)
     value.sum().backward()  # to every leaf: the states of `h` are leaves of their own
-    return torch.stack([changes[ref.layer] for ref in refs]), value.detach()
+    return torch.stack([visitor.changes[ref.layer] for ref in refs]), value.detach()
+
+
+class Contracted(Visitor):
+    """Contract the gradient at a site of some layers with how far the source run's value is from the one there.
+
+    Args:
+        keys: each layer's key in ``there``.
+        site: the site's name.
+        there: the source run's values.
+    """
+
+    def __init__(self, keys: Mapping[int | None, str], site: str, there: Mapping[str, Tensor]) -> None:
+        Visitor.__init__(self)
+        self.keys, self.site, self.there = keys, site, there
+        self.changes: dict[int | None, Tensor] = {}
+
+    def at(self, model, layer, site):
+        if site.name == self.site and layer in self.keys:
+            value = getattr(owner(model, site, layer), site.attribute)
+            value.register_hook(partial(self.contract, layer, self.there[self.keys[layer]] - value.detach()))
+
+    def contract(self, layer: int | None, difference: Tensor, gradient: Tensor) -> None:
+        """Keep the sum over the site's dimensions, ``[L, B]``."""
+        self.changes[layer] = (gradient * difference).flatten(2).sum(-1).transpose(0, 1)
 
 
 def _token_ids(readout: Readout, name: str) -> Tensor:

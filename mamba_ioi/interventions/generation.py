@@ -15,8 +15,12 @@ from torch import Tensor
 
 from ..checks import integers, whole_number
 from ..remote.requests import ask
-from .continuation import States, run_layers
-from .patching import Patch, Plan, Tokens, resolve, row_parts, unembed
+from ..trace.change import Prefix
+from ..trace.state import LayerState
+from ..trace.walk import walk
+from .patch import Patch, resolve
+from .plan import Plan, unembed
+from .run import Tokens, row_parts
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
@@ -108,7 +112,7 @@ def _at_each(model: MambaModel, patch: Patch, first: int, stop: int) -> list[tup
 
 def continue_greedily(model, ids: Int[Tensor, "B L"], plan: Plan, later: Sequence[Plan]) -> dict[str, Tensor]:
     """`generate` on some rows, here or on a server: one trace reads the prompt, and one each new token."""
-    states: States = [(None, None)] * model.n_layers
+    states: list[LayerState] | None = None
     found = [ids.to(model.device)]
     for changes in (plan, *later):
         segment = found[-1]
@@ -119,7 +123,8 @@ def continue_greedily(model, ids: Int[Tensor, "B L"], plan: Plan, later: Sequenc
     return {"tokens": torch.cat(found, dim=1)}
 
 
-def continued(model, plan: Plan, states: States, last: Int[Tensor, "B"]) -> Any:
+def continued(model, plan: Plan, states: list[LayerState] | None, last: Int[Tensor, "B"]) -> Any:
     """The body of a trace: what it leaves behind in each layer, and the logits at its last position."""
-    ends = run_layers(model, states, plan)
-    return ends, unembed(model, plan, last, {})
+    visitor = plan.visitor(Prefix, states)
+    walk(model, visitor)
+    return visitor.left, unembed(model, plan, last, visitor)

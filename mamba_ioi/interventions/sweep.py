@@ -4,10 +4,10 @@ A change at layer l leaves the layers below as they were, and one at position p 
 they were: a Mamba carries nothing from p - 1 to p but each layer's state h and the last inputs of its conv. So every
 prompt runs once, unpatched; an intervention starts from that run's residual stream at (l, p) and from its states at
 p - 1, and runs only the layers from l on and the positions from p on. A resampled value is the clean one where the
-two prompts have not yet parted, so there is nothing to run. Interventions that start at the same position run
+two prompts have not yet differs, so there is nothing to run. Interventions that start at the same position run
 together: each joins the batch at its own layer. Every forward is one nnsight trace.
 
-For a remote model the same code runs on the server: a request brings token ids and what to change, the clean run's and
+For a remote model the same code runs on the server: a request brings token ids and what to change, the base run's and
 the source run's activations stay there, and the few logits of the readout come back.
 """
 
@@ -17,7 +17,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -28,112 +28,22 @@ from tqdm.auto import tqdm
 from ..memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
 from ..models.model import CausalLM
 from ..remote.requests import ask
-from ..tasks.columns import check_distinct, check_ids, check_rows, integers, refuse
-from ..tasks.pairs import PromptPairs
+from ..trace.change import Change, SourceValues
 from ..trace.s6_scan import compute_dtype
-from ..trace.sites import SITES
+from ..trace.state import LayerState
 from ..trace.touched import refuse_touched
-from . import patching
-from .continuation import Edit, Item, Job, SourceValues, States, carry, entries, parting, run_job
-from .patching import Change, Patch, Plan, SiteRef, cache, check_patch, forward, read_positions, read_sites, resolve
+from .batches import Batch, Item, divergence_index, entries, first_changed, row_positions, run_batch, run_prefix
+from .patch import Patch, Resample, SiteRef, check_patch, resolve
+from .plan import Plan, forward, read_sites
+from .positions import read_positions
+from .readout import Readout, picked
+from .run import cache, run
 
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 256
 REQUEST_ROWS = 4096
-"""How many patched rows one request to a server asks for: its time is bounded, and its clean run shared by many."""
-
-
-@dataclass(frozen=True)
-class Resample:
-    """A `Patch` whose value is that of the same site in the run on the source (corrupt) tokens."""
-
-    site: str
-    layer: int | None
-    positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
-    slice: int | None = None
-
-
-@dataclass(frozen=True)
-class Readout:
-    """The few logits that the task's metrics need, ``K`` token ids a row, and where each candidate stands in them.
-
-    The columns stand for a small vocabulary: `metrics` functions take logits read at ``tokens`` together with
-    ``answers``, ``corrupt_answers`` and ``candidates`` from here. Checked when it is made.
-
-    Attributes:
-        tokens: token ids to read, ``[B, K]``.
-        last: the position to read at, ``[B]``.
-        answers: the column of the clean answer, ``[B]``; or of a set of them, ``[B, A]``, padded with -1.
-        corrupt_answers: the column of the corrupt answer, ``[B]`` or ``[B, A]``.
-        candidates: the columns of the tokens that compete, ``[B, C]``, padded with -1; the answer's is one of them.
-        total: whether a column more, the last, is the log of the sum of exponentials over the whole vocabulary.
-
-    Raises:
-        ValueError: if something does not fit: a sentence with row, field and value.
-    """
-
-    tokens: Int[Tensor, "B K"]
-    last: Int[Tensor, "B"]
-    answers: Int[Tensor, "B *A"]
-    corrupt_answers: Int[Tensor, "B *A2"]
-    candidates: Int[Tensor, "B C"]
-    total: bool = False
-
-    def __post_init__(self) -> None:
-        dims = {"tokens": (2,), "candidates": (2,), "answers": (1, 2), "corrupt_answers": (1, 2)}
-        for name in ("tokens", "last", "answers", "corrupt_answers", "candidates"):
-            column = integers(getattr(self, name), name, dims=dims.get(name, (1,)))
-            check_rows(len(column), len(self.tokens), name, "tokens")
-            object.__setattr__(self, name, column)
-        check_ids(self.tokens, "tokens")
-        refuse(self.last < 0, self.last, "last", "is no position, which are counted from 0")
-        width = self.tokens.shape[1]
-        for name in ("answers", "corrupt_answers", "candidates"):
-            columns = getattr(self, name)
-            wrong = (columns < (-1 if columns.dim() == 2 else 0)) | (columns >= width)
-            refuse(wrong, columns, name, f"is no column of tokens, which are 0 to {width - 1}")
-        check_distinct(self.candidates, "candidates")
-        answers = self.answers if self.answers.dim() == 2 else self.answers[:, None]
-        missing = (self.candidates[:, :, None] != answers[:, None, :].to(self.candidates.device)).all(1)
-        missing = (missing.to(answers.device) & (answers >= 0)).reshape(self.answers.shape)
-        refuse(missing, self.answers, "answers", "is not among the row's candidates")
-
-    @classmethod
-    def of(cls, pairs: PromptPairs, *, total: bool = False) -> Readout:
-        """Read every candidate of each pair at its last position; with ``total`` also what they are normalized by."""
-        candidates = pairs.candidates
-        columns = torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
-
-        def places(ids: Tensor) -> Tensor:
-            if ids.dim() == 1:
-                return (candidates == ids[:, None]).int().argmax(1)
-            return (candidates[:, None, :] == ids[:, :, None]).int().argmax(2).where(ids >= 0, -1)
-
-        return cls(
-            tokens=candidates.clamp(min=0),
-            last=pairs.last_position,
-            answers=places(pairs.answers),
-            corrupt_answers=places(pairs.corrupt_answers),
-            candidates=columns.where(candidates >= 0, -1),
-            total=total,
-        )
-
-    @property
-    def read(self) -> Int[Tensor, "B K"]:
-        """What is read: the tokens, and -1 for the column of the whole vocabulary, if there is one."""
-        return torch.nn.functional.pad(self.tokens, (0, 1), value=-1) if self.total else self.tokens
-
-    def check(self, tokens: Int[Tensor, "B L"], vocab_size: int) -> None:
-        """Refuse prompts that this does not fit: other rows, fewer positions, or a smaller vocabulary.
-
-        Raises:
-            ValueError: if so.
-        """
-        check_rows(len(self.tokens), len(tokens), "the readout", "tokens")
-        length = tokens.shape[1]
-        refuse(self.last >= length, self.last, "the readout's last", f"is no position of prompts of {length} tokens")
-        check_ids(self.tokens, "the readout's tokens", size=vocab_size)
+"""How many patched rows one request to a server asks for: its time is bounded, and its base run shared by many."""
 
 
 def sweep(
@@ -176,7 +86,7 @@ def sweep(
     readout.check(tokens, model.vocab_size)
     if not model.has_scans:
         return _plain_runs(model, tokens, source, interventions, readout, description)
-    edits = [_edits(model, tokens, changes, source) for changes in interventions]
+    checked = [[_change(model, tokens, change, source) for change in changes] for changes in interventions]
     model.require_stream("sweeps")
     limits = Budget.of(model, tokens.shape[1])
     read = readout.read
@@ -186,7 +96,7 @@ def sweep(
         for start in range(0, shape[1], limits.prompts):
             part = slice(start, start + limits.prompts)
             prompts = Prompts(tokens[part], None if source is None else source[part], readout.last[part], read[part])
-            own = [[edit.rows(part, shape[1]) for edit in changes] for changes in edits]
+            own = [[change.rows(part, shape[1]) for change in changes] for changes in checked]
             parts.append(_logits(model, prompts, own, limits, bar))
     return torch.cat(parts, dim=1) if parts else torch.empty(shape)
 
@@ -206,34 +116,39 @@ def _plain_runs(
     for changes in tqdm(interventions, desc=description, unit="run", disable=description is None):
         patches = []
         for change in changes:
-            ref, checked = check_patch(
-                model, tokens, Patch(change.site, change.layer, 0.0, change.positions, change.slice)
-            )
-            if callable(getattr(change, "value", None)):
-                raise ValueError("a sweep's values are tensors and floats; a callable is for run, cache and generate")
-            if isinstance(change, Resample):
-                if source is None:
-                    raise ValueError("a Resample needs source tokens to take its values from")
-                if (key := SiteRef(ref.site, ref.layer).key) not in values:
-                    values |= cache(model, source, [key])
-                value, positions = values[key], checked.positions
+            checked = _checked(model, tokens, change, source)
+            if checked.value is None and source is not None:
+                ref = SiteRef(checked.site, checked.layer)
+                if ref.key not in values:
+                    values |= cache(model, source, [ref.key])
+                value, positions = values[ref.key], checked.positions
                 if isinstance(positions, Tensor):
                     value = value[torch.arange(len(value))[:, None], positions.clamp(min=0)]
                 elif positions is not None:
                     value = value[:, positions]
-                change = Patch(ref.site.name, ref.layer, value, positions)
+                change = Patch(checked.site.name, checked.layer, value, positions)
             patches.append(change)
-        logits = patching.run(model, tokens, patches, positions=readout.last)
+        logits = run(model, tokens, patches, positions=readout.last)
         results.append(picked(logits, read.to(logits.device)).to("cpu", compute_dtype(logits.dtype)))
     return torch.stack(results) if results else torch.empty(0, *read.shape)
 
 
+def _checked(model: CausalLM, tokens: Tensor, change: Patch | Resample, source: Tensor | None) -> Change:
+    """The change, which a sweep can make."""
+    if isinstance(change, Resample) and source is None:
+        raise ValueError("a Resample needs source tokens to take its values from")
+    checked = check_patch(model, tokens, change)
+    if callable(checked.value):
+        raise ValueError("a sweep's values are tensors and floats; a callable is for run, cache and generate")
+    return checked
+
+
 @dataclass(frozen=True)
 class Budget:
-    """How many prompts to hold the clean run of, and how many patched rows to run at once.
+    """How many prompts to hold the base run of, and how many patched rows to run at once.
 
     Attributes:
-        prompts: rows of the clean run (residual streams and states of every layer).
+        prompts: rows of the base run (residual streams and states of every layer).
         rows: rows of one patched forward.
         values: bytes of the source run's values to hold at once; at least those of the runs from one position are.
         request: rows of all patched forwards that one request to a server asks for; None where there is no server.
@@ -262,31 +177,16 @@ class Budget:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _edits(model, tokens, changes: Sequence[Patch | Resample], source) -> list[Edit]:
-    edits = []
-    for change in changes:
-        resampled = isinstance(change, Resample)
-        if resampled and source is None:
-            raise ValueError("a Resample needs source tokens to take its values from")
-        patch = Patch(change.site, change.layer, 0.0, change.positions, change.slice) if resampled else change
-        ref, checked = check_patch(model, tokens, patch)
-        site, layer = ref.site, ref.layer
-        if site.name == "embed":
-            site, layer = SITES["resid_pre"], 0
-        if layer is None or not site.by_position:
-            raise ValueError(
-                f"a sweep changes sites inside the layers that have positions, and embed; not {site.name!r}"
-            )
-        value = None
-        if callable(checked.value):
-            raise ValueError("a sweep's values are tensors and floats; a callable is for run, cache and generate")
-        if not resampled:
-            dims = len(site.shape) - (checked.tap is not None)
-            exact = None if isinstance(checked.value, Tensor) else torch.float64
-            value = torch.as_tensor(checked.value, dtype=exact, device=tokens.device)
-            value = value.reshape((1,) * (dims - value.dim()) + value.shape)
-        edits.append(Edit(layer, Change(site, 0.0, checked.positions, checked.tap), value))
-    return edits
+def _change(model: CausalLM, tokens: Tensor, change: Patch | Resample, source: Tensor | None) -> Change:
+    """The change, inside a layer: the embeddings are what the first layer begins with."""
+    checked = _checked(model, tokens, change, source)
+    if checked.site.name == "embed":
+        checked = replace(checked, site=model.layer_sites(0)["resid_pre"], layer=0)
+    if checked.layer is None or not checked.site.by_position:
+        raise ValueError(
+            f"a sweep changes sites inside the layers that have positions, and embed; not {checked.site.name!r}"
+        )
+    return checked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +210,7 @@ class Prompts:
 
 
 def _logits(
-    model: CausalLM, prompts: Prompts, interventions: Sequence[Sequence[Edit]], limits: Budget, bar: tqdm
+    model: CausalLM, prompts: Prompts, interventions: Sequence[Sequence[Change]], limits: Budget, bar: tqdm
 ) -> Float[Tensor, "I B K"]:
     """The logits of every intervention on some prompts, here or by requests of bounded size to a server."""
     items = _pieces(_items(prompts, interventions), limits.rows)
@@ -335,31 +235,33 @@ def _logits(
             bar.update(len(answer["logits"]))
     assert plain is not None  # at least one request was answered
     results = plain.expand(len(interventions), *plain.shape).clone()
-    for item, run in found:
-        results[item.intervention, item.rows.cpu()] = run
+    for item, logits in found:
+        results[item.intervention, item.rows.cpu()] = logits
     return results
 
 
-def _items(prompts: Prompts, interventions: Sequence[Sequence[Edit]]) -> list[Item]:
+def _items(prompts: Prompts, interventions: Sequence[Sequence[Change]]) -> list[Item]:
     """The runs that differ from the clean one, by the position they start at and the first layer that changes."""
     tokens, source, last = prompts.tokens, prompts.source, prompts.last.tolist()
     batch, length = tokens.shape
-    parted = [0] * batch if source is None else parting(tokens, source).tolist()
+    differs = [0] * batch if source is None else divergence_index(tokens, source).tolist()
     items = []
-    for index, edits in enumerate(interventions):
+    for index, changes in enumerate(interventions):
         starts: dict[int, list[int]] = defaultdict(list)
-        given = any(edit.value is not None for edit in edits)  # then a resampled value is not the one that is there
-        from_row = [0] * batch if given else parted
-        begins = []  # of each edit, in each row
-        for edit in edits:
-            own, common = edit.own(), edit.everywhere(length)
-            begins.append([edit.start(own[row] if own else common, from_row[row], length) for row in range(batch)])
+        given = any(change.value is not None for change in changes)  # what is resampled is then not what is there
+        from_row = [0] * batch if given else differs
+        begins = []  # of each change, in each row
+        for change in changes:
+            own, common = row_positions(change), change.everywhere(length)
+            begins.append(
+                [first_changed(change, own[row] if own else common, from_row[row], length) for row in range(batch)]
+            )
         for row in range(batch):
             start = min((begin[row] for begin in begins), default=length)
             if start <= last[row]:
                 starts[start].append(row)
         for start, rows in starts.items():
-            live = [edit for edit, begin in zip(edits, begins, strict=True) if any(begin[r] < length for r in rows)]
+            live = [one for one, begin in zip(changes, begins, strict=True) if any(begin[r] < length for r in rows)]
             items.append(Item(index, start, torch.tensor(rows, device=tokens.device), live))
     return sorted(items, key=lambda item: (item.start, item.layer))
 
@@ -372,13 +274,13 @@ def _pieces(items: Sequence[Item], limit: int) -> list[Item]:
     families: dict[tuple[int, ...], list[Item]] = defaultdict(list)
     pieces = []
     for item in items:
-        if len({edit.layer for edit in item.edits}) > 1:
+        if len({change.layer for change in item.changes}) > 1:
             families[(item.start, *item.rows.tolist())].append(item)
         else:
             pieces.append(item)
     for family in families.values():
         for rows in family[0].rows.split(max(1, limit // len(family))):
-            pieces += [Item(item.intervention, item.start, rows, item.edits) for item in family]
+            pieces += [Item(item.intervention, item.start, rows, item.changes) for item in family]
     return sorted(pieces, key=lambda item: item.start)
 
 
@@ -403,26 +305,26 @@ def run_items(
     Returns:
         ``plain``: the unpatched run's logits [B, K]; ``logits``: those of the items' rows one after another [rows, K].
     """
-    chunk = Chunk(model, prompts)
-    found = [chunk.plain[:0].cpu()]
+    base = BaseRun(model, prompts)
+    found = [base.plain[:0].cpu()]
     runs = [list(together) for _, together in groupby(items, key=lambda item: item.start)]
     values: SourceValues = {}
     for index, together in enumerate(runs):
-        if not chunk.wanted(together) <= values.keys():
+        if not base.wanted(together) <= values.keys():
             values = {}
-            values = chunk.source_values(runs[index:], room)
-        found += chunk.run(together[0].start, [item.to(chunk.plain.device) for item in together], limit, values, note)
-    return {"plain": chunk.plain.cpu(), "logits": torch.cat(found)}
+            values = base.source_values(runs[index:], room)
+        found += base.run(together[0].start, [item.to(base.plain.device) for item in together], limit, values, note)
+    return {"plain": base.plain.cpu(), "logits": torch.cat(found)}
 
 
-class Chunk:
-    """Some prompts: their clean run, kept as far as patched runs start from it."""
+class BaseRun:
+    """The base run of some prompts, kept as far as patched runs start from it."""
 
     def __init__(self, model: CausalLM, prompts: Prompts) -> None:
         self.model = model
         tokens = prompts.tokens.to(model.device)
         refs = [resolve(model, "resid_pre", layer) for layer in range(model.n_layers)]
-        plan = Plan({}, {ref.layer: [ref] for ref in refs}, model.n_layers)
+        plan = Plan([], refs, model.n_layers)
         where = read_positions(tokens, prompts.last)
         with torch.no_grad(), model.trace(tokens):
             outcome = forward(model, plan, where).save()
@@ -431,7 +333,7 @@ class Chunk:
         self.plain = picked(logits, self.prompts.read).to(compute_dtype(logits.dtype))
         self.resid = [found[ref.key] for ref in refs]
         self.position = 0  # the states are those before this position
-        self.states: States = [(None, None)] * model.n_layers
+        self.states: list[LayerState] | None = None
 
     def run(
         self, start: int, items: Sequence[Item], limit: int, values: SourceValues, note: Callable[[int], object] | None
@@ -449,11 +351,11 @@ class Chunk:
         """Every (layer, site, position) that items resample, from where they start on."""
         length = self.prompts.tokens.shape[1]
         return {
-            (edit.layer, edit.change.site.name, p)
+            (change.layer or 0, change.site.name, p)
             for item in items
-            for edit in item.edits
-            if edit.value is None
-            for p in edit.everywhere(length)
+            for change in item.changes
+            if change.value is None
+            for p in change.everywhere(length)
             if p >= item.start
         }
 
@@ -466,7 +368,8 @@ class Chunk:
         keys: set[tuple[int, str, int]] = set()
         for items in runs:
             more = self.wanted(items) - keys
-            room -= sum(4 * math.prod(sizes[letter] for letter in SITES[name].shape) for _, name, _ in more)
+            shapes = [self.model.layer_sites(layer)[name].shape for layer, name, _ in more]
+            room -= sum(4 * math.prod(sizes[letter] for letter in shape) for shape in shapes)
             if keys and room < 0:
                 break
             keys |= more
@@ -476,17 +379,17 @@ class Chunk:
         return {key: found[alias] for key, alias in aliases.items()}
 
     def _advance(self, position: int) -> None:
-        """Bring the clean run's states to those before ``position``."""
+        """Bring the base run's states to those before ``position``."""
         if position == self.position:
             return
         segment = self.prompts.tokens[:, self.position : position]
-        self.states, self.position = carry(self.model, segment, self.states), position
+        self.states, self.position = run_prefix(self.model, segment, self.states), position
 
     def _run_from(self, start: int, items: Sequence[Item], values: SourceValues) -> Float[Tensor, "R K"]:
         """The logits of a batch of items that start at one position."""
         order = entries(items, self.model.n_layers)
         rows = torch.cat([entry.item.rows for entry in order])
-        job = Job(
+        batch = Batch(
             start=start,
             rows=rows,
             entries=order,
@@ -498,18 +401,10 @@ class Chunk:
         dummy = self.prompts.tokens[:1, start:]
         model = self.model
         with torch.no_grad(), model.trace(dummy):
-            logits = run_job(model, job).save()  # pyright: ignore[reportAttributeAccessIssue]
+            logits = run_batch(model, batch).save()  # pyright: ignore[reportAttributeAccessIssue]
         logits = picked(logits, self.prompts.read[rows]).to(self.plain).cpu()
         found = {id(entry.item): logits[entry.rows] for entry in order}
         return torch.cat([found[id(item)] for item in items])
-
-
-def picked(logits: Float[Tensor, "B V"], read: Int[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-    """Each row's logits of some tokens; where the last is -1, the log of the sum of exponentials over all of them."""
-    if not len(read) or not read.shape[1] or int(read[0, -1]) >= 0:
-        return logits.gather(1, read)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.cat([logits.gather(1, read[:, :-1]), logits.logsumexp(1, keepdim=True)], dim=1)
 
 
 def _batches(items: Sequence[Item], limit: int) -> list[list[Item]]:
@@ -523,6 +418,6 @@ def _batches(items: Sequence[Item], limit: int) -> list[list[Item]]:
                 batches.append([])
                 room = limit
             taken, rows = rows[:room], rows[room:]
-            batches[-1].append(Item(item.intervention, item.start, taken, item.edits))
+            batches[-1].append(Item(item.intervention, item.start, taken, item.changes))
             room -= len(taken)
     return batches

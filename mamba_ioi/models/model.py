@@ -21,9 +21,10 @@ from transformers import __version__ as TRANSFORMERS
 from ..checks import integer
 from ..families import Family, family_of
 from ..trace.anatomy import Anatomy, find_anatomy, short_prompt, stream_differences
-from ..trace.blocks import part_differences
+from ..trace.blocks import EVERY_SITE, part_differences
 from ..trace.served import Served
-from ..trace.sites import SITES, ModelSites, missing_operations
+from ..trace.sites import MODEL_SITES, SITES, ModelSites, SiteInfo, missing_operations
+from ..trace.stages import Stages
 from ..trace.touched import hooks, refuse_touched
 from .batching import model_input
 from .checkpoints import empty_tokenizer, read_checkpoint, read_config, read_tokenizer, refuse_missing
@@ -130,11 +131,25 @@ class CausalLM(Served, ModelSites, TransformersModel):
         """
         if (index := integer(layer)) is None or not 0 <= index < self.n_layers:
             raise ValueError(f"a layer is an integer from 0 to {self.n_layers - 1}, not {layer!r}")
-        names = family_of(self.family, self._module).sites(self.layers[index]._module)
+        names = list(self.layer_sites(index))
         if not self.has_scans and "attn_out" in names:
             check_parts(self)
-            names = names if self._parts[index] else ("resid_pre", "resid_post")
-        return list(names)
+            names = names if self._parts[index] else ["resid_pre", "resid_post"]
+        return names
+
+    def layer_sites(self, layer: int) -> dict[str, SiteInfo]:
+        """The table of a layer's sites by name, in execution order, as the family has it."""
+        return self._tables[layer]
+
+    def known_sites(self) -> dict[str, SiteInfo]:
+        """The sites that some layer, or the model, may have."""
+        if not self.has_scans:
+            return EVERY_SITE
+        return MODEL_SITES | {name: site for table in self._tables for name, site in table.items()}
+
+    def operations(self, layer: int) -> dict[str, type[Stages]]:
+        """The operations of a layer's mixer as chains of values, by their first site: where our own replace them."""
+        return self.layers[layer].chains
 
     @property
     def layers(self):
@@ -217,6 +232,8 @@ class CausalLM(Served, ModelSites, TransformersModel):
             where = self.model_id if layer is None else f"layer {layer} of {self.model_id}"
             raise ValueError(f"{where} has no site {name!r}; it has {', '.join(there)}")
 
+    _tables: list[dict[str, SiteInfo]]
+    """Each layer's sites; layers of one kind share a table."""
     _parts: list[bool]
     """Once `check_parts` has run, whether each block's parts add up to the residual stream."""
 
@@ -502,6 +519,7 @@ def _trace(source: nn.Module | str, tokenizer, family: Family, **kwargs) -> Mamb
     model = cls(source, task="text-generation", tokenizer=stand_in, **kwargs)  # pyright: ignore[reportCallIssue]
     model.tokenizer = tokenizer
     model.anatomy = find_anatomy(model._module)[0]
+    model._tables = family.tables(model.layers) if model.anatomy.blocks else []
     if isinstance(model, MambaModel):
         model._measures = family.measures(model._module.config)
         refuse_other_operations(model)
@@ -552,6 +570,7 @@ def check_stream(model: CausalLM) -> None:
             break
     if found:
         model.anatomy = next((one for one in found if one.broken is None), found[0])
+        model._tables = family_of(model.family, model._module).tables(model.layers) if model.anatomy.blocks else []
         if model.remote is None and model._module.training and (model.anatomy.broken or model.anatomy.beside):
             broken = f"{model.model_id} is in training mode, where two runs are not alike: call model._module.eval()"
             model.anatomy = replace(model.anatomy, checked=False, broken=broken)

@@ -10,8 +10,9 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from ..trace.anatomy import output_logits, relative_difference, short_prompt
-from ..trace.location import logits_of, take_over
-from ..trace.s6 import ScanStages
+from ..trace.location import StageSite, logits_of
+from ..trace.sites import owner
+from ..trace.walk import Visitor, walk
 from .weights import dtype_name, refuse_not_finite
 
 
@@ -84,35 +85,42 @@ def slow_path_tolerance(dtype: torch.dtype) -> float:
     return 5e-2 if torch.finfo(dtype).bits < 32 else 1e-4
 
 
+class Compared(Visitor):
+    """Keep the values at the inputs and outputs of each layer's modules and operations.
+
+    Args:
+        slow: whether our own conv, as a sum of terms, and our own scan take the place of the model's.
+        stream: where the residual stream before each layer is taken from, if it is not the run's own.
+    """
+
+    def __init__(self, slow: bool, stream: Mapping[str, Tensor] | None) -> None:
+        Visitor.__init__(self)
+        self.replaces, self.stream = slow, stream
+        self.found: dict[str, Tensor] = {}
+
+    def opened(self, layer, stages):
+        if stages.KIND == "conv":
+            stages.set("conv_slice", stages.peek("conv_slice"))
+
+    def at(self, model, layer, site):
+        if layer is None or isinstance(getattr(type(owner(model, site, layer)), site.attribute), StageSite):
+            return
+        hook = f"blocks.{layer}.hook_"
+        if site.name == "out_proj":
+            self.found[hook + "after_skip"] = model.layers[layer].mixer.out_proj.input
+        if site.name == "resid_pre" and self.stream is not None:
+            model.layers[layer].resid_pre = self.stream[hook + "resid_pre"]
+        self.found[hook + site.name] = getattr(owner(model, site, layer), site.attribute)
+
+
 def _main_sites(
     model: TransformersModel, ids: Int[Tensor, "B L"], *, slow: bool = False, stream: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The sites of each layer's path and the logits.
-
-    Args:
-        model: a Mamba.
-        ids: the prompt.
-        slow: whether our own conv and scan take the place of the model's.
-        stream: where the residual stream before each layer is taken from, if it is not the run's own.
-    """
+    """The sites of each layer's path and the logits; the arguments are those of `Compared`."""
     with torch.no_grad(), model.trace(ids):
-        found = {}
-        for i in range(model.n_layers):
-            layer, hook = model.layers[i], f"blocks.{i}.hook_"
-            if stream is not None:
-                layer.resid_pre = stream[hook + "resid_pre"]
-            found[hook + "resid_pre"] = layer.resid_pre
-            found[hook + "normalized_input"] = layer.norm.output
-            found[hook + "in_proj"] = layer.mixer.in_proj.output.chunk(2, dim=-1)[0]
-            if slow:
-                layer.mixer.conv_slice = layer.mixer.conv_slice
-            found[hook + "ssm_input"] = layer.mixer.source.causal_conv1d_fn_0.output
-            if slow:
-                take_over(layer.mixer, ScanStages)
-            found[hook + "after_skip"] = layer.mixer.source.mamba_selective_scan_0.output
-            found[hook + "out_proj"] = layer.mixer.out_proj.output
-            found[hook + "resid_post"] = layer.output
-        found["hook_norm"] = model.final_norm.output
-        found["hook_logits"] = output_logits(model)
-        found = found.save()  # pyright: ignore[reportAttributeAccessIssue]
+        visitor = Compared(slow, stream)
+        walk(model, visitor)
+        visitor.found["hook_norm"] = model.final_norm.output
+        visitor.found["hook_logits"] = output_logits(model)
+        found = visitor.found.save()  # pyright: ignore[reportAttributeAccessIssue]
     return found

@@ -178,10 +178,12 @@ def skip_block(model, layer: int, value: Tensor) -> None:
     model.layers[layer].skip((value, *[None] * (length - 1)) if length else value)
 
 
-def cut_head(model) -> None:
-    """Unembed the first position alone, where all are alike."""
+def cut_head(model, read: Int[Tensor, "B"] | None = None) -> None:
+    """Unembed one position of each row alone: ``read``, or the first where all are alike."""
     head = model.unembedding
-    head.input = head.input[:, :1].contiguous()  # else the head's weight is read once a row
+    value = head.input
+    rows = torch.arange(len(value), device=value.device)
+    head.input = value[rows, 0 if read is None else read.to(value.device)].unsqueeze(1)  # in one piece, as one product
 
 
 def output_logits(model) -> Tensor:

@@ -7,7 +7,7 @@ sites are served. This file is shipped to remote servers: it uses torch and nnsi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -85,6 +85,8 @@ class TreeSite(Site):
 
 class BlockEnvoy(ServedEnvoy):
     """A block: the residual stream before and after it, and what its parts read from it and add to it."""
+
+    chains: ClassVar[dict] = {}
 
     @property
     def tree(self) -> Tree | None:

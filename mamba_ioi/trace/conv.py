@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .s6_scan import compute_dtype
 from .stages import Stages, refuse_narrowed
+from .state import LayerState, next_conv_state
 
 
 class ConvStages(Stages):
@@ -22,6 +23,7 @@ class ConvStages(Stages):
         state: the cache's inputs of this layer's conv, ``[B, E, S]``, where one token continues it.
     """
 
+    KIND = "conv"
     OPERATION = "source.causal_conv1d_fn_0"
     STEP = "source.causal_conv1d_update_0"
     RECORDS = True
@@ -44,6 +46,13 @@ class ConvStages(Stages):
             earlier, self.x = self.x[..., :-length], self.x[..., -length:]
             self.before = F.pad(earlier, (max(0, taps - earlier.shape[-1]), 0))[..., -taps:] if taps else None
         self.in_front = args[0].shape[-1] - self.x.shape[-1]
+
+    def go_on_from(self, state: LayerState) -> None:
+        self.before = state.conv
+
+    def end(self) -> Tensor:
+        """The conv's inputs that a later position reads, ``[B, E, K - 1]``."""
+        return next_conv_state(self.before, self.x, self.weight.shape[-1])
 
     def result(self) -> Tensor:
         if self.state is not None and not self.runs:

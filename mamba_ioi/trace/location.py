@@ -398,8 +398,8 @@ def _finish_after(stages: Stages, output: str, occurrence: int):
     return stages.finish()
 
 
-def take_over(mixer: Envoy, cls: type[AnyStages]) -> AnyStages:
-    """Open an operation in a run without a cache, and let our own take its place whatever is edited: it is faster."""
+def replace_op(mixer: Envoy, cls: type[AnyStages]) -> AnyStages:
+    """Open an operation in a run without a cache, and let our own replace it whatever is edited: it is faster."""
     stages = open_stages(mixer, cls, Visit(0))
     stages.own = True
     return stages

@@ -22,6 +22,7 @@ from .s6_scan import (
     selective_scan,
 )
 from .stages import Handed, Stages, cast, refuse_narrowed
+from .state import LayerState
 
 
 class ScanStages(Stages):
@@ -36,6 +37,7 @@ class ScanStages(Stages):
         shown: the states handed out under gradients: a leaf's copy, whose gradient the live states feed.
     """
 
+    KIND = "scan"
     OPERATION = "source.mamba_selective_scan_0"
     STEP = "source.mamba_selective_state_update_0"
     ORDER = ("A", "delta_2", "delta", "A_bar", "B_bar", "write", "h_start", "h", "y", "ssm_output", "after_skip")
@@ -79,6 +81,13 @@ class ScanStages(Stages):
                     self._show(shown)
                     self.handed["h"] = Handed.of("h", shown)
         return Stages.get(self, name)
+
+    def go_on_from(self, state: LayerState) -> None:
+        self.initial = state.ssm
+
+    def h_shape(self) -> tuple[int, int, int]:
+        """The shape of the state at one position, ``[B, E, N]``."""
+        return self.x.shape[0], self.x.shape[2], self.A.shape[-1]
 
     def end(self) -> Tensor:
         """The state after the last position, which a later position goes on from."""
@@ -168,7 +177,7 @@ class ScanStages(Stages):
     def _h_start(self) -> Tensor:
         if self.initial is not None:
             return self.initial.clone()
-        zeros = self.x.new_zeros(self.x.shape[0], self.x.shape[2], self.A.shape[-1])
+        zeros = self.x.new_zeros(*self.h_shape())
         return zeros.requires_grad_(self.x.requires_grad).clone()
 
     def _h(self) -> Tensor:

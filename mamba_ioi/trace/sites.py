@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,7 @@ from .conv import ConvStages
 from .location import Noted, OperationSite, OutputSite, PartSite, Site, StageSite, logits_of, open_stages, with_logits
 from .s6 import ScanStages
 from .served import ServedEnvoy, SkipMethod
-from .stages import cast
+from .stages import Stages, cast
 
 if TYPE_CHECKING:
     from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -47,6 +47,7 @@ class MixerEnvoy(ServedEnvoy):
 
     _module: MambaMixer
     is_mixer = True
+    chains: ClassVar[dict[str, type[Stages]]] = {stages.ORDER[0]: stages for stages in (ConvStages, ScanStages)}
 
     @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
     def gate(self, value) -> Float[Tensor, "B L E"]:
@@ -257,6 +258,11 @@ class DtProjEnvoy(ServedEnvoy):
 class LayerEnvoy(ServedEnvoy):
     """A `MambaBlock`: the residual stream before and after, and what the layer reads from it and adds to it."""
 
+    @property
+    def chains(self) -> dict[str, type[Stages]]:
+        """The mixer's operations as chains of values, by their first site."""
+        return type(self.mixer).chains
+
     def look_inside(self) -> None:
         """Let nnsight serve the operations inside the mixer."""
         _ = self.mixer.source
@@ -398,6 +404,8 @@ def _table() -> dict[str, SiteInfo]:
 
 SITES: dict[str, SiteInfo] = _table()
 """Every site by name, in execution order."""
+MODEL_SITES = {name: site for name, site in SITES.items() if site.owner == "model"}
+"""The sites outside the layers."""
 
 
 def owner(model, site: SiteInfo, layer: int | None) -> Envoy:

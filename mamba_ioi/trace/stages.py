@@ -14,6 +14,8 @@ from jaxtyping import Float
 from nnsight.intervention import source
 from torch import Tensor
 
+from .state import LayerState
+
 
 @dataclass(eq=False)
 class Handed:
@@ -56,6 +58,7 @@ class Stages:
         handed: the values that were handed out and are up to date, by stage.
         stale: those that are out of date.
         leaves: the values that became leaves after they were handed out, by stage.
+        KIND: ``conv`` or ``scan``.
         OPERATION: the call in the mixer's ``forward``, as nnsight names it.
         STEP: the call in its place where a cache is continued by one token.
         RECORDS: whether a cache that records what it is given has the whole prompt's call made all the same.
@@ -70,6 +73,7 @@ class Stages:
         runs: whether the model's own operation runs all the same (in a batch of several invokes).
     """
 
+    KIND: str
     OPERATION: str
     STEP: str
     RECORDS = False
@@ -147,6 +151,14 @@ class Stages:
             if self.own or self.kept or any(value.requires_grad for value in self.values.values()):
                 return self.result()
         return source.NO_SKIP  # by way of its module: a server compares it by identity with its own
+
+    def go_on_from(self, state: LayerState) -> None:
+        """Begin with what earlier positions left behind in this layer."""
+        raise NotImplementedError
+
+    def end(self) -> Tensor:
+        """What the operation leaves behind for later positions."""
+        raise NotImplementedError
 
     def result(self):
         """The operation's result, as the model's own function returns it."""

@@ -19,9 +19,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, load_model, ndif, remote, run, sweep
+from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, load_model, run
 from mamba_ioi.cli import main
+from mamba_ioi.interventions import sweep
 from mamba_ioi.models.model import MambaModel
+from mamba_ioi.remote import ndif
+from mamba_ioi.remote import requests as remote
 from mamba_ioi.result import Result
 from mamba_ioi.trace.sites import SITES
 

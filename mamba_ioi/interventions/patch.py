@@ -1,0 +1,194 @@
+"""What to change in a run: `Patch` and `Resample`, checked against the model and its prompts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..checks import integer, integers, real_number, scalar
+from ..trace.change import Change
+from ..trace.sites import SiteInfo
+from .positions import own_positions
+
+if TYPE_CHECKING:
+    from ..models.model import MambaModel
+
+_ALIAS = re.compile(r"(?:blocks\.(\d+)\.)?hook_([A-Za-z_]+?(?:_\d)?)(?:\.(\d+))?$")
+
+
+@dataclass(frozen=True)
+class SiteRef:
+    """One site of one layer, at one position if an alias such as ``blocks.39.hook_h.7`` names it.
+
+    Attributes:
+        site: the site's row of the table.
+        layer: its layer, or None for the sites outside the layers.
+        position: the position an alias names, else None.
+    """
+
+    site: SiteInfo
+    layer: int | None
+    position: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The MambaLens name: ``blocks.39.hook_h``, ``hook_embed``."""
+        name = f"hook_{self.site.name}" + ("" if self.position is None else f".{self.position}")
+        return name if self.layer is None else f"blocks.{self.layer}.{name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """One change of a run: at ``site`` of ``layer``, at ``positions``, ``value`` takes the model's place.
+
+    Attributes:
+        site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
+        layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
+        value: a number, or a tensor or numpy array broadcastable to the site at those positions:
+        ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an
+        alias with a position the position's dimension may be left out). Or a callable that is given a copy of what
+        is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
+        ``[B, 1, E, N]``, with the state as it has become.
+        positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Or each
+            row's own, a LongTensor ``[B, k]`` counted from 0, -1 for none: values are then ``[B, k, ...]``, and a
+            callable sees that (of a row that has none, what it sees is no matter, and what it returns is not used).
+            Patched states (``h``) hold at their positions and the states after them follow.
+        slice: for ``conv_slice``, the one tap to change: -3, -2, -1 or 0. The term at *output* position p that comes
+            from ``in_proj`` at p + slice is replaced.
+    """
+
+    site: str
+    layer: int | None
+    value: Tensor | float | Callable[[Tensor], Tensor | float]
+    positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
+    slice: int | None = None
+
+
+@dataclass(frozen=True)
+class Resample:
+    """A `Patch` whose value is that of the same site in the run on the source (corrupt) tokens."""
+
+    site: str
+    layer: int | None
+    positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
+    slice: int | None = None
+
+
+def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = None) -> SiteRef:
+    """The site that a name, an alias or a pair (name, layer) refers to.
+
+    Raises:
+        ValueError: for an unknown site, a layer the model does not have, or a layer where none belongs.
+    """
+    if isinstance(site, tuple) and len(site) == 2:
+        site, layer = site
+    if not isinstance(site, str):
+        raise ValueError(f"a site is a name, or a pair (name, layer), not {site!r}")
+    if layer is not None:
+        if (whole := integer(layer)) is None:
+            raise ValueError(f"a layer is an integer, not {layer!r}")
+        layer = whole
+    position = None
+    if match := _ALIAS.fullmatch(site):
+        number, name, at = match.groups()
+        if number is not None and layer is not None and int(number) != layer:
+            raise ValueError(f"{site!r} names layer {number}, but layer {layer} was asked for")
+        layer = int(number) if number is not None else layer
+        position = None if at is None else int(at)
+    else:
+        name = site
+    known = model.known_sites()
+    if name not in known:
+        near = difflib.get_close_matches(name.rpartition("hook_")[2].partition(".")[0], known, 1)
+        meant = f"is {near[0]!r} meant? The" if near else "the"
+        raise ValueError(f"unknown site {site!r}; {meant} sites are {', '.join(known)}")
+    info = known[name]
+    if info.owner == "model":
+        if layer is not None:
+            raise ValueError(f"the site {name!r} is outside the layers; give no layer, not {layer}")
+    elif layer is None or not 0 <= layer < model.n_layers:
+        raise ValueError(f"the site {name!r} needs a layer from 0 to {model.n_layers - 1}, not {layer}")
+    model.require_site(name, layer)
+    info = info if layer is None else model.layer_sites(layer)[name]
+    if position is not None and not info.by_position:
+        raise ValueError(f"the site {name!r} has no positions, but {site!r} names position {position}")
+    return SiteRef(info, layer, position)
+
+
+def check_patch(model: MambaModel, ids: Int[Tensor, "B L"], patch: Patch | Resample) -> Change:
+    """The change that a patch makes, or a sentence that says what would be right."""
+    ref = resolve(model, patch.site, patch.layer)
+    site, batch, length = ref.site, *ids.shape
+    positions = patch.positions
+    if ref.position is not None:
+        if positions is not None:
+            raise ValueError(f"{patch.site!r} names its position; give no positions as well")
+        positions = [ref.position]
+    if positions is not None:
+        if not site.by_position:
+            raise ValueError(f"the site {site.name!r} has no positions; patch it with positions=None")
+        own = own_positions(ids, positions)
+        positions = own if own is not None else integers(positions)
+    if isinstance(positions, list):
+        if not positions or not all(-length <= p < length for p in positions):
+            raise ValueError(f"positions {positions} of a prompt with {length} positions: use 0 to {length - 1}")
+        positions = [p % length for p in positions]
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"positions {positions} name one position twice")
+    tap = None
+    if patch.slice is not None:
+        taps = range(1 - model.d_conv, 1) if model.has_scans else range(0)
+        tap = integer(patch.slice)
+        if tap is None or site.name != "conv_slice" or tap not in taps:
+            raise ValueError(
+                f"slice={patch.slice} at the site {site.name!r}: slices are {list(taps)}, at the site 'conv_slice'"
+            )
+        tap -= 1
+    count = length if positions is None else positions.shape[1] if isinstance(positions, Tensor) else len(positions)
+    letters = {"B": batch, "L": count, **model.sizes()}
+    shape = [letters[letter] for letter in site.shape[: -1 if tap is not None else None]]
+    value = _patch_value(patch.value) if isinstance(patch, Patch) else None
+    if isinstance(value, Tensor):
+        if ref.position is not None and value.dim() == len(shape) - 1:
+            value = value.unsqueeze(1)
+        try:
+            fits = list(torch.broadcast_shapes(value.shape, shape)) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
+            )
+        value = value.reshape((1,) * (len(shape) - value.dim()) + value.shape)
+    return Change(ref.layer, site, value, positions, tap)
+
+
+def _patch_value(given) -> Tensor | Callable:
+    """What a patch puts in: a tensor or callable as it is, an array or a number as a tensor."""
+    value = given
+    if callable(value):
+        return value
+    if not isinstance(value, Tensor):
+        value = scalar(value)
+        if hasattr(value, "__array__"):
+            array = value.__array__()
+            try:
+                value = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+            except TypeError:
+                raise ValueError(
+                    f"a patch's value is a real tensor, a number or a callable, not {array.dtype}"
+                ) from None
+    if isinstance(value, Tensor):
+        if not value.is_complex() and value.dtype != torch.bool:
+            return value
+    elif (number := real_number(value)) is not None:
+        return torch.tensor(float(number), dtype=torch.float64)
+    kind = value.dtype if isinstance(value, Tensor) else type(given).__name__
+    raise ValueError(f"a patch's value is a real tensor, a number or a callable, not {kind}")
