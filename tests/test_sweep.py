@@ -148,9 +148,11 @@ def test_the_memory_changes_no_result(small, prompts, memory, monkeypatch):
 def test_nothing_runs_where_the_prompts_have_not_parted(small, prompts, monkeypatch):
     import mamba_ioi.interventions.sweep as module
 
-    started, run_job = [], module.run_job
+    started, run_batch = [], module.run_batch
     monkeypatch.setattr(
-        module, "run_job", lambda model, job: started.append((job.start, len(job.rows))) or run_job(model, job)
+        module,
+        "run_batch",
+        lambda model, batch: started.append((batch.start, len(batch.rows))) or run_batch(model, batch),
     )
     clean, source, last = prompts
     sweep(small, clean, [[Resample("h", 1, position)] for position in range(9)], readout(last), source=source)
