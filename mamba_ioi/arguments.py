@@ -82,7 +82,10 @@ def parse(
     sub.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: float32)")
     sub.add_argument("--only", metavar="WORKS", help="these only, such as forward,sweep,h,attribution,eap,acdc")
 
-    sub = add("train-tiny", "train the packaged model 'tiny' anew")
+    sub = add("train-tiny", "train the packaged model 'tiny', or 'tiny-mamba2', anew")
+    sub.add_argument(
+        "--family", choices=("mamba", "mamba2"), default="mamba", help="mamba2 trains 'tiny-mamba2' (default: mamba)"
+    )
     sub.add_argument("--seed", type=_from_zero, default=0, help="of the weights and prompts (default: 0)")
     sub.add_argument("--out", type=_path, metavar="DIR", required=True, help="new folder for the model")
     sub.add_argument(
@@ -114,7 +117,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="tiny, planted, a directory or a Hub id (default: tiny)")
+    parser.add_argument(
+        "--model", default="tiny", help="tiny, planted, another packaged model, a directory or a Hub id (default: tiny)"
+    )
     parser.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: the checkpoint's)")
     parser.add_argument(

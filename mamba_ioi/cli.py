@@ -229,13 +229,13 @@ def _train_tiny(arguments: argparse.Namespace) -> int:
 
     with _quiet():
         steps = STEPS if arguments.steps is None else arguments.steps
-        report = train(out, seed=arguments.seed, steps=steps, progress=True)
+        report = train(out, family=arguments.family, seed=arguments.seed, steps=steps, progress=True)
     for number, measured in enumerate(report["held_out"], start=1):
         _say(
             f"template {number}: accuracy {measured['candidates']:.4f} over the prompt's names, "
             f"{measured['vocabulary']:.4f} over the vocabulary, on held-out triples"
         )
-    _say(f"saved in {out} after {report['minutes']} minutes")
+    _say(f"saved in {out} after {report['minutes']} minutes of one core")
     return 0
 
 

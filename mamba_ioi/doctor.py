@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from .result import package_versions
+from .zoo import EMBEDDED
 
 KERNELS = ("mamba_ssm", "causal_conv1d")
 
@@ -53,7 +54,7 @@ def examine(
     try:
         loaded = load_model(model, device=device, dtype=dtype)
     except ValueError as error:
-        if model not in ("tiny", "planted"):
+        if model not in (*EMBEDDED, "planted"):
             raise
         yield Finding(f"model {model}", str(error), well=False)
         return

@@ -24,12 +24,13 @@ from nnsight.modeling.huggingface import _ID_CACHE
 from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, generate, load_model, run
 from mamba_ioi.cli import main
 from mamba_ioi.interventions import sweep
-from mamba_ioi.models.model import PACKAGED, MambaModel
+from mamba_ioi.models.model import MambaModel
 from mamba_ioi.remote import ndif
 from mamba_ioi.remote import requests as remote
 from mamba_ioi.remote.traffic import Traffic
 from mamba_ioi.result import Result
 from mamba_ioi.trace.sites import SITES
+from mamba_ioi.zoo import EMBEDDED
 
 KEY = "33333333-3333-4333-8333-333333333333"
 
@@ -58,7 +59,7 @@ class Worker:
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
     """The server, with `tiny`."""
-    worker = Worker(PACKAGED)
+    worker = Worker(EMBEDDED["tiny"])
     yield worker
     worker.process.kill()
 
@@ -78,7 +79,7 @@ def there(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> MambaModel:
 
 def undispatched(monkeypatch: pytest.MonkeyPatch, target: bool | str = True) -> MambaModel:
     """`tiny` without weights, under a name that a Hub would know."""
-    monkeypatch.setitem(_ID_CACHE, str(PACKAGED), "mamba-ioi/tiny")
+    monkeypatch.setitem(_ID_CACHE, str(EMBEDDED["tiny"]), "mamba-ioi/tiny")
     return load_model("tiny", remote=target)
 
 
@@ -507,7 +508,7 @@ def test_the_key_is_in_no_message(
 
 
 def test_the_command_line_says_it_in_one_line(nobody: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(_ID_CACHE, str(PACKAGED), "mamba-ioi/tiny")
+    monkeypatch.setitem(_ID_CACHE, str(EMBEDDED["tiny"]), "mamba-ioi/tiny")
     out = ["--out", str(tmp_path / "out")]
     for command in (["reproduce", *out], ["run", "layer_removal", *out], ["doctor"]):
         assert main([*command, "--remote", nobody]) == 2

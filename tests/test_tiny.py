@@ -1,4 +1,4 @@
-"""The embedded model `tiny`: its tokenizer against GPT-NeoX's, its weights, its accuracy, and its training."""
+"""The embedded `tiny` and `tiny-mamba2`: tokenizer against GPT-NeoX's, weights, accuracy, and training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-import mamba_ioi.zoo
+from mamba_ioi import load_model
+from mamba_ioi.names import NAMES, single_token_names
 from mamba_ioi.tasks.ioi import BOS, CORRUPTIONS, OBJECTS, PLACES, TEMPLATES, IOIDataset
-from mamba_ioi.tasks.names import NAMES, single_token_names
+from mamba_ioi.zoo import EMBEDDED
 from mamba_ioi.zoo.fast_forward import fast_logits
 from mamba_ioi.zoo.tokenizer import TINY_NAMES, build_tokenizer
 from mamba_ioi.zoo.train_tiny import Prompts, train
 
-TINY = Path(mamba_ioi.zoo.__file__).parent / "tiny"
+KINDS = {"tiny": MambaForCausalLM, "tiny-mamba2": Mamba2ForCausalLM}
 BUILT = build_tokenizer()
 
 
@@ -32,14 +41,19 @@ def neox(shared: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(shared / "data" / "20B_tokenizer.json"))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return EMBEDDED[request.param]
 
 
 @pytest.fixture(scope="module")
-def model() -> MambaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(TINY).eval()
+def tokenizer(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def fill(template: str, names: list[str], place: str, thing: str) -> str:
@@ -62,7 +76,7 @@ def held_out_prompts(prompts: Prompts, template: str, count: int) -> tuple[list[
     return texts, names
 
 
-def last_logits(model: MambaForCausalLM, tokens: Tensor) -> Tensor:
+def last_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     with torch.no_grad():  # a few rows at a time: the model's own scan holds every state
         parts = [model(part, use_cache=False, logits_to_keep=1).logits[:, -1] for part in tokens.split(16)]
     return torch.cat(parts)
@@ -133,16 +147,31 @@ class TestTokenizer:
 
 
 class TestModel:
-    def test_size_and_shape(self, model, tokenizer):
-        weights = TINY / "model.safetensors"
-        assert weights.stat().st_size <= 4_000_000
+    def test_size_and_shape(self, folder, model, tokenizer):
+        weights = folder / "model.safetensors"
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 4_000_000
         with safe_open(weights, framework="pt") as file:
             assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
         config = model.config
         assert 6 <= config.num_hidden_layers <= 8 and 96 <= config.hidden_size <= 128
-        assert (config.state_size, config.conv_kernel, config.expand) == (16, 4, 2)
+        assert (config.conv_kernel, config.expand) == (4, 2)
         assert config.vocab_size == len(tokenizer)
         assert model.lm_head.weight is model.backbone.embeddings.weight
+
+    def test_sizes_of_the_scan(self):
+        one, two = (AutoModelForCausalLM.from_pretrained(EMBEDDED[name]).config for name in KINDS)
+        assert one.state_size == 16
+        sizes = [two.num_heads, two.head_dim, two.n_groups, two.state_size, two.hidden_size, 2 * two.hidden_size]
+        assert len(set(sizes)) == len(sizes) and two.n_groups > 1, "a size taken for another shows"
+        assert two.chunk_size >= 20 and two.time_step_limit[0] == 0.0
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_is_loaded_by_its_name(self, name):
+        loaded = load_model(name)
+        assert type(loaded._module) is KINDS[name] and loaded.model_id == name
+        weights = AutoModelForCausalLM.from_pretrained(EMBEDDED[name]).state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in loaded._module.state_dict().items())
+        assert loaded.tokenizer.get_vocab() == BUILT.get_vocab()
 
     @pytest.mark.parametrize("number", range(4))
     def test_accuracy_on_held_out_triples(self, model, tokenizer, number):
@@ -160,9 +189,13 @@ class TestModel:
         best = data.candidates.gather(1, candidates.argmax(1, keepdim=True)).squeeze(1)
         assert (best == data.answers).float().mean() >= 0.99
 
-    def test_the_card_states_what_training_measured(self):
-        report = json.loads((TINY / "training.json").read_text())
-        card = " ".join((TINY / "README.md").read_text().split())
+    def test_the_card_states_what_training_measured(self, folder, model):
+        report = json.loads((folder / "training.json").read_text())
+        card = " ".join((folder / "README.md").read_text().split())
+        config = model.config
+        sizes = f"{config.num_hidden_layers} layers, d_model {config.hidden_size}, d_inner {2 * config.hidden_size}"
+        assert sizes in card and f"d_state {config.state_size}, d_conv {config.conv_kernel}" in card
+        assert type(model).__name__ in card and f"{model.num_parameters():,} parameters" in card
         assert "license: mit" in card and f"{report['steps']} steps" in card and f"seed {report['seed']}" in card
         for measured in report["held_out"]:
             assert measured["candidates"] >= 0.99 and measured["vocabulary"] >= 0.97
@@ -216,11 +249,12 @@ class TestTraining:
         assert held_out.float().mean().item() == pytest.approx(1 / 8, abs=0.01)
         assert torch.equal(prompts.held_out(triples[:, [2, 0, 1]]), held_out)
 
-    def test_a_few_steps_write_a_model_that_loads_and_the_seed_fixes_it(self, tmp_path):
+    @pytest.mark.parametrize(("family", "kind"), [("mamba", MambaForCausalLM), ("mamba2", Mamba2ForCausalLM)])
+    def test_a_few_steps_write_a_model_that_loads_and_the_seed_fixes_it(self, tmp_path, family, kind):
         torch.manual_seed(11)
         before = torch.random.get_rng_state()
         reports = [
-            train(tmp_path / name, seed=seed, steps=3, n_test=8, progress=False)
+            train(tmp_path / name, family=family, seed=seed, steps=3, n_test=8, progress=False)
             for name, seed in (("a", 5), ("b", 5), ("c", 6))
         ]
         assert torch.equal(torch.random.get_rng_state(), before)
@@ -228,7 +262,7 @@ class TestTraining:
         assert files[0] == files[1] != files[2]
         assert reports[0]["final_loss"] == reports[1]["final_loss"]
         model, tokenizer = (auto.from_pretrained(tmp_path / "a") for auto in (AutoModelForCausalLM, AutoTokenizer))
-        assert isinstance(model, MambaForCausalLM)
+        assert type(model) is kind
         assert last_logits(model, torch.tensor([tokenizer("Then, John")["input_ids"]])).shape == (1, len(tokenizer))
         assert json.loads((tmp_path / "a" / "training.json").read_text()) == reports[0]
 
@@ -236,6 +270,10 @@ class TestTraining:
     def test_refuses_bad_arguments(self, tmp_path, wrong):
         with pytest.raises(ValueError, match="must be 1 or more"):
             train(tmp_path, progress=False, **wrong)
+
+    def test_refuses_another_family(self, tmp_path):
+        with pytest.raises(ValueError, match="family 'gpt2' cannot be trained; the families are mamba, mamba2"):
+            train(tmp_path, family="gpt2", steps=1)
 
     def test_refuses_a_file_for_a_folder(self, tmp_path):
         (tmp_path / "file").write_text("x")

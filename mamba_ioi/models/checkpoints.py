@@ -103,8 +103,8 @@ def read_config(source: str, revision: str | None) -> dict:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source!r} is neither a packaged model (tiny, planted), nor a directory with a readable config.json, "
-            f"nor a Hub id that can be reached from here: {one_line(error)}"
+            f"{source!r} is neither a packaged model (such as tiny or planted), nor a directory with a readable "
+            f"config.json, nor a Hub id that can be reached from here: {one_line(error)}"
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"the config.json of {source} holds a {type(config).__name__}, not an object")

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,7 @@ from ..trace.served import Served
 from ..trace.sites import MODEL_SITES, SITES, ModelSites, SiteInfo, missing_operations
 from ..trace.stages import Stages
 from ..trace.touched import hooks, refuse_touched
+from ..zoo import locate
 from .batching import model_input
 from .checkpoints import empty_tokenizer, read_checkpoint, read_config, read_tokenizer, refuse_missing
 from .slow_path import check_slow_path, slow_path_tolerance
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ..zoo.planted import Planted
 
 OLDEST_TRANSFORMERS = (5, 15)
-PACKAGED = Path(__file__).parent.parent / "zoo" / "tiny"
 
 _version = tuple(int(part) for part in TRANSFORMERS.split(".")[:2])
 if _version < OLDEST_TRANSFORMERS:
@@ -385,9 +384,10 @@ def load_model(
     """Load a model for tracing.
 
     Args:
-        name: ``"tiny"`` (a small Mamba trained on the task, packaged), ``"planted"`` (a Mamba with a known circuit),
-            a local directory, or a Hub id. The original state-spaces layout is converted on the way. Another causal
-            language model (GPT-2, Llama) loads too, without the sites of a Mamba.
+        name: ``"tiny"`` (a small Mamba trained on the task, packaged), ``"tiny-mamba2"`` (a Mamba-2 likewise),
+            ``"planted"`` (a Mamba with a known circuit), a local directory, or a Hub id. The original state-spaces
+            layout is converted on the way. Another causal language model (GPT-2, Llama) loads too, without the sites
+            of a Mamba.
         device: where to put it; the CPU unless given.
         dtype: precision of the weights, e.g. ``torch.bfloat16`` or ``"float32"``; unless given, the one that the
             checkpoint's config names, or a wider one if it stores its weights in that.
@@ -408,7 +408,7 @@ def load_model(
         return model
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"a model is named by a text or a path, not {name!r}")
-    source = str(PACKAGED if name == "tiny" else os.path.expanduser(name))
+    source = locate(name)
     refuse_missing(source)
     if remote:
         return _wrap_remote(source, revision, remote)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..catalogue import CATALOGUE
 from ..result import Result
+from ..zoo import EMBEDDED
 from .evidence import Results, Table, shown
 
 SEED = 27
@@ -94,7 +95,7 @@ def _both(one: set | None, other: set | None) -> set | None:
 def _command(group: dict[str, Any], *, whole: bool) -> str:
     request, allowed = group["request"], group["allowed"]
     model, device = str(request.get("model")), str(group["meta"].get("device") or "cpu")
-    if request.get("weights") and model != "tiny":
+    if request.get("weights") and model not in EMBEDDED:
         model = f"./{model}"  # a folder, wherever it lies
     words = ["mamba-ioi", "reproduce", "--model", model]
     if not whole:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import CATALOGUE, choose
+from ..zoo import EMBEDDED, locate
 from .folder import ANSWERS, PICTURES, REPORTS, RESULTS, check_folder, discard_answers, locked, stored_result
 from .makers import Settings, make, prepare, with_layer
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PACKAGED = Path(__file__).parent.parent / "zoo" / "tiny"
 _WEIGHTS = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt", "*.safetensors", "*.bin")
 
 
@@ -207,10 +207,10 @@ def model_identity(settings: Settings) -> dict[str, Any]:
         from ..remote.requests import Remote
 
         remote = str(Remote(settings.remote))
-    folder = _PACKAGED if settings.model == "tiny" else Path(os.path.expanduser(settings.model))
+    folder = Path(locate(settings.model))
     local = settings.model != "planted" and folder.is_dir()
     return {
-        "model": folder.resolve().name if local else settings.model,
+        "model": folder.resolve().name if local and settings.model not in EMBEDDED else settings.model,
         "weights": _digest(folder) if local else None,
         "dtype": settings.dtype,
         "remote": remote,

@@ -1,1 +1,20 @@
-"""Models that ship with the package: `tiny`, trained on the task, and `planted`, with a known circuit."""
+"""Models that ship with the package: those in `EMBEDDED`, trained here, and `planted`, with a known circuit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+EMBEDDED: Mapping[str, Path] = {
+    "tiny": _HERE / "tiny",
+    "tiny-mamba2": _HERE / "tiny_mamba2",
+}
+"""The folder of each trained model that ships with the package, by the name that `load_model` takes."""
+
+
+def locate(name: str | os.PathLike[str]) -> str:
+    """Where a model is: the folder of an embedded one; else the name itself, with ``~`` written out."""
+    return str(EMBEDDED[name]) if isinstance(name, str) and name in EMBEDDED else os.path.expanduser(os.fspath(name))

@@ -1,4 +1,4 @@
-"""Train the embedded model `tiny`: a small Mamba on the indirect-object task and its variations, from a seed."""
+"""Train the embedded models `tiny` and `tiny-mamba2` on the indirect-object task and its variations, from a seed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..checks import integer, whole_number
 from ..tasks.ioi import BOS, OBJECTS, PLACES, TEMPLATES
@@ -30,6 +37,61 @@ STEPS = 1200
 BATCH = 64
 LEARNING_RATE = 3e-3
 HELD_OUT_SHARE = 8  # one name triple in eight is never trained on
+
+_SHAPE = {
+    "hidden_size": 96,
+    "num_hidden_layers": 6,
+    "conv_kernel": 4,
+    "expand": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What differs between the two trained models."""
+
+    name: str  # the packaged model's
+    kind: str
+    command: str
+    sizes: str
+    build: Callable[[int], PreTrainedModel]  # from the size of the vocabulary
+    logits: Callable[[Any, Int[Tensor, "B L"]], Float[Tensor, "B L V"]]  # with gradients for the parameters
+
+
+def _mamba(vocab_size: int) -> MambaForCausalLM:
+    return MambaForCausalLM(MambaConfig(vocab_size=vocab_size, state_size=16, time_step_rank=8, **_SHAPE))
+
+
+def _mamba2(vocab_size: int) -> Mamba2ForCausalLM:
+    # No two sizes are alike, so that none is taken for another. A prompt fits into one chunk of the scan.
+    sizes = {"num_heads": 12, "head_dim": 16, "n_groups": 2, "state_size": 32, "chunk_size": 32}
+    return Mamba2ForCausalLM(Mamba2Config(vocab_size=vocab_size, **sizes, **_SHAPE))
+
+
+FAMILIES: Mapping[str, _Family] = {
+    "mamba": _Family(
+        "tiny",
+        "Mamba",
+        "train-tiny",
+        "`MambaForCausalLM`, 6 layers, d_model 96, d_inner 192, d_state 16, d_conv 4, float32,\n ",
+        _mamba,
+        fast_logits,
+    ),
+    "mamba2": _Family(
+        "tiny-mamba2",
+        "Mamba-2",
+        "train-tiny --family mamba2",
+        "`Mamba2ForCausalLM`, 6 layers, d_model 96, d_inner 192 (12 heads of 16), 2 groups of B and C, d_state 32,\n"
+        "  d_conv 4, float32,",
+        _mamba2,
+        lambda model, tokens: model(tokens, use_cache=False).logits,
+    ),
+}
+"""The families that can be trained, by their config's ``model_type``."""
 
 _TWO_NAMES = tuple(
     template.replace("[NAME], [NAME] and [NAME]", "[NAME] and [NAME]").replace("[NAME] and [NAME] gave", "[NAME] gave")
@@ -105,26 +167,35 @@ class Prompts:
 
 
 def train(
-    out: str | os.PathLike[str], *, seed: int = 0, steps: int = STEPS, n_test: int = 2000, progress: bool = True
+    out: str | os.PathLike[str],
+    *,
+    family: str = "mamba",
+    seed: int = 0,
+    steps: int = STEPS,
+    n_test: int = 2000,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Train `tiny` and write it, its tokenizer and its model card to a folder.
+    """Train `tiny` (or `tiny-mamba2`) and write it, its tokenizer and its model card to a folder.
 
     Next-token loss over whole prompts, the answer included and counted once more; AdamW, warm-up and cosine decay. The
     same seed gives the same weights on one machine.
 
     Args:
         out: the folder to write; made if it is not there.
+        family: ``"mamba"`` for `tiny`, ``"mamba2"`` for `tiny-mamba2`, a Mamba-2 (SSD, arXiv 2405.21060).
         seed: of the initial weights and of the prompts.
         steps: optimizer steps of 64 prompts.
         n_test: held-out prompts a template to measure on.
         progress: show a progress bar.
 
     Returns:
-        What was measured: accuracy per template over candidates and over the vocabulary, loss, minutes.
+        What was measured: accuracy per template over candidates and over the vocabulary, loss, minutes of one core.
 
     Raises:
-        ValueError: if steps or n_test is not positive, or the folder is a file.
+        ValueError: if the family is another, steps or n_test is not positive, or the folder is a file.
     """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} cannot be trained; the families are {', '.join(FAMILIES)}")
     counts = [integer(steps), integer(n_test)]
     if not all(count is not None and count >= 1 for count in counts):
         raise ValueError(f"steps={steps} and n_test={n_test} must be 1 or more")
@@ -134,13 +205,13 @@ def train(
         raise ValueError(f"{out} is a file; give a folder to write the model to")
     tokenizer = build_tokenizer(TINY_NAMES)
     prompts = Prompts(tokenizer, TINY_NAMES)
-    model = _initial_model(len(tokenizer), seed)
+    model = _initial_model(family, len(tokenizer), seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as fast as two at this size, and the sums come out in one order
     generator = torch.Generator().manual_seed(seed)
-    started = time.monotonic()
-    loss = _optimize(model, prompts, generator, steps, progress)
-    minutes = (time.monotonic() - started) / 60
+    started = time.process_time()
+    loss = _optimize(FAMILIES[family], model, prompts, generator, steps, progress)
+    minutes = (time.process_time() - started) / 60
     torch.set_num_threads(threads)
     model.eval()
     report: dict[str, object] = {
@@ -150,22 +221,22 @@ def train(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "minutes": round(minutes, 1),
         "final_loss": round(loss, 4),
-        "held_out": [measure(model, prompts, form, n_test) for form in range(4)],
+        "held_out": [measure(FAMILIES[family], model, prompts, form, n_test) for form in range(4)],
     }
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(_card(report, n_test), encoding="utf-8")
+    (out / "README.md").write_text(_card(FAMILIES[family], report, n_test), encoding="utf-8")
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 
-def measure(model: MambaForCausalLM, prompts: Prompts, form: int, count: int) -> dict[str, float]:
+def measure(family: _Family, model: PreTrainedModel, prompts: Prompts, form: int, count: int) -> dict[str, float]:
     """Accuracy on prompts of one form with held-out name triples: over the prompt's names, and over the vocabulary."""
     rows, names = prompts.draw(form, count, torch.Generator().manual_seed(1000 + form), held_out=True)
     last = len(prompts.forms[form].ids) - 1
     with torch.no_grad():
-        logits = torch.cat([fast_logits(model, part)[:, last] for part in rows[:, : last + 1].split(256)])
+        logits = torch.cat([family.logits(model, part)[:, last] for part in rows[:, : last + 1].split(256)])
     chosen = logits.gather(1, names).argmax(1) == 0
     return {
         "candidates": round(chosen.float().mean().item(), 4),
@@ -173,27 +244,19 @@ def measure(model: MambaForCausalLM, prompts: Prompts, form: int, count: int) ->
     }
 
 
-def _initial_model(vocab_size: int, seed: int) -> MambaForCausalLM:
-    config = MambaConfig(
-        vocab_size=vocab_size,
-        hidden_size=96,
-        num_hidden_layers=6,
-        state_size=16,
-        conv_kernel=4,
-        expand=2,
-        time_step_rank=8,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
+def _initial_model(family: str, vocab_size: int, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MambaForCausalLM(config).train()
+        return FAMILIES[family].build(vocab_size).train()
 
 
 def _optimize(
-    model: MambaForCausalLM, prompts: Prompts, generator: torch.Generator, steps: int, progress: bool
+    family: _Family,
+    model: PreTrainedModel,
+    prompts: Prompts,
+    generator: torch.Generator,
+    steps: int,
+    progress: bool,
 ) -> float:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
@@ -208,7 +271,7 @@ def _optimize(
     with tqdm(total=steps, desc="training", disable=not progress) as bar:
         for _ in range(steps):
             rows = prompts.batch(BATCH, generator)
-            logits, targets = fast_logits(model, rows[:, :-1].clamp(min=0)), rows[:, 1:]
+            logits, targets = family.logits(model, rows[:, :-1].clamp(min=0)), rows[:, 1:]
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
             losses = losses.view(targets.shape)
             ends = (targets >= 0).sum(1) - 1
@@ -225,7 +288,7 @@ def _optimize(
     return loss.item()
 
 
-def _card(report: dict, n_test: int) -> str:
+def _card(family: _Family, report: dict, n_test: int) -> str:
     rows = "\n".join(
         f"| {template} | {measured['candidates']:.4f} | {measured['vocabulary']:.4f} |"
         for template, measured in zip(TEMPLATES, report["held_out"], strict=True)
@@ -234,13 +297,12 @@ def _card(report: dict, n_test: int) -> str:
 license: mit
 library_name: transformers
 ---
-# tiny: a small Mamba trained on indirect object identification
+# {family.name}: a small {family.kind} trained on indirect object identification
 
-The model that mamba_ioi ships, so that every experiment runs without a network. It was made by
-`mamba-ioi train-tiny --seed {report["seed"]}`.
+The {family.kind} that mamba_ioi ships, so that every experiment runs without a network. It was made by
+`mamba-ioi {family.command} --seed {report["seed"]}`.
 
-- Model: `MambaForCausalLM`, 6 layers, d_model 96, d_inner 192, d_state 16, d_conv 4, float32,
-  {report["parameters"]:,} parameters.
+- Model: {family.sizes} {report["parameters"]:,} parameters.
 - Tokenizer: byte-level BPE that segments the four templates as GPT-NeoX's does; {len(TINY_NAMES)} names are one token.
 - Data: the four three-name templates of the paper (arXiv 2407.14008, appendix A) with every order of the names, and
   two-name variants of them (one prompt in four); 8 places, 8 objects. One unordered name triple in

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, MambaConfig
 
-from mamba_ioi.models.model import PACKAGED
+from mamba_ioi.zoo import EMBEDDED
 from tests.conftest import random_mamba
 
 WIDTHS = {"narrow": 16, "wide": 256}
@@ -20,7 +20,7 @@ WIDTHS = {"narrow": 16, "wide": 256}
 
 def main(folder: Path) -> None:
     """Write what is not packaged."""
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
     for name, width in WIDTHS.items():
         module = random_mamba(hidden_size=width, vocab_size=len(tokenizer), num_hidden_layers=4)
         module.save_pretrained(folder / name)
@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
         folder / "broken"
     )
     tokenizer.save_pretrained(folder / "broken")
-    shutil.copytree(PACKAGED, folder / "tiny", dirs_exist_ok=True)
+    shutil.copytree(EMBEDDED["tiny"], folder / "tiny", dirs_exist_ok=True)
     print(*(f"mamba-ioi/{name}={folder / name}" for name in ("tiny", "broken", *WIDTHS)))
 
 
