@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MambaForCausalLM
+from transformers import Mamba2ForCausalLM, MambaForCausalLM, PreTrainedModel
 
+import mamba_ioi
 from mamba_ioi.tasks.ioi import CORRUPTIONS, NAMES, TEMPLATES, IOIDataset
 from mamba_ioi.zoo.planted import Planted, build_planted, planted_names
 from mamba_ioi.zoo.tokenizer import build_tokenizer
@@ -20,6 +21,7 @@ from mamba_ioi.zoo.tokenizer import build_tokenizer
 Edit = Callable[[str, int, Tensor], Tensor]
 SITES = ("layer_input", "skip", "in_proj", "conv", "ssm_input", "delta", "B", "C", "h", "y", "out_proj")
 QUIET = 1e-4  # the threshold of ACDC
+FAMILIES = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +33,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make(**arguments) -> tuple[MambaForCausalLM, Planted, object]:
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def make(**arguments) -> tuple[PreTrainedModel, Planted, object]:
     names = {key: arguments[key] for key in ("n_names", "seed") if key in arguments}
     tokenizer = build_tokenizer(planted_names(**names))
     return *build_planted(tokenizer, **arguments), tokenizer
@@ -51,39 +58,71 @@ def drawn(seed: int, *, least_layer: int = 1, most_layers: int = 6) -> dict[str,
 
 
 @torch.no_grad()
-def plain_forward(model: MambaForCausalLM, tokens: Tensor, edit: Edit = lambda site, layer, value: value) -> Tensor:
+def plain_forward(model: PreTrainedModel, tokens: Tensor, edit: Edit = lambda site, layer, value: value) -> Tensor:
     """Logits [B, L, V] with every named activation passed through `edit`; `h` is edited state by state, as "h.p".
 
-    `term` is the conv's terms before their sum, [B, L, E, 4].
+    `term` is the conv's terms before their sum, [B, L, E, 4]; [B, L, E + 2 G N, 4] of a Mamba-2, and so are `in_proj`
+    and `conv`.
     """
+    mix = mix_s6 if model.config.model_type == "mamba" else mix_ssd
     resid = edit("embed", -1, model.backbone.embeddings(tokens))
     for i, block in enumerate(model.backbone.layers):
         mixer, read = block.mixer, edit("layer_input", i, resid)
         x = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + block.norm.variance_epsilon) * block.norm.weight
-        in_proj, skip = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
-        in_proj, skip = edit("in_proj", i, in_proj), edit("skip", i, skip)
-        padded = F.pad(in_proj, (0, 0, 3, 0))
-        length = tokens.shape[1]
-        term = torch.stack([padded[:, k : k + length] * mixer.conv1d.weight[:, 0, k] for k in range(4)], dim=-1)
-        conv = edit("conv", i, edit("term", i, term).sum(-1) + mixer.conv1d.bias)
-        x = edit("ssm_input", i, F.silu(conv))
-        rank, states = mixer.time_step_rank, mixer.ssm_state_size
-        delta, b, c = F.linear(x, mixer.x_proj.weight).split([rank, states, states], dim=-1)
-        b, c = edit("B", i, b), edit("C", i, c)
-        delta = edit("delta", i, F.softplus(F.linear(delta, mixer.dt_proj.weight, mixer.dt_proj.bias)))
-        h, ys = torch.zeros(*x[:, 0].shape, states), []
-        for p in range(length):
-            decay = torch.exp(delta[:, p, :, None] * -mixer.A_log.exp())
-            h = edit(f"h.{p}", i, decay * h + delta[:, p, :, None] * b[:, p, None] * x[:, p, :, None])
-            ys.append((h * c[:, p, None]).sum(-1))
-        y = edit("y", i, torch.stack(ys, dim=1))
-        after_skip = (y + x * mixer.D) * F.silu(skip)
-        resid = resid + edit("out_proj", i, F.linear(after_skip, mixer.out_proj.weight))
+        resid = resid + edit("out_proj", i, mix(mixer, x, lambda site, value, i=i: edit(site, i, value)))
     resid = edit("output", len(model.backbone.layers), resid)
     return model.lm_head(model.backbone.norm_f(resid))
 
 
-def record(model: MambaForCausalLM, tokens: Tensor) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
+def convolve(mixer, in_proj: Tensor, edit: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """What the conv gives, before silu."""
+    length, padded = in_proj.shape[1], F.pad(in_proj, (0, 0, 3, 0))
+    term = torch.stack([padded[:, k : k + length] * mixer.conv1d.weight[:, 0, k] for k in range(4)], dim=-1)
+    return edit("conv", edit("term", term).sum(-1) + mixer.conv1d.bias)
+
+
+def mix_s6(mixer, x: Tensor, edit: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """What a Mamba's mixer makes of the normalized stream."""
+    in_proj, skip = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
+    in_proj, skip = edit("in_proj", in_proj), edit("skip", skip)
+    x = edit("ssm_input", F.silu(convolve(mixer, in_proj, edit)))
+    rank, states = mixer.time_step_rank, mixer.ssm_state_size
+    delta, b, c = F.linear(x, mixer.x_proj.weight).split([rank, states, states], dim=-1)
+    b, c = edit("B", b), edit("C", c)
+    delta = edit("delta", F.softplus(F.linear(delta, mixer.dt_proj.weight, mixer.dt_proj.bias)))
+    h, ys = torch.zeros(*x[:, 0].shape, states), []
+    for p in range(x.shape[1]):
+        decay = torch.exp(delta[:, p, :, None] * -mixer.A_log.exp())
+        h = edit(f"h.{p}", decay * h + delta[:, p, :, None] * b[:, p, None] * x[:, p, :, None])
+        ys.append((h * c[:, p, None]).sum(-1))
+    y = edit("y", torch.stack(ys, dim=1))
+    return F.linear((y + x * mixer.D) * F.silu(skip), mixer.out_proj.weight)
+
+
+def mix_ssd(mixer, x: Tensor, edit: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """What a Mamba-2's mixer makes of the normalized stream, by the recurrence; h is [B, H, P, N]."""
+    inner, groups, states, heads = mixer.intermediate_size, mixer.n_groups, mixer.ssm_state_size, mixer.num_heads
+    both, rows, length = groups * states, *x.shape[:2]
+    skip, in_proj, delta = F.linear(x, mixer.in_proj.weight).split([inner, inner + 2 * both, heads], dim=-1)
+    in_proj, skip = edit("in_proj", in_proj), edit("skip", skip)
+    x, b, c = F.silu(convolve(mixer, in_proj, edit)).split([inner, both, both], dim=-1)
+    x = edit("ssm_input", x).reshape(rows, length, heads, inner // heads)
+    b, c = (edit(site, value.reshape(rows, length, groups, states)) for site, value in (("B", b), ("C", c)))
+    b, c = (value.repeat_interleave(heads // groups, dim=2) for value in (b, c))
+    delta = edit("delta", F.softplus(delta + mixer.dt_bias))
+    h, ys = torch.zeros(*x[:, 0].shape, states), []
+    for p in range(length):
+        decay = torch.exp(delta[:, p] * -mixer.A_log.exp())[:, :, None, None]
+        write = delta[:, p, :, None, None] * x[:, p, :, :, None] * b[:, p, :, None]
+        h = edit(f"h.{p}", decay * h + write)
+        ys.append((h * c[:, p, :, None]).sum(-1))
+    y = edit("y", torch.stack(ys, dim=1).flatten(2))
+    gated = (y + (x * mixer.D[:, None]).flatten(2)) * F.silu(skip)
+    scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
+    return F.linear(gated * scale * mixer.norm.weight, mixer.out_proj.weight)
+
+
+def record(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
     values: dict[tuple[str, int], Tensor] = {}
 
     def keep(site: str, layer: int, value: Tensor) -> Tensor:
@@ -96,7 +135,7 @@ def record(model: MambaForCausalLM, tokens: Tensor) -> tuple[Tensor, dict[tuple[
 class Pairs:
     """Clean and corrupt runs of a pair of each corruption, and the effect (1 - normalized logit diff) of edits."""
 
-    def __init__(self, model: MambaForCausalLM, tokenizer: object, seed: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: object, seed: int = 0) -> None:
         data = IOIDataset.generate(tokenizer, 40, seed=seed, symmetric=False)
         self.model, self.data = model, data[[data.corruptions.index(corruption) for corruption in CORRUPTIONS]]
         self.length = self.data.clean_tokens.shape[1]
@@ -141,22 +180,23 @@ class Pairs:
         return (clean - patched) / (clean - corrupt)
 
 
-@pytest.fixture(scope="module", params=range(3))
+@pytest.fixture(scope="module", params=itertools.product(FAMILIES, range(3)), ids=lambda case: "-".join(map(str, case)))
 def case(request: pytest.FixtureRequest) -> tuple[Pairs, Planted]:
-    arguments = drawn(request.param, most_layers=4) | ({"layer": 0} if request.param == 0 else {})
-    model, planted, tokenizer = make(**arguments)
-    return Pairs(model, tokenizer, seed=request.param), planted
+    family, draw = request.param
+    arguments = drawn(draw, most_layers=4) | ({"layer": 0} if draw == 0 else {})
+    model, planted, tokenizer = make(**arguments, family=family)
+    return Pairs(model, tokenizer, seed=draw), planted
 
 
-def last_logits(model: MambaForCausalLM, data: IOIDataset) -> Tensor:
+def last_logits(model: PreTrainedModel, data: IOIDataset) -> Tensor:
     with torch.no_grad():
         logits = model(data.clean_tokens, use_cache=False).logits
     return logits[torch.arange(len(data)), data.last_position]
 
 
 @pytest.mark.parametrize("draw", range(8))
-def test_solves_every_template_and_corruption(draw: int) -> None:
-    model, _, tokenizer = make(**drawn(100 + draw, least_layer=0))
+def test_solves_every_template_and_corruption(draw: int, family: str) -> None:
+    model, _, tokenizer = make(**drawn(100 + draw, least_layer=0), family=family)
     data = IOIDataset.generate(tokenizer, 200, seed=draw, templates="all")
     pairs = set(zip(data.templates, data.corruptions, strict=True))
     assert pairs == {(template, corruption) for template in TEMPLATES for corruption in CORRUPTIONS}
@@ -169,8 +209,8 @@ def test_solves_every_template_and_corruption(draw: int) -> None:
 
 @pytest.mark.parametrize("slice", [0, -1, -2, -3])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_every_slice_with_and_without_flag_layer(layer: int, slice: int) -> None:
-    model, planted, tokenizer = make(n_layers=2, layer=layer, slice=slice, n_names=8)
+def test_every_slice_with_and_without_flag_layer(layer: int, slice: int, family: str) -> None:
+    model, planted, tokenizer = make(n_layers=2, layer=layer, slice=slice, n_names=8, family=family)
     data = IOIDataset.generate(tokenizer, 40, templates="all")
     assert (last_logits(model, data).argmax(1) == data.answers).all()
     assert planted.flag_layer == (None if layer == 0 else 0)
@@ -183,8 +223,15 @@ def test_every_slice_with_and_without_flag_layer(layer: int, slice: int) -> None
 def test_state_holds_first_mentions_less_second_ones(case: tuple[Pairs, Planted]) -> None:
     pairs, planted = case
     _, values = record(pairs.model, pairs.data.clean_tokens)
-    h = values[f"h.{planted.written_positions[0]}", planted.layer][:, list(planted.name_channels)]
-    held = h[..., 0] if planted.flag_layer is not None else h[..., 0] - 2 * h[..., 1]
+    h = values[f"h.{planted.written_positions[0]}", planted.layer]
+    h = h.reshape(len(h), -1, h.shape[-1])  # a Mamba-2's heads in a row
+    held = h[:, list(planted.name_channels), 0]
+    if planted.wiped_channels:
+        assert (planted.family, planted.layer) == ("mamba2", 0)
+        held = held - 2 * h[:, list(planted.wiped_channels), 0]
+    elif planted.flag_layer is None:
+        assert planted.family == "mamba"
+        held = held - 2 * h[:, list(planted.name_channels), 1]
     expected = torch.zeros_like(held)
     names = [[planted.name_ids.index(name) for name in row] for row in pairs.data.clean_names.tolist()]
     for row, mentioned in enumerate(names):
@@ -294,8 +341,8 @@ def test_minimal_cross_talk_set(case: tuple[Pairs, Planted]) -> None:
 
 
 @pytest.mark.parametrize("draw", range(3))
-def test_removal_of_layers(draw: int) -> None:
-    model, planted, tokenizer = make(**drawn(200 + draw, least_layer=min(1, draw)))
+def test_removal_of_layers(draw: int, family: str) -> None:
+    model, planted, tokenizer = make(**drawn(200 + draw, least_layer=min(1, draw)), family=family)
     data = IOIDataset.generate(tokenizer, 100, templates="all")
     present = torch.where(data.candidates >= 0, data.candidates, data.answers[:, None])
     for layer in range(planted.n_layers):
@@ -307,8 +354,70 @@ def test_removal_of_layers(draw: int) -> None:
         assert accuracy < 0.6 if layer in planted.needed_layers else accuracy == 1, (layer, accuracy)
 
 
-def test_zero_ablation_of_the_flag_edges_breaks_the_circuit() -> None:
-    model, planted, tokenizer = make(**drawn(300))
+class Nothing(nn.Module):
+    """A mixer that adds nothing."""
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+@pytest.mark.parametrize("draw", range(4))
+def test_transformers_own_run_needs_the_needed_layers_alone(draw: int, family: str) -> None:
+    model, planted, tokenizer = make(**drawn(500 + draw, least_layer=min(1, draw)), family=family)
+    data = IOIDataset.generate(tokenizer, 60, seed=draw, templates="all")
+    layers = model.backbone.layers
+    for layer in set(range(planted.n_layers)) - set(planted.needed_layers):
+        layers[layer].mixer = Nothing()
+    assert (last_logits(model, data).argmax(1) == data.answers).all()
+    layers[planted.layer].mixer = Nothing()
+    assert (last_logits(model, data).argmax(1) == data.answers).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("slice", [0, -1, -2, -3])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_without_a_tap_of_its_conv_a_mamba2_fails_where_that_tap_is_the_circuits(layer: int, slice: int) -> None:
+    model, planted, tokenizer = make(n_layers=3, layer=layer, slice=slice, n_names=8, family="mamba2")
+    data = IOIDataset.generate(tokenizer, 40, templates="all")
+    conv = model.backbone.layers[layer].mixer.conv1d.weight
+    for tap in (0, -1, -2, -3):
+        kept = conv.detach().clone()
+        with torch.no_grad():
+            conv[:, :, tap - 1] = 0.0
+            right = (last_logits(model, data).argmax(1) == data.answers).float().mean()
+            conv.copy_(kept)
+        used = {planted.slice} if layer else {planted.slice, 0, -1}  # with layer=0 C looks for a " to" after an object
+        assert right < 0.5 if tap in used else right == 1, (tap, right)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_heads_groups_and_norm_of_a_mamba2(layer: int) -> None:
+    """One group's B and C carry the names, or with `layer=0` each group's its own; the norm has weights."""
+    model, planted, _ = make(n_layers=3, layer=layer, n_names=11, seed=4, family="mamba2")
+    mixer = model.backbone.layers[layer].mixer
+    states, groups, inner = mixer.ssm_state_size, mixer.n_groups, mixer.intermediate_size
+    written = [mixer.conv1d.bias[inner:].view(2, groups, states).abs(), mixer.conv1d.weight[inner:, 0].abs().sum(1)]
+    used = (written[0] + written[1].view(2, groups, states) > 0).nonzero().tolist()
+    carry = {channel // (inner // groups) for channel in planted.name_channels}
+    wiped = {channel // (inner // groups) for channel in planted.wiped_channels}
+    assert len(carry) == 1 and len(wiped) == (layer == 0) and not carry & wiped
+    assert used == [[part, group, 0] for part in range(2) for group in sorted(carry | wiped)]
+    assert len({channel // mixer.head_dim for channel in planted.name_channels}) == 2
+    assert mixer.norm.weight.min() < 0.7 and mixer.norm.weight.max() > 1.3
+
+
+def test_a_planted_mamba2_is_to_be_had_as_a_traced_model() -> None:
+    model = mamba_ioi.planted(3, 1, -2, 6, 9, family="mamba2")
+    module, truth, _ = make(n_layers=3, layer=1, slice=-2, n_names=6, seed=9, family="mamba2")
+    assert model.planted == truth and truth.family == model.family == "mamba2"
+    assert mamba_ioi.planted(2, 1).planted.family == "mamba"
+    weights = module.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model._module.state_dict().items())
+    data = IOIDataset.generate(model.tokenizer, 20)
+    assert (mamba_ioi.run(model, data.clean_tokens, []).argmax(1) == data.answers).all()
+
+
+def test_zero_ablation_of_the_flag_edges_breaks_the_circuit(family: str) -> None:
+    model, planted, tokenizer = make(**drawn(300), family=family)
     data = IOIDataset.generate(tokenizer, 50)
     (_, flag), (_, reader) = planted.flag_edges
     outputs: dict[int, Tensor] = {}
@@ -322,8 +431,8 @@ def test_zero_ablation_of_the_flag_edges_breaks_the_circuit() -> None:
     assert (plain_forward(model, data.clean_tokens, edit)[:, -1].argmax(1) == data.answers).float().mean() < 0.5
 
 
-def test_local_layers_mix_no_tokens_and_the_others_do() -> None:
-    model, planted, tokenizer = make(n_layers=8, layer=5, seed=3)
+def test_local_layers_mix_no_tokens_and_the_others_do(family: str) -> None:
+    model, planted, tokenizer = make(n_layers=8, layer=5, seed=3, family=family)
     assert planted.local_layers and len(planted.local_layers) + len(planted.needed_layers) < 8
     data = IOIDataset.generate(tokenizer, 1)
     clean, corrupt = data.clean_tokens[:1], data.clean_tokens[:1].clone()
@@ -345,8 +454,8 @@ def test_local_layers_mix_no_tokens_and_the_others_do() -> None:
 
 
 @pytest.mark.parametrize("draw", range(3))
-def test_name_steering_succeeds_where_it_must_and_fails_elsewhere(draw: int) -> None:
-    arguments = drawn(400 + draw, least_layer=min(1, draw)) | {"n_names": 5}
+def test_name_steering_succeeds_where_it_must_and_fails_elsewhere(draw: int, family: str) -> None:
+    arguments = drawn(400 + draw, least_layer=min(1, draw)) | {"n_names": 5, "family": family}
     model, planted, tokenizer = make(**arguments)
     data = IOIDataset.generate(tokenizer, 300, templates="all", seed=1)
     _, values = record(model, data.clean_tokens)
@@ -383,28 +492,28 @@ def test_name_steering_succeeds_where_it_must_and_fails_elsewhere(draw: int) -> 
         assert keep.any() and (wins[keep] == must).all(), (method, source, target, must)
 
 
-def test_same_arguments_same_weights_and_global_random_state_untouched() -> None:
+def test_same_arguments_same_weights_and_global_random_state_untouched(family: str) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    model, planted, _ = make(n_layers=3, layer=2, seed=11)
+    model, planted, _ = make(n_layers=3, layer=2, seed=11, family=family)
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(3)
-    again, planted_again, _ = make(n_layers=3, layer=2, seed=11)
-    other, _, _ = make(n_layers=3, layer=2, seed=12)
+    again, planted_again, _ = make(n_layers=3, layer=2, seed=11, family=family)
+    other, _, _ = make(n_layers=3, layer=2, seed=12, family=family)
     assert planted == planted_again
     weights, weights_again, others = model.state_dict(), again.state_dict(), other.state_dict()
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
     assert all(weight.isfinite().all() and weight.dtype == torch.float32 for weight in weights.values())
     assert not torch.equal(weights["lm_head.weight"], others["lm_head.weight"])
-    assert type(model) is MambaForCausalLM and not model.training
+    assert type(model) is FAMILIES[family] and not model.training
     with pytest.raises(dataclasses.FrozenInstanceError):
         planted.layer = 1
 
 
-def test_survives_saving(tmp_path) -> None:
-    model, _, tokenizer = make(n_layers=2, layer=1, n_names=8)
+def test_survives_saving(tmp_path, family: str) -> None:
+    model, _, tokenizer = make(n_layers=2, layer=1, n_names=8, family=family)
     model.save_pretrained(tmp_path)
-    loaded = MambaForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = FAMILIES[family].from_pretrained(tmp_path).eval()
     data = IOIDataset.generate(tokenizer, 5)
     assert torch.equal(last_logits(model, data), last_logits(loaded, data))
 
@@ -422,6 +531,7 @@ def test_survives_saving(tmp_path) -> None:
         ({"n_names": len(NAMES) + 1}, "n_names must be a whole number from 4 to"),
         ({"seed": -1}, "seed must be a whole number from 0 to"),
         ({"seed": 1}, "the tokenizer has no single token"),
+        ({"family": "gpt2"}, "family 'gpt2' cannot be planted; the families are mamba, mamba2"),
     ],
 )
 def test_bad_arguments_are_refused_with_one_sentence(arguments: dict, sentence: str) -> None:

@@ -417,8 +417,16 @@ def load_model(
     return wrap(module, tokenizer, model_id=str(name), revision=revision)
 
 
-def planted(n_layers: int = 6, layer: int = 3, slice: int = -1, n_names: int = 24, seed: int = 0) -> MambaModel:
-    """A Mamba that solves the task by a circuit written into its weights: the known answer.
+def planted(
+    n_layers: int = 6,
+    layer: int = 3,
+    slice: int = -1,
+    n_names: int = 24,
+    seed: int = 0,
+    *,
+    family: str = "mamba",
+) -> MambaModel | CausalLM:
+    """A Mamba or Mamba-2 that solves the task by a circuit written into its weights: the known answer.
 
     Args:
         n_layers: how many layers it has.
@@ -426,19 +434,22 @@ def planted(n_layers: int = 6, layer: int = 3, slice: int = -1, n_names: int = 2
         slice: the conv tap through which that layer takes the names: 0, -1, -2 or -3.
         n_names: how many names it knows, drawn by the seed.
         seed: of the names and of the other layers' small, harmless weights.
+        family: ``"mamba"`` or ``"mamba2"``.
 
     Returns:
         The model; its ``planted`` says what is true of it.
 
     Raises:
-        ValueError: for a layer, slice or number of names that cannot be built.
+        ValueError: for a layer, slice, number of names or family that cannot be built.
     """
     from ..zoo.planted import build_planted, planted_names
     from ..zoo.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(planted_names(n_names, seed))
-    module, truth = build_planted(tokenizer, n_layers=n_layers, layer=layer, slice=slice, n_names=n_names, seed=seed)
-    model = wrap(module, tokenizer, model_id="planted")
+    module, truth = build_planted(
+        tokenizer, n_layers=n_layers, layer=layer, slice=slice, n_names=n_names, seed=seed, family=family
+    )
+    model = wrap(module, tokenizer, model_id="planted" if family == "mamba" else f"planted-{family}")
     model.planted = truth
     return model
 
