@@ -29,8 +29,9 @@ from mamba_ioi.names import NAMES, single_token_names
 from mamba_ioi.tasks.ioi import BOS, CORRUPTIONS, OBJECTS, PLACES, TEMPLATES, IOIDataset
 from mamba_ioi.zoo import EMBEDDED
 from mamba_ioi.zoo.fast_forward import fast_logits
+from mamba_ioi.zoo.prompts import Prompts
 from mamba_ioi.zoo.tokenizer import TINY_NAMES, build_tokenizer
-from mamba_ioi.zoo.train_tiny import Prompts, train
+from mamba_ioi.zoo.train_tiny import train
 
 KINDS = {"tiny": MambaForCausalLM, "tiny-mamba2": Mamba2ForCausalLM}
 BUILT = build_tokenizer()
