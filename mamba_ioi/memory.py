@@ -75,7 +75,9 @@ def stream_bytes(model, length: int) -> int:
 
 def state_bytes(model) -> int:
     """Every layer's state and last conv inputs at one position of a row; 0 where the model is no Mamba."""
-    return FLOAT * model.n_layers * model.d_inner * (model.d_state + model.d_conv) if model.has_scans else 0
+    if not model.has_scans:
+        return 0
+    return FLOAT * model.n_layers * (model.d_inner * model.d_state + model.d_channels * model.d_conv)
 
 
 def inner_width(model) -> int:

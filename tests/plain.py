@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +56,16 @@ def last_logits(module: nn.Module, tokens: Tensor, last: Tensor) -> Tensor:
 
 
 def forward_by_hand(
-    module: MambaForCausalLM, ids: Tensor, edits: dict[tuple[str, int | None], Callable] | None = None
+    module: nn.Module,
+    ids: Tensor,
+    edits: dict[tuple[str, int | None], Callable] | None = None,
+    unlimited: int | None = None,
 ) -> dict[str, Tensor]:
     """Every site of every layer, computed from the weights by the paper's equations, in the precision of the weights.
 
     Each value passes through ``edits[site, layer]`` (layer None outside the layers) before anything is made from it:
     a callable of the value, which it must not change in place; of ``h``, a callable of the state and its position.
+    From the position ``unlimited`` on, a Mamba-2's time step has no limits, as in transformers' own cached step.
     """
     sizes, edits = module.config, edits or {}
     acts: dict[str, Tensor] = {}
@@ -75,39 +80,84 @@ def forward_by_hand(
         return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + sizes.layer_norm_epsilon)
 
     resid = site("embed", None, module.backbone.embeddings(ids))
+    mix = partial(ssd_by_hand, unlimited=unlimited) if sizes.model_type == "mamba2" else s6_by_hand
     for i, block in enumerate(module.backbone.layers):
-        mixer = block.mixer
-        E, N = mixer.A_log.shape
         resid = site("resid_pre", i, resid)
         normal = site("normalized_input", i, norm(site("layer_input", i, resid), block.norm.weight))
-        in_proj, gate = (normal @ mixer.in_proj.weight.T).split(E, -1)
-        in_proj, gate = site("in_proj", i, in_proj), site("skip", i, gate)
-        weight = mixer.conv1d.weight[:, 0]
-        taps = weight.shape[-1]
-        shifted = [F.pad(in_proj, (0, 0, k, 0))[:, : ids.shape[1]] for k in reversed(range(taps))]
-        terms = site("conv_slice", i, torch.stack([shifted[k] * weight[:, k] for k in range(taps)], -1))
-        conv = site("conv", i, terms.sum(-1) if mixer.conv1d.bias is None else terms.sum(-1) + mixer.conv1d.bias)
-        x = site("ssm_input", i, conv * torch.sigmoid(conv))
-        split = normed(mixer, (x @ mixer.x_proj.weight.T).split([mixer.time_step_rank, N, N], -1))
-        delta_1, B, C = (site(name, i, value) for name, value in zip(("delta_1", "B", "C"), split, strict=True))
-        A = site("A", i, -torch.exp(mixer.A_log))
-        delta_2 = site("delta_2", i, delta_1 @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
-        delta = site("delta", i, torch.log1p(torch.exp(delta_2)))
-        A_bar = site("A_bar", i, torch.exp(torch.einsum("ble,en->blen", delta, A)))
-        B_bar = site("B_bar", i, torch.einsum("ble,bln->blen", delta, B))
-        write = site("write", i, torch.einsum("blen,ble->blen", B_bar, x))
-        h, states = site("h_start", i, x.new_zeros(ids.shape[0], E, N)), []
-        for t in range(ids.shape[1]):
-            h = A_bar[:, t] * h + write[:, t]
-            h = edits["h", i](h, t) if ("h", i) in edits else h
-            states.append(h)
-        y = site("y", i, torch.einsum("blen,bln->ble", site("h", i, torch.stack(states, 1)), C))
-        gated = site("ssm_output", i, y + mixer.D * x) * gate * torch.sigmoid(gate)
-        added = site("out_proj", i, site("after_skip", i, gated) @ mixer.out_proj.weight.T)
+
+        def states(step, h, length, i=i):
+            """The states after each position, from what one position makes of the state before it."""
+            found = []
+            for t in range(length):
+                h = step(h, t)
+                h = edits["h", i](h, t) if ("h", i) in edits else h
+                found.append(h)
+            return site("h", i, torch.stack(found, 1))
+
+        gated = mix(block.mixer, normal, lambda name, value, i=i: site(name, i, value), states)
+        added = site("out_proj", i, site("after_skip", i, gated) @ block.mixer.out_proj.weight.T)
         resid = site("resid_post", i, resid + added)
     final = site("norm", None, norm(resid, module.backbone.norm_f.weight))
     site("logits", None, final @ module.lm_head.weight.T)
     return acts
+
+
+def conv_by_hand(mixer: nn.Module, in_proj: Tensor, site: Callable) -> Tensor:
+    """The conv's output after silu."""
+    weight = mixer.conv1d.weight[:, 0]
+    taps = weight.shape[-1]
+    shifted = [F.pad(in_proj, (0, 0, k, 0))[:, : in_proj.shape[1]] for k in reversed(range(taps))]
+    terms = site("conv_slice", torch.stack([shifted[k] * weight[:, k] for k in range(taps)], -1))
+    conv = site("conv", terms.sum(-1) if mixer.conv1d.bias is None else terms.sum(-1) + mixer.conv1d.bias)
+    return conv * torch.sigmoid(conv)
+
+
+def s6_by_hand(mixer: nn.Module, normal: Tensor, site: Callable, states: Callable) -> Tensor:
+    """What out_proj receives in a Mamba (arXiv 2312.00752): ``site`` takes every value by name."""
+    E, N = mixer.A_log.shape
+    in_proj, gate = (normal @ mixer.in_proj.weight.T).split(E, -1)
+    in_proj, gate = site("in_proj", in_proj), site("skip", gate)
+    x = site("ssm_input", conv_by_hand(mixer, in_proj, site))
+    split = normed(mixer, (x @ mixer.x_proj.weight.T).split([mixer.time_step_rank, N, N], -1))
+    delta_1, B, C = (site(name, value) for name, value in zip(("delta_1", "B", "C"), split, strict=True))
+    A = site("A", -torch.exp(mixer.A_log))
+    delta_2 = site("delta_2", delta_1 @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
+    delta = site("delta", torch.log1p(torch.exp(delta_2)))
+    A_bar = site("A_bar", torch.exp(torch.einsum("ble,en->blen", delta, A)))
+    B_bar = site("B_bar", torch.einsum("ble,bln->blen", delta, B))
+    write = site("write", torch.einsum("blen,ble->blen", B_bar, x))
+    start = site("h_start", x.new_zeros(x.shape[0], E, N))
+    h = states(lambda h, t: A_bar[:, t] * h + write[:, t], start, x.shape[1])
+    y = site("y", torch.einsum("blen,bln->ble", h, C))
+    return site("ssm_output", y + mixer.D * x) * gate * torch.sigmoid(gate)
+
+
+def ssd_by_hand(
+    mixer: nn.Module, normal: Tensor, site: Callable, states: Callable, unlimited: int | None = None
+) -> Tensor:
+    """What out_proj receives in a Mamba-2 (arXiv 2405.21060): head i reads B and C of group i // (H / G)."""
+    (H,), P, G, N = mixer.A_log.shape, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
+    gate, in_proj, dt = (normal @ mixer.in_proj.weight.T).split([H * P, H * P + 2 * G * N, H], -1)
+    in_proj, gate = site("in_proj", in_proj), site("skip", gate)
+    x, B, C = conv_by_hand(mixer, in_proj, site).split([H * P, G * N, G * N], -1)
+    x = site("ssm_input", x)
+    B, C = (site(name, value.unflatten(-1, (G, N))) for name, value in (("B", B), ("C", C)))
+    A = site("A", -torch.exp(mixer.A_log))
+    delta_2 = site("delta_2", dt + mixer.dt_bias)
+    low, high = mixer.time_step_limit
+    free = torch.arange(delta_2.shape[1])[:, None] >= (delta_2.shape[1] if unlimited is None else unlimited)
+    delta = torch.log1p(torch.exp(delta_2))
+    delta = site("delta", torch.where(free, delta, delta.clamp(low, high)))
+    A_bar = site("A_bar", torch.exp(delta * A))
+    group = torch.arange(H) // (H // G)
+    B_bar = site("B_bar", delta[..., None] * B[:, :, group])
+    heads = x.unflatten(-1, (H, P))
+    write = site("write", torch.einsum("blhp,blhn->blhpn", heads, B_bar))
+    start = site("h_start", x.new_zeros(x.shape[0], H, P, N))
+    h = states(lambda h, t: A_bar[:, t, :, None, None] * h + write[:, t], start, x.shape[1])
+    y = site("y", torch.einsum("blhpn,blhn->blhp", h, C[:, :, group]).flatten(2))
+    gated = site("ssm_output", y + (mixer.D[:, None] * heads).flatten(2)) * gate * torch.sigmoid(gate)
+    return gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + mixer.norm.variance_epsilon) * mixer.norm.weight
 
 
 def normed(mixer: nn.Module, parts) -> list[Tensor]:

@@ -38,6 +38,45 @@ def choose(edge: tuple[str, str], live: Tensor, corrupt: Tensor | None, cut: set
     return value
 
 
+def parts_of(mixer: nn.Module, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """in_proj's output: the conv's input, the gate, and a Mamba-2's time step."""
+    if not hasattr(mixer, "n_groups"):
+        return (*projected.chunk(2, dim=-1), None)
+    gate, x, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+    return x, gate, dt
+
+
+def scan_of(mixer: nn.Module, inner: Tensor, dt: Tensor | None):
+    """The state after a position from the one before it, what is read of a state there, and the first state."""
+    n = mixer.ssm_state_size
+    A = -mixer.A_log.exp()
+    if dt is None:
+        delta, B, C = normed(mixer, mixer.x_proj(inner).split([mixer.time_step_rank, n, n], dim=-1))
+        delta = F.softplus(mixer.dt_proj(delta))
+
+        def step(h: Tensor, p: int) -> Tensor:
+            return (delta[:, p, :, None] * A).exp() * h + delta[:, p, :, None] * B[:, p, None] * inner[:, p, :, None]
+
+        def read(h: Tensor, p: int) -> Tensor:
+            return (h * C[:, p, None]).sum(-1) + mixer.D * inner[:, p]
+
+        return step, read, inner.new_zeros(*inner[:, 0].shape, n)
+    heads, groups = mixer.num_heads, mixer.n_groups
+    x, B, C = inner.split([mixer.intermediate_size, groups * n, groups * n], dim=-1)
+    x = x.unflatten(-1, (heads, mixer.head_dim))
+    B, C = (value.unflatten(-1, (groups, n)).repeat_interleave(heads // groups, dim=2) for value in (B, C))
+    delta = F.softplus(dt + mixer.dt_bias).clamp(*mixer.time_step_limit)
+
+    def ssd_step(h: Tensor, p: int) -> Tensor:
+        came = (delta[:, p, :, None] * x[:, p])[..., None] * B[:, p, :, None]
+        return (delta[:, p] * A).exp()[..., None, None] * h + came
+
+    def ssd_read(h: Tensor, p: int) -> Tensor:
+        return ((h * C[:, p, :, None]).sum(-1) + mixer.D[:, None] * x[:, p]).flatten(1)
+
+    return ssd_step, ssd_read, x.new_zeros(*x[:, 0].shape, n)
+
+
 @torch.no_grad()
 def mamba_run(
     module, tokens: Tensor, last: Tensor, corrupt: PlainRun | None = None, cut=(), positional=False, ssm="conv"
@@ -63,7 +102,7 @@ def mamba_run(
             break
         block, rows = module.backbone.layers[j], torch.arange(len(tokens))
         mixer = block.mixer
-        x, gate = mixer.in_proj(block.norm(stream)).chunk(2, dim=-1)
+        x, gate, dt = parts_of(mixer, mixer.in_proj(block.norm(stream)))
         conv = mixer.conv1d.bias.expand_as(x).clone()
         for tap, slice_ in enumerate((-3, -2, -1, 0)):
             term = torch.zeros_like(x)
@@ -74,10 +113,8 @@ def mamba_run(
             conv = conv + edge(name, f"{name}.conv[{slice_}]", term, f"{name}.conv[{slice_}]")
         run.values[f"{name}.conv"] = conv
         inner = F.silu(conv if ssm == "states" else edge(f"{name}.conv", f"{name}.ssm", conv))
-        rank, n = mixer.time_step_rank, mixer.ssm_state_size
-        delta, B, C = normed(mixer, mixer.x_proj(inner).split([rank, n, n], dim=-1))
-        delta, A = F.softplus(mixer.dt_proj(delta)), -mixer.A_log.exp()
-        h, outputs, states = x.new_zeros(*x[:, 0].shape, n), [], []
+        step, read, h = scan_of(mixer, inner, dt)
+        outputs, states = [], []
         there = outside.get(f"{name}.h")
 
         def state(src: str, dst: str, p: int, h: Tensor, there=there) -> Tensor:
@@ -86,17 +123,21 @@ def mamba_run(
             return there[:, p]
 
         for p in range(length):
-            h = (delta[:, p, :, None] * A).exp() * h + delta[:, p, :, None] * B[:, p, None] * inner[:, p, :, None]
+            h = step(h, p)
             h = state(f"{name}.conv", f"{name}.ssm", p, h)
             states.append(h)
-            outputs.append((state(f"{name}.ssm", name, p, h) * C[:, p, None]).sum(-1) + mixer.D * inner[:, p])
+            outputs.append(read(state(f"{name}.ssm", name, p, h), p))
         run.values[f"{name}.ssm"], run.values[f"{name}.skip"] = torch.stack(outputs, dim=1), gate
         run.values[f"{name}.h"] = torch.stack(states, dim=1)
         y = run.values[f"{name}.ssm"]
         y = y if ssm == "states" else edge(f"{name}.ssm", name, y)
         gate = edge(name, f"{name}.skip", gate, f"{name}.skip")
         gate = edge(f"{name}.skip", name, gate)
-        run.values[name] = mixer.out_proj(y * F.silu(gate))
+        y = y * F.silu(gate)
+        if hasattr(mixer, "n_groups"):
+            scale = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
+            y = y * scale * mixer.norm.weight
+        run.values[name] = mixer.out_proj(y)
         sources.append(name)
     run.logits = module.lm_head(module.backbone.norm_f(stream))[rows, last]
     return run

@@ -9,7 +9,15 @@ import pytest
 import torch
 from nnsight.modeling.huggingface import _ID_CACHE
 from torch import Tensor
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 from mamba_ioi import IOIDataset, Patch, cache, generate, load_model, run
 from mamba_ioi.circuits import Graph, eap, exact_effects
@@ -18,7 +26,7 @@ from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import CausalLM, MambaModel, wrap
 from mamba_ioi.remote import ndif
-from mamba_ioi.trace.sites import SITES, owner
+from mamba_ioi.trace.sites import SITES, SiteInfo, owner
 
 from . import plain_circuits
 from .conftest import randomized
@@ -31,12 +39,14 @@ SIZES = {
     "hidden_size": 12,
     "num_hidden_layers": 3,
     "state_size": 4,
-    "time_step_rank": 3,
     "tie_word_embeddings": False,
 }
+S6, EPSILON = {"time_step_rank": 3}, {"mixer_rms_eps": 0.02}
+SSD = {"num_heads": 6, "head_dim": 4, "n_groups": 2, "chunk_size": 3, "time_step_limit": (0.5, 2.0)}  # both ends bite
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
-    "mamba": lambda **more: MambaForCausalLM(MambaConfig(**SIZES | more)),
-    "falcon_mamba": lambda **more: FalconMambaForCausalLM(FalconMambaConfig(**SIZES | {"mixer_rms_eps": 0.02} | more)),
+    "mamba": lambda **more: MambaForCausalLM(MambaConfig(**SIZES | S6 | more)),
+    "falcon_mamba": lambda **more: FalconMambaForCausalLM(FalconMambaConfig(**SIZES | S6 | EPSILON | more)),
+    "mamba2": lambda **more: Mamba2ForCausalLM(Mamba2Config(**SIZES | SSD | more)),
 }
 LAYER = 1
 EDITED = ("in_proj", "ssm_input", "delta_1", "B", "C", "delta_2", "B_bar", "write", "h", "out_proj")
@@ -46,16 +56,26 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 def build(family: str, seed: int = 3, **more) -> PreTrainedModel:
     """Random weights; x_proj's are so small that norms after it, and their epsilon, matter."""
     module = randomized(FAMILIES[family](**more), seed)
-    if family != "mamba":
+    if family == "falcon_mamba":
         with torch.no_grad():
             for block in module.backbone.layers:
                 block.mixer.x_proj.weight *= 0.2
     return module
 
 
+MODELS = {family: wrap(build(family), TOKENIZER, model_id=family) for family in FAMILIES}
+TABLES = {family: model.known_sites() for family, model in MODELS.items()}
+
+
+def sites_where(wanted: Callable[[str, SiteInfo], bool] = lambda name, site: True) -> pytest.MarkDecorator:
+    """Every family with each of its sites of which something is true."""
+    cases = [(family, name) for family, table in TABLES.items() for name, site in table.items() if wanted(name, site)]
+    return pytest.mark.parametrize(("model", "name"), cases, indirect=["model"])
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> MambaModel:
-    return wrap(build(request.param), TOKENIZER, model_id=request.param)
+    return MODELS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +95,7 @@ def data() -> IOIDataset:
 
 
 def layer_of(name: str) -> int | None:
-    return None if SITES[name].owner == "model" else LAYER
+    return None if name in ("embed", "norm", "logits") else LAYER
 
 
 def key_of(name: str) -> str:
@@ -103,9 +123,13 @@ def put(name: str, value: Tensor, positions: list[int] | None) -> dict:
 
 def test_what_a_model_says_of_itself(model, ids):
     assert model.family == model._module.config.model_type
-    assert model.layer_kinds == ["mamba"] * 3
-    assert model.sites_of(1) == [name for name, site in SITES.items() if site.owner != "model"]
-    assert model.sizes() == {"D": 12, "E": 24, "N": 4, "R": 3, "K": 4, "V": len(TOKENIZER)}
+    ssd = model.family == "mamba2"
+    assert model.layer_kinds == ["mamba2" if ssd else "mamba"] * 3
+    own = {"H": 6, "P": 4, "G": 2, "X": 40} if ssd else {"R": 3}
+    assert model.sizes() == {"D": 12, "E": 24, "N": 4, "K": 4, "V": len(TOKENIZER)} | own
+    names = "resid_pre layer_input normalized_input in_proj skip conv_slice conv ssm_input delta_1 B C A delta_2 delta "
+    names += "A_bar B_bar write h_start h y ssm_output after_skip out_proj resid_post"
+    assert model.sites_of(1) == [name for name in names.split() if not (ssd and name == "delta_1")]
     with pytest.raises(ValueError, match="from 0 to 2, not 3"):
         model.sites_of(3)
     close(run(model, ids, positions="all"), model._module(ids).logits)
@@ -118,20 +142,20 @@ def test_a_checkpoint_loads(model, ids, tmp_path):
     assert torch.equal(run(loaded, ids), run(model, ids))
 
 
-@pytest.mark.parametrize("name", SITES)
+@sites_where()
 def test_every_site_is_read(model, exact, ids, name):
     key = key_of(name)
     expected = forward_by_hand(exact, ids)[key]
     close(cache(model, ids, [key])[key], expected)
-    site = SITES[name]
+    site = TABLES[model.family][name]
     with torch.no_grad(), model.trace(ids):
         value = getattr(owner(model, site, layer_of(name)), site.attribute).save()
     close(value, expected)
 
 
-@pytest.mark.parametrize("name", SITES)
+@sites_where()
 def test_every_site_is_written(model, exact, ids, name):
-    positions = [2, 5] if SITES[name].by_position else None
+    positions = [2, 5] if TABLES[model.family][name].by_position else None
     there = forward_by_hand(exact, ids.flip(0))[key_of(name)]
     if name == "h_start":
         there = torch.randn(there.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -143,7 +167,7 @@ def test_every_site_is_written(model, exact, ids, name):
     close(run(model, ids, [Patch(name, layer_of(name), value.float(), positions)], positions="all"), expected)
     if name == "h":
         return
-    site = SITES[name]
+    site = TABLES[model.family][name]
     with torch.no_grad(), model.trace(ids):
         here = getattr(owner(model, site, layer_of(name)), site.attribute)
         if positions is None:
@@ -155,8 +179,9 @@ def test_every_site_is_written(model, exact, ids, name):
 
 
 def test_a_written_time_step_reaches_what_is_made_of_it(model, exact, ids):
-    patch = [Patch("delta_1", LAYER, 0.7, [3])]
-    expected = forward_by_hand(exact, ids, put("delta_1", torch.tensor(0.7).double(), [3]))
+    first = "delta_2" if model.family == "mamba2" else "delta_1"
+    patch = [Patch(first, LAYER, 0.7, [3])]
+    expected = forward_by_hand(exact, ids, put(first, torch.tensor(0.7).double(), [3]))
     after = ["delta_2", "delta", "A_bar", "B_bar", "h", "y", "resid_post"]
     found = cache(model, ids, [(name, LAYER) for name in after], patches=patch)
     for name in after:
@@ -185,7 +210,8 @@ def test_a_write_takes_the_place_of_what_would_enter(model, exact, ids):
 
 
 def test_states_that_are_scanned(model, exact, ids):
-    state = torch.randn(3, 24, 4, generator=torch.Generator().manual_seed(2))
+    shape = (3, 6, 4, 4) if model.family == "mamba2" else (3, 24, 4)
+    state = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), model.trace(ids):
         h = model.layers[LAYER].mixer.scan({3: state}).save()
         logits = model.logits.save()
@@ -194,7 +220,7 @@ def test_states_that_are_scanned(model, exact, ids):
     close(logits, expected["hook_logits"])
 
 
-@pytest.mark.parametrize("name", [name for name, site in SITES.items() if site.by_position and layer_of(name)])
+@sites_where(lambda name, site: site.by_position and site.owner != "model")
 def test_a_sweep_gives_what_a_forward_by_hand_does(model, exact, ids, name):
     """At two positions, values of another prompt: those that part from position 2 on, read at different ends."""
     source = ids.clone()
@@ -212,7 +238,7 @@ def test_a_sweep_gives_what_a_forward_by_hand_does(model, exact, ids, name):
     close(found, torch.stack([one[torch.arange(3), last].gather(1, ids[:, :3]) for one in expected]))
 
 
-@pytest.mark.parametrize("name", [name for name in SITES if name != "h"])
+@sites_where(lambda name, site: name != "h")
 def test_gradients(model, exact, ids, name):
     """Autograd through the forward by hand gives each site's gradient."""
     leaves = {}
@@ -223,7 +249,7 @@ def test_gradients(model, exact, ids, name):
 
     logits = forward_by_hand(exact, ids, {(name, layer_of(name)): keep})["hook_logits"]
     logits[:, -1].pow(2).sum().backward()
-    site = SITES[name]
+    site = TABLES[model.family][name]
     with model.trace(ids):
         value = getattr(owner(model, site, layer_of(name)), site.attribute)
         loss = model.logits[:, -1].pow(2).sum()
@@ -254,12 +280,10 @@ def test_the_states_gradient_is_the_total_derivative(model, exact, ids):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize(
-    "name", ["in_proj", "ssm_input", "delta_1", "B", "C", "delta_2", "B_bar", "write", "h", "out_proj"]
-)
+@sites_where(lambda name, site: name in EDITED)
 def test_generation(model, exact, ids, name, use_cache):
     """An edit at each step's last position: with the cache it lasts, without it acts in its own step."""
-    prompt, site = ids[:, :4], SITES[name]
+    prompt, site = ids[:, :4], TABLES[model.family][name]
     with torch.no_grad(), model.generate(prompt, **GREEDY, use_cache=use_cache) as tr:
         seen = list().save()
         for _ in tr.iter[0:4]:
@@ -276,12 +300,14 @@ def test_generation(model, exact, ids, name, use_cache):
             value[:, list(at)] += 0.5
             return value
 
-        expected = forward_by_hand(exact, grown, {(name, LAYER): add})["hook_logits"][:, -1]
+        edits = {(name, LAYER): add}
+        alone = 4 if use_cache else None  # from where transformers' own steps have no limits
+        expected = forward_by_hand(exact, grown, edits, unlimited=alone)["hook_logits"][:, -1]
         close(logits, expected)
         grown = torch.cat([grown, expected.argmax(-1, keepdim=True)], dim=1)
 
 
-@pytest.mark.parametrize("name", ["delta_1", "B", "C", "write", "h", "ssm_input", "resid_post"])
+@sites_where(lambda name, site: name in ("delta_1", "B", "C", "write", "h", "ssm_input", "resid_post", "after_skip"))
 def test_generating_with_patches(model, exact, ids, name):
     prompt = ids[:, :5]
     found = generate(model, prompt, 4, patches=[Patch(name, LAYER, 0.8, [2])], new_patches=[Patch(name, LAYER, -0.6)])

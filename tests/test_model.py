@@ -400,7 +400,7 @@ class TestSlowPath:
         assert check_slow_path(model) < (5e-2 if dtype == torch.bfloat16 else 1e-5)
 
     def test_a_mixer_without_the_operations(self, monkeypatch):
-        monkeypatch.setattr(mamba_ioi.trace.s6.ScanStages, "OPERATION", "source.selective_scan_fn_7")
+        monkeypatch.setattr(mamba_ioi.trace.s6.S6Stages, "OPERATION", "source.selective_scan_fn_7")
         with pytest.raises(ValueError, match=rf"{transformers.__version__} .* without selective_scan_fn_7"):
             wrap(random_mamba(), None, model_id="random")
 

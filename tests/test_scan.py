@@ -255,3 +255,26 @@ class TestKernel:
         inputs = [tensor.cuda() for tensor in random_inputs(dtype=torch.float32, inner=64, state=16)]
         cpu = selective_scan(*(tensor.cpu() for tensor in inputs))
         torch.testing.assert_close([part.cpu() for part in selective_scan(*inputs)], list(cpu), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_arguments_that_come_from_one_another(create_graph: bool) -> None:
+    """As in every model, where delta, B and C are made of x: no path is counted twice."""
+    generator = torch.Generator().manual_seed(4)
+    x, A = torch.randn(2, 5, 3, generator=generator).double(), -torch.rand(3, 2, generator=generator).double()
+    B, C = (torch.randn(2, 5, 2, generator=generator).double() for _ in range(2))
+    x.requires_grad_()
+
+    def plain(x: Tensor) -> Tensor:
+        delta, h, outputs = torch.nn.functional.softplus(x), torch.zeros(2, 3, 2).double(), []
+        for t in range(5):
+            h = (delta[:, t, :, None] * A).exp() * h + delta[:, t, :, None] * (B * x[..., :1])[:, t, None] * x[
+                :, t, :, None
+            ]
+            outputs.append((h * C[:, t, None]).sum(-1))
+        return torch.stack(outputs, 1)
+
+    (expected,) = torch.autograd.grad(plain(x).pow(2).sum(), x)
+    y, _ = scan.selective_scan(x, torch.nn.functional.softplus(x), A, B * x[..., :1], C)
+    (found,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=create_graph)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -47,7 +47,7 @@ from ..remote.requests import ask, require_gradients
 from ..result import Result
 from ..tasks.pairs import Metric, PromptPairs, metric_name
 from ..trace.conv import ConvStages, conv_terms
-from ..trace.s6 import ScanStages
+from ..trace.scan import ScanStages
 from .circuit import edge_table
 from .forward import Pass, Run, beginning, record, require_fine, run_nodes
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph

@@ -171,7 +171,7 @@ class Record(Pass):
         if self.ssm == "conv":
             self.values["ssm_output"] = stages.peek("ssm_output")
         else:
-            self.values |= {"ssm_input": stages.x, "delta": stages.peek("delta"), "B": stages.B.clone()}
+            self.values |= stages.inflow()
         self.inner.append(self.values)
 
     def after(self, layer, resid, added):

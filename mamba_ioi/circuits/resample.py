@@ -19,8 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..trace.conv import ConvStages, conv_terms
-from ..trace.s6 import ScanStages
-from ..trace.s6_scan import discretize_A, discretize_B
+from ..trace.scan import ScanStages
 from .forward import Pass, Run, run_nodes
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 
@@ -147,10 +146,9 @@ class Resampled(Pass):
         length = scan.x.shape[1]
         cut = [t for t in range(length) if (at(kept, t) != 1).any()]
         if cut:
-            scan.hold(lambda t, h: blend(there.at(t), h, at(kept, t)[..., None, None]), cut)
+            scan.hold(lambda t, h: blend(there.at(t), h, at(kept, t)[(..., *[None] * (h.dim() - 1))]), cut)
         if (read != 1).any():
-            C = scan.C.unflatten(0, (-1, len(there.x)))
-            corrupt = [torch.matmul(there.at(t), C[:, :, t, :, None]).squeeze(-1) for t in range(length)]
+            corrupt = [scan.read(there.at(t), t) for t in range(length)]
             scan.set("y", blend(torch.stack(corrupt, dim=2), scan.peek("y"), read[..., None]))
 
 
@@ -158,21 +156,18 @@ class CorruptStates:
     """The states of the corrupt run in one layer, position after position; one at a time is held."""
 
     def __init__(self, inner: dict[str, Tensor], scan: ScanStages, initial: Tensor | None) -> None:
-        self.x, self.delta, self.B = inner["ssm_input"], inner["delta"], inner["B"]
-        self.A = scan.A.to(self.x)
-        zeros = self.x.new_zeros(len(self.x), *self.A.shape)
-        self.initial = zeros if initial is None else initial.to(self.x)
+        self.inner, self.scan, self.rows = inner, scan, len(inner["ssm_input"])
+        zeros = inner["ssm_input"].new_zeros(self.rows, *scan.h_shape()[1:])
+        self.initial = zeros if initial is None else initial.to(zeros)
         self.position, self.h = -1, self.initial
 
-    def at(self, position: int) -> Float[Tensor, "B E N"]:
+    def at(self, position: int) -> Float[Tensor, "B *state"]:
         """The state after a position, counted from where the run begins."""
         if position < self.position:
             self.position, self.h = -1, self.initial
         while self.position < position:
             self.position += 1
-            t = self.position
-            flow = discretize_B(self.delta[:, t], self.B[:, t]) * self.x[:, t, :, None]
-            self.h = discretize_A(self.delta[:, t], self.A) * self.h + flow
+            self.h = self.scan.next_state(self.h, self.inner, self.position)
         return self.h
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..trace.location import Site
 from ..trace.sites import MixerEnvoy
 from ..trace.stages import cast
-from .family import S6_SIZES, Family
+from .family import Family, s6_sizes
 
 
 class FalconMixerEnvoy(MixerEnvoy):
@@ -51,4 +51,4 @@ def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
     return FalconMambaMixer, FalconMambaBlock
 
 
-FAMILY = Family("falcon_mamba", classes=_classes, mixer=FalconMixerEnvoy, sizes=S6_SIZES)
+FAMILY = Family("falcon_mamba", classes=_classes, mixer=FalconMixerEnvoy, sizes=s6_sizes)

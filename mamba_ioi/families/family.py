@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from nnsight import Envoy
 from torch import nn
@@ -22,20 +23,20 @@ class Family:
         classes: the mixer and the block, imported when they are asked for; None where layers hold no scan.
         mixer: the envoy of a mixer, which says where ``delta_1``, ``B`` and ``C`` are served.
         block: the envoy of a block.
-        sizes: the config's field of each letter that shapes are written in.
+        sizes: the size of each letter that shapes are written in, given the config.
         infos: the table of sites of all its layers, by name.
         kind: what a layer is, given its block: its parts, joined by ``+``.
-        sites: which sites a layer has, given its block, in execution order.
+        sites: which sites a layer has, given its block, in execution order; None for all of ``infos``.
     """
 
     model_type: str
     classes: Callable[[], tuple[type[nn.Module], type[nn.Module]]] | None = None
     mixer: type[Envoy] = MixerEnvoy
     block: type[Envoy] = LayerEnvoy
-    sizes: Mapping[str, str] = field(default_factory=dict)
+    sizes: Callable[[Any], dict[str, int]] = lambda config: {}
     infos: Mapping[str, SiteInfo] = field(default_factory=lambda: SITES)
     kind: Callable[[nn.Module], str] = lambda block: "mamba"
-    sites: Callable[[nn.Module], tuple[str, ...]] = lambda block: LAYER_SITES
+    sites: Callable[[nn.Module], tuple[str, ...]] | None = None
 
     @property
     def has_scans(self) -> bool:
@@ -65,16 +66,19 @@ class Family:
 
     def tables(self, layers: Iterable[Envoy]) -> list[dict[str, SiteInfo]]:
         """Each layer's sites by name, in execution order; layers with the same ones share a table."""
-        names = [self.sites(layer._module) for layer in layers]
+        every = tuple(name for name, site in self.infos.items() if site.owner != "model")
+        names = [every if self.sites is None else self.sites(layer._module) for layer in layers]
         shared = {some: {name: self.infos[name] for name in some} for some in dict.fromkeys(names)}
         return [shared[some] for some in names]
 
-    def measures(self, config) -> dict[str, int]:
-        """The sizes by letter, as the config has them."""
-        return {letter: int(getattr(config, name)) for letter, name in self.sizes.items()}
+
+def s6_sizes(config) -> dict[str, int]:
+    """The sizes of a Mamba, by Mamba's names of them."""
+    names = {"E": "intermediate_size", "N": "state_size", "R": "time_step_rank", "K": "conv_kernel"}
+    return {letter: int(getattr(config, name)) for letter, name in names.items()}
 
 
-LAYER_SITES = tuple(name for name, site in SITES.items() if site.owner != "model")
-"""The sites of a layer with a selective scan."""
-S6_SIZES = {"E": "intermediate_size", "N": "state_size", "R": "time_step_rank", "K": "conv_kernel"}
-"""Mamba's names of its sizes."""
+def ssd_sizes(heads: int, head_size: int, groups: int, state: int, taps: int) -> dict[str, int]:
+    """The sizes of a Mamba-2: E = H P, and X = E + 2 G N channels of the conv."""
+    inner = heads * head_size
+    return {"E": inner, "H": heads, "P": head_size, "G": groups, "N": state, "K": taps, "X": inner + 2 * groups * state}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .family import S6_SIZES, Family
+from .family import Family, s6_sizes
 
 
 def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
@@ -13,4 +13,4 @@ def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
     return MambaMixer, MambaBlock
 
 
-FAMILY = Family("mamba", classes=_classes, sizes=S6_SIZES)
+FAMILY = Family("mamba", classes=_classes, sizes=s6_sizes)

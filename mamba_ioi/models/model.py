@@ -355,8 +355,33 @@ class MambaModel(CausalLM):
 
     @property
     def dt_rank(self) -> int:
-        """The rank R of the time step's projection."""
-        return self._measures["R"]
+        """The rank R of the time step's projection (S6 alone)."""
+        return self._measure("R", "dt_rank")
+
+    @property
+    def n_heads(self) -> int:
+        """The number H of the mixers' heads (SSD alone)."""
+        return self._measure("H", "n_heads")
+
+    @property
+    def head_dim(self) -> int:
+        """The size P of a mixer's head (SSD alone)."""
+        return self._measure("P", "head_dim")
+
+    @property
+    def n_groups(self) -> int:
+        """The number G of groups of heads that share B and C (SSD alone)."""
+        return self._measure("G", "n_groups")
+
+    @property
+    def d_channels(self) -> int:
+        """The number of the conv's channels: d_inner, or X where B and C pass through the conv as well."""
+        return self._measures.get("X", self.d_inner)
+
+    def _measure(self, letter: str, name: str) -> int:
+        if letter not in self._measures:
+            raise ValueError(f"{self.model_id} is a {self.family}, which has no {name}")
+        return self._measures[letter]
 
     @property
     def d_conv(self) -> int:
@@ -532,7 +557,7 @@ def _trace(source: nn.Module | str, tokenizer, family: Family, **kwargs) -> Mamb
     model.anatomy = find_anatomy(model._module)[0]
     model._tables = family.tables(model.layers) if model.anatomy.blocks else []
     if isinstance(model, MambaModel):
-        model._measures = family.measures(model._module.config)
+        model._measures = family.sizes(model._module.config)
         refuse_other_operations(model)
     return model
 

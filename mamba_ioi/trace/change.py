@@ -266,6 +266,8 @@ class Prefix(Patched):
 
     def opened(self, layer, stages):
         Visitor.opened(self, layer, stages)
+        if stages.KIND == "scan":
+            stages.ends = True
         self.open.append(stages)
 
     def leave(self, model, layer):

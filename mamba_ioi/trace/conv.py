@@ -38,7 +38,7 @@ class ConvStages(Stages):
         self.x, self.weight = args[0], args[1 + single]
         self.bias = args[2 + single] if len(args) > 2 + single else kwargs.get("bias")
         self.before: Tensor | None = None
-        refuse_narrowed(self.weight, self.x)
+        refuse_narrowed(self.weight, self.x.shape[1])
         taps = self.weight.shape[-1] - 1
         if self.state is not None:
             self.before = self.state[..., self.state.shape[-1] - taps :].clone()

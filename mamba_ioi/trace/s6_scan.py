@@ -186,8 +186,9 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, d_y, d_last):
         arguments = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for
-            wanted = [tensor for tensor, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
-            found = iter(torch.autograd.grad(_stepwise(*arguments), wanted, (d_y, d_last), create_graph=True))
+            views = [tensor.view_as(tensor) for tensor in arguments]  # delta may come from x: not counted again
+            wanted = [view for view, needed in zip(views, ctx.needs_input_grad, strict=True) if needed]
+            found = iter(torch.autograd.grad(_stepwise(*views), wanted, (d_y, d_last), create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         return _gradients(*arguments, d_y=d_y, d_last=d_last, for_A=ctx.needs_input_grad[2])
 

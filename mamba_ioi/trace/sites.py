@@ -19,7 +19,7 @@ This file is shipped to remote servers: it uses torch and nnsight alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .conv import ConvStages
 from .location import Noted, OperationSite, OutputSite, PartSite, Site, StageSite, logits_of, open_stages, with_logits
-from .s6 import ScanStages
+from .s6 import S6Stages
 from .served import ServedEnvoy, SkipMethod
 from .stages import Stages, cast
 
@@ -47,7 +47,12 @@ class MixerEnvoy(ServedEnvoy):
 
     _module: MambaMixer
     is_mixer = True
-    chains: ClassVar[dict[str, type[Stages]]] = {stages.ORDER[0]: stages for stages in (ConvStages, ScanStages)}
+    chains: ClassVar[dict[str, type[Stages]]] = {stages.ORDER[0]: stages for stages in (ConvStages, S6Stages)}
+    inside: ClassVar[tuple[str, ...]] = (
+        *("gate", "conv_slice", "conv", "ssm_input", "delta_1", "B", "C"),
+        *S6Stages.ORDER,
+    )
+    """The sites inside, in execution order."""
 
     @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
     def gate(self, value) -> Float[Tensor, "B L E"]:
@@ -115,42 +120,42 @@ class MixerEnvoy(ServedEnvoy):
     def C(self, view, raw):
         return self._replace(raw, 2, view)
 
-    @StageSite(ScanStages, description="A = -exp(A_log)")
+    @StageSite(S6Stages, description="A = -exp(A_log)")
     def A(self, value) -> Float[Tensor, "E N"]:
         """A of the recurrence, the same at every position and for every row."""
         ...
 
-    @StageSite(ScanStages, description="the time step before softplus, bias included")
+    @StageSite(S6Stages, description="the time step before softplus, bias included")
     def delta_2(self, value) -> Float[Tensor, "B L E"]:
         """The time step before softplus: dt_proj's output, bias included."""
         ...
 
-    @StageSite(ScanStages, description="the time step after softplus")
+    @StageSite(S6Stages, description="the time step after softplus")
     def delta(self, value) -> Float[Tensor, "B L E"]:
         """The time step, after softplus."""
         ...
 
-    @StageSite(ScanStages, description="exp(delta A)")
+    @StageSite(S6Stages, description="exp(delta A)")
     def A_bar(self, value) -> Float[Tensor, "B L E N"]:
         """The discretized A."""
         ...
 
-    @StageSite(ScanStages, description="delta B")
+    @StageSite(S6Stages, description="delta B")
     def B_bar(self, value) -> Float[Tensor, "B L E N"]:
         """The discretized B."""
         ...
 
-    @StageSite(ScanStages, description="B_bar x: what enters the state")
+    @StageSite(S6Stages, description="B_bar x: what enters the state")
     def write(self, value) -> Float[Tensor, "B L E N"]:
         """What enters the state at each position; what is written takes the place of ``B_bar x``."""
         ...
 
-    @StageSite(ScanStages, description="the state before the first position")
+    @StageSite(S6Stages, description="the state before the first position")
     def h_start(self, value) -> Float[Tensor, "B E N"]:
         """The state before the first position: zeros, unless it is written."""
         ...
 
-    @StageSite(ScanStages, description="the state; where it is edited, later states follow")
+    @StageSite(S6Stages, description="the state; where it is edited, later states follow")
     def h(self, value) -> Float[Tensor, "B L E N"]:
         """The state after each position. Positions whose value is changed are held; the states after them follow.
 
@@ -158,17 +163,17 @@ class MixerEnvoy(ServedEnvoy):
         """
         ...
 
-    @StageSite(ScanStages, description="C h")
+    @StageSite(S6Stages, description="C h")
     def y(self, value) -> Float[Tensor, "B L E"]:
         """The state read out by C."""
         ...
 
-    @StageSite(ScanStages, description="y + x D")
+    @StageSite(S6Stages, description="y + x D")
     def ssm_output(self, value) -> Float[Tensor, "B L E"]:
         """The scan's output with the skip connection D."""
         ...
 
-    @StageSite(ScanStages, description="ssm_output silu(gate): what out_proj receives")
+    @StageSite(S6Stages, description="ssm_output silu(gate): what out_proj receives")
     def after_skip(self, value) -> Float[Tensor, "B L E"]:
         """The gated output, which out_proj receives."""
         ...
@@ -183,7 +188,7 @@ class MixerEnvoy(ServedEnvoy):
         Raises:
             ValueError: for a position outside the prompt, or a patch of another type.
         """
-        return open_stages(self, ScanStages).scan(patch)
+        return open_stages(self, S6Stages).scan(patch)
 
     def look_inside(self) -> None:
         """Let nnsight serve the operations inside."""
@@ -382,28 +387,33 @@ class SiteInfo:
         return "L" in self.shape
 
 
-def _table() -> dict[str, SiteInfo]:
-    """Every site in execution order, read off the envoys' properties."""
-    order = {
-        ModelSites: ("embed",),
-        LayerEnvoy: ("resid_pre", "layer_input", "normalized_input", "in_proj"),
-        MixerEnvoy: ("gate", "conv_slice", "conv", "ssm_input", "delta_1", "B", "C", *ScanStages.ORDER),
-    }
-    rows = [(cls, name) for cls, names in order.items() for name in names]
-    rows += [(LayerEnvoy, "out_proj"), (LayerEnvoy, "resid_post"), (ModelSites, "norm"), (ModelSites, "logits")]
-    owners = {ModelSites: "model", LayerEnvoy: "layer", MixerEnvoy: "mixer"}
+def site_table(rows: Iterable[tuple[type[Envoy], str]]) -> dict[str, SiteInfo]:
+    """A table of sites by name, read off the envoys' properties.
+
+    Args:
+        rows: the envoy's class and the property's name, in execution order.
+    """
     table = {}
     for cls, attribute in rows:
-        descriptor = cls.__dict__[attribute]
+        descriptor = next(vars(base)[attribute] for base in cls.__mro__ if attribute in vars(base))
         name = "skip" if attribute == "gate" else attribute
         hint = descriptor._preprocess.__annotations__["return"]
         shape = tuple(hint.replace('"', "'").split("'")[1].split())
-        table[name] = SiteInfo(name, owners[cls], attribute, shape, descriptor.description)
+        owner = "model" if issubclass(cls, ModelSites) else "mixer" if getattr(cls, "is_mixer", False) else "layer"
+        table[name] = SiteInfo(name, owner, attribute, shape, descriptor.description)
     return table
 
 
-SITES: dict[str, SiteInfo] = _table()
-"""Every site by name, in execution order."""
+def layer_table(block: type[Envoy], mixer: type[Envoy]) -> dict[str, SiteInfo]:
+    """The sites of a layer whose mixer is all that it has, in execution order, and those around the layers."""
+    before, after = ("resid_pre", "layer_input", "normalized_input", "in_proj"), ("out_proj", "resid_post")
+    rows = [(ModelSites, "embed"), *((block, name) for name in before)]
+    rows += [(mixer, name) for name in mixer.inside]  # pyright: ignore[reportAttributeAccessIssue]
+    return site_table([*rows, *((block, name) for name in after), (ModelSites, "norm"), (ModelSites, "logits")])
+
+
+SITES: dict[str, SiteInfo] = layer_table(LayerEnvoy, MixerEnvoy)
+"""Every site of a Mamba by name, in execution order."""
 MODEL_SITES = {name: site for name, site in SITES.items() if site.owner == "model"}
 """The sites outside the layers."""
 
@@ -419,6 +429,6 @@ def owner(model, site: SiteInfo, layer: int | None) -> Envoy:
 def missing_operations(mixer: Envoy) -> list[str]:
     """The operations that the sites stand on and this mixer's forward does not have."""
     names = [operation.name for operation in mixer.source]
-    calls = (stages.operation(single) for stages in (ConvStages, ScanStages) for single in (False, True))
-    needed = [call.removeprefix("source.") for call in calls]
+    chains = type(mixer).chains.values()  # pyright: ignore[reportAttributeAccessIssue]
+    needed = [stages.operation(single).removeprefix("source.") for stages in chains for single in (False, True)]
     return [operation for operation in needed if operation not in names]

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from nnsight.intervention import source
 from torch import Tensor
 
@@ -209,12 +208,17 @@ class Stages:
             self.stale.append(self.handed.pop(name))
 
 
-def refuse_narrowed(parameter: Tensor, x: Float[Tensor, "B E L"]) -> None:
-    """nnsight tells a batch by its first dimension: of several invokes whose rows add up to E, it splits parameters."""
-    if parameter.shape[0] != x.shape[1]:
+def refuse_narrowed(parameter: Tensor, size: int) -> None:
+    """nnsight tells a batch by its first dimension: of several invokes whose rows add up to that, it splits parameters.
+
+    Args:
+        parameter: as the operation was given it.
+        size: the size that its first dimension has in the model.
+    """
+    if parameter.shape[0] != size:
         raise ValueError(
-            f"the invokes' rows add up to d_inner ({x.shape[1]}), which nnsight cannot tell from the layer's "
-            f"parameters: trace one row more or fewer"
+            f"the invokes' rows add up to {size}, the first size of one of the layer's parameters, from which nnsight "
+            f"cannot tell a batch: trace one row more or fewer"
         )
 
 
