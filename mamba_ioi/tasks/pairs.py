@@ -329,6 +329,24 @@ class PromptPairs:
         return _with_records(records, groups=groups or {}, **token_columns(tokenizer, records))
 
     @staticmethod
+    def from_records(tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]) -> PromptPairs:
+        """Pairs from rows as a file has them, each a dict with the fields that `load` names.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            records: a row a pair.
+
+        Raises:
+            ValueError: if a row is not as it should be: a sentence with row, field and value.
+        """
+        for row, record in enumerate(records):
+            if not isinstance(record, Mapping):
+                raise ValueError(f"row {row}: {record!r:.80} is no dict with the fields of a row")
+        rows = [dict(record) for record in records]
+        columns = token_columns(tokenizer, rows)
+        return _with_records(rows, groups=group_columns(rows), metric=metric_of(rows), **columns)
+
+    @staticmethod
     def load(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, bos: bool = True) -> PromptPairs:
         """Pairs from a file with a row a pair: ``.jsonl``, ``.csv`` or ``.parquet``.
 
@@ -345,8 +363,7 @@ class PromptPairs:
             records = read_records(path)
             if not bos:
                 records = [record if "clean_tokens" in record else {"bos": False} | record for record in records]
-            columns = token_columns(tokenizer, records)
-            return _with_records(records, groups=group_columns(records), metric=metric_of(records), **columns)
+            return PromptPairs.from_records(tokenizer, records)
         except ValueError as error:
             text = str(error)
             raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None

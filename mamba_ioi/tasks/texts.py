@@ -81,7 +81,8 @@ def token_columns(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record])
     """
     if not records:
         raise ValueError("there are no rows; one is needed at least")
-    rows = [_encoded(tokenizer, record, row) for row, record in enumerate(records)]
+    reader = _Reader(tokenizer)
+    rows = [_encoded(reader, record, row) for row, record in enumerate(records)]
     pad, length = padding_token(tokenizer), 0
     for row, record in enumerate(records):
         if not _whole(record.get("length", 0)):
@@ -137,7 +138,29 @@ class _Row:
         return list(dict.fromkeys(token for ids in sets for token in ids if token >= 0))
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, record: Record, row: int) -> _Row:
+class _Reader:
+    """A tokenizer that reads each text once: answers and candidates come again in many rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._ids: dict[str, list[int]] = {}
+        self._spans: dict[str, list[tuple[int, int]]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        """The text's tokens, without special ones in front."""
+        if text not in self._ids:
+            self._ids[text] = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._ids[text])
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The characters [start, end) of each of the text's tokens."""
+        if text not in self._spans:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            self._spans[text] = encoded["offset_mapping"]  # pyright: ignore[reportArgumentType]
+        return self._spans[text]
+
+
+def _encoded(reader: _Reader, record: Record, row: int) -> _Row:
     tokens, texts = ([name for name in names if name in record] for names in (TOKEN_FIELDS, TEXT_FIELDS))
     if tokens and texts:
         raise ValueError(f"row {row}: it has texts ({texts[0]}) and token ids ({tokens[0]}); keep one of the two")
@@ -148,7 +171,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, record: Record, row: int) -> _R
     marks = record.get("marks", {})
     if not isinstance(marks, Mapping):
         raise ValueError(f"row {row} of marks: {marks!r:.80} is no object such as {{'name': 'a text in the prompt'}}")
-    return _from_tokens(record, row, marks) if tokens else _from_texts(tokenizer, record, row, marks)
+    return _from_tokens(record, row, marks) if tokens else _from_texts(reader, record, row, marks)
 
 
 def _from_tokens(record: Record, row: int, marks: Mapping[str, Any]) -> _Row:
@@ -184,15 +207,15 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _from_texts(tokenizer: PreTrainedTokenizerBase, record: Record, row: int, marks: Mapping[str, Any]) -> _Row:
+def _from_texts(reader: _Reader, record: Record, row: int, marks: Mapping[str, Any]) -> _Row:
     for name in ("clean", "corrupt"):
         if not isinstance(record[name], str) or not record[name]:
             raise ValueError(f"row {row} of {name}: {record[name]!r:.80} is no text")
     bos = record.get("bos", True)
     if not isinstance(bos, bool):
         raise ValueError(f"row {row} of bos: it is true or false, not {bos!r}")
-    bare = [_ids(tokenizer, record[name]) for name in ("clean", "corrupt")]
-    clean, corrupt = (_with_bos(tokenizer, ids) if bos else ids for ids in bare)
+    bare = [reader.ids(record[name]) for name in ("clean", "corrupt")]
+    clean, corrupt = (_with_bos(reader.tokenizer, ids) if bos else ids for ids in bare)
     if len(clean) != len(corrupt):
         raise ValueError(
             f"row {row}: the clean and the corrupt prompt differ in length; clean is {len(clean)} tokens long, "
@@ -201,24 +224,20 @@ def _from_texts(tokenizer: PreTrainedTokenizerBase, record: Record, row: int, ma
     if not clean:
         raise ValueError(f"row {row} of clean: {record['clean']!r:.80} has no tokens")
     answers, wrong = (
-        _answer_ids(tokenizer, record[name], name, row, record[prompt], ids)
+        _answer_ids(reader, record[name], name, row, record[prompt], ids)
         for name, prompt, ids in zip(TEXT_FIELDS[2:], TEXT_FIELDS, bare, strict=False)
     )
     candidates = record.get("candidates")
     if candidates is not None:
         if isinstance(candidates, str) or not isinstance(candidates, Sequence):
             raise ValueError(f"row {row} of candidates: {candidates!r:.80} is no list of texts")
-        candidates = _answer_ids(tokenizer, list(candidates), "candidates", row, record["clean"], bare[0])
+        candidates = _answer_ids(reader, list(candidates), "candidates", row, record["clean"], bare[0])
     front = len(clean) - len(bare[0])
     positions = {
-        name: _position(tokenizer, record["clean"], part, f"row {row} of mark {name!r}", front)
+        name: _position(reader, record["clean"], part, f"row {row} of mark {name!r}", front)
         for name, part in marks.items()
     }
     return _Row(clean, corrupt, len(clean) - 1, answers, wrong, candidates, positions)  # pyright: ignore[reportArgumentType]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -227,24 +246,22 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]  # pyright: ignore[reportReturnType]
 
 
-def _answer_ids(
-    tokenizer: PreTrainedTokenizerBase, value: Any, name: str, row: int, prompt: str, ids: list[int]
-) -> int | list[int]:
+def _answer_ids(reader: _Reader, value: Any, name: str, row: int, prompt: str, ids: list[int]) -> int | list[int]:
     """The token of an answer, or those of a list of answers."""
     if isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"row {row} of {name}: the list [] is empty; give one text at least")
-        return [_answer_id(tokenizer, text, name, row, prompt, ids) for text in value]
-    return _answer_id(tokenizer, value, name, row, prompt, ids)
+        return [_answer_id(reader, text, name, row, prompt, ids) for text in value]
+    return _answer_id(reader, value, name, row, prompt, ids)
 
 
-def _answer_id(tokenizer: PreTrainedTokenizerBase, text: Any, name: str, row: int, prompt: str, ids: list[int]) -> int:
+def _answer_id(reader: _Reader, text: Any, name: str, row: int, prompt: str, ids: list[int]) -> int:
     """The one token that the text is, where it continues the prompt (``ids`` without BOS)."""
     if not isinstance(text, str) or not text:
         raise ValueError(f"row {row} of {name}: {text!r:.80} is no text of one token")
-    alone = _ids(tokenizer, text)
+    alone = reader.ids(text)
     if not (text[0].isspace() and len(alone) == 1):
-        together = _ids(tokenizer, prompt + text)
+        together = reader.ids(prompt + text)
         if together[:-1] == ids:
             alone = together[-1:]
         elif prompt[-1].isalpha() and text[0].isalpha():
@@ -254,12 +271,12 @@ def _answer_id(tokenizer: PreTrainedTokenizerBase, text: Any, name: str, row: in
             )
     if len(alone) != 1:
         raise ValueError(f"row {row} of {name}: {text!r} is {len(alone)} tokens; an answer is one")
-    if alone[0] == tokenizer.unk_token_id and text.strip() != tokenizer.unk_token:
+    if alone[0] == reader.tokenizer.unk_token_id and text.strip() != reader.tokenizer.unk_token:
         raise ValueError(f"row {row} of {name}: the tokenizer does not know {text!r}")
     return alone[0]
 
 
-def _position(tokenizer: PreTrainedTokenizerBase, text: str, part: Any, name: str, front: int) -> int:
+def _position(reader: _Reader, text: str, part: Any, name: str, front: int) -> int:
     """The position of the first token that overlaps a part of the text; ``front`` tokens stand before the text's."""
     if part is None:
         return -1
@@ -275,11 +292,10 @@ def _position(tokenizer: PreTrainedTokenizerBase, text: str, part: Any, name: st
         start, end = part if valid else (0, 0)
         if not 0 <= start < end <= len(text):
             raise ValueError(f"{name}: {part!r} is neither a text nor characters [start, end) of {text!r:.200}")
-    if not tokenizer.is_fast:
-        raise ValueError(f"{name}: marks in texts need a fast tokenizer, not {type(tokenizer).__name__}")
+    if not reader.tokenizer.is_fast:
+        raise ValueError(f"{name}: marks in texts need a fast tokenizer, not {type(reader.tokenizer).__name__}")
     begun = 0
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    for position, (first, stop) in enumerate(spans):
+    for position, (first, stop) in enumerate(reader.spans(text)):
         if text[begun:first].isspace():
             first = begun  # a tokenizer may leave the space before a word out of the word's span
         if first < end and stop > start:
