@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import circuits, experiments, metrics, reference
+    from . import circuits, experiments, metrics, reference, tasks
     from .experiments import bottleneck
     from .interventions.generation import generate
     from .interventions.patch import Patch
@@ -33,6 +33,7 @@ __all__ = [
     "planted",
     "reference",
     "run",
+    "tasks",
 ]
 
 _HOMES = {

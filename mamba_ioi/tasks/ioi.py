@@ -23,6 +23,8 @@ from ..checks import whole_number
 from .columns import check_rows, integers, refuse, texts
 from .names import NAMES, name_tokens, single_token_names
 from .pairs import Groups, Marks, PromptPairs
+from .task import Task
+from .words import choice
 
 __all__ = [
     "ALIGNED_TEMPLATES",
@@ -303,21 +305,16 @@ class _Pair(NamedTuple):
 
 
 def _draw_pair(rng: random.Random, templates: Sequence[str], corruptions: Sequence[str], names: Sequence[str]) -> _Pair:
-    template, corruption = _draw(rng, templates), _draw(rng, corruptions)
-    place, thing = _draw(rng, PLACES), _draw(rng, OBJECTS)
+    template, corruption = choice(rng, templates), choice(rng, corruptions)
+    place, thing = choice(rng, PLACES), choice(rng, OBJECTS)
     drawn: list[str] = []
     while len(drawn) < 4:
-        name = _draw(rng, names)
+        name = choice(rng, names)
         if name not in drawn:
             drawn.append(name)
     letters = dict(zip("ABCD", drawn, strict=True))
     clean, corrupt = ([letters[c] for c in side.replace(" ", "")] for side in corruption.split(" -> "))
     return _Pair(template, corruption, place, thing, (clean, corrupt))
-
-
-def _draw(rng: random.Random, options: Sequence[str]) -> str:
-    """One option, uniformly. Only `Random.random` is promised to be the same in every version of Python."""
-    return options[int(rng.random() * len(options))]
 
 
 def _fill(template: str, names: Sequence[str], place: str, thing: str) -> str:
@@ -338,3 +335,48 @@ def _choose(
         found = f"unknown {kind} {unknown[0]!r}" if unknown else f"the list of {kind}s is empty"
         raise ValueError(f"{found}; allowed: {', '.join(map(repr, (*words, *allowed)))}")
     return tuple(dict.fromkeys(listed))
+
+
+def ioi(
+    tokenizer: PreTrainedTokenizerBase,
+    n_pairs: int,
+    seed: int,
+    *,
+    templates: str | Sequence[str] = "aligned",
+    corruptions: str | Sequence[str] = "all",
+    symmetric: bool = False,
+) -> IOIDataset:
+    """The paper's pairs as a task: `IOIDataset.generate` with as many rows as are asked for.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        n_pairs: how many rows; if ``symmetric``, an even number.
+        seed: of the draw.
+        templates: as for `IOIDataset.generate`.
+        corruptions: likewise.
+        symmetric: draw half of the rows; the other half are those swapped.
+
+    Raises:
+        ValueError: as `IOIDataset.generate`; or for an odd number of rows that are to be symmetric.
+    """
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"symmetric is True or False, not {symmetric!r:.80}")
+    if symmetric and n_pairs % 2:
+        raise ValueError(f"with symmetric=True half of the rows are the other half swapped: n_pairs={n_pairs} is odd")
+    drawn = n_pairs // 2 if symmetric else n_pairs
+    chosen: dict[str, Any] = {"templates": templates, "corruptions": corruptions, "symmetric": symmetric}
+    return IOIDataset.generate(tokenizer, drawn, seed=seed, **chosen)
+
+
+TASK = Task(
+    name="ioi",
+    about="of three names two come again: the third is the one that is given something",
+    function=ioi,
+    source="arXiv 2407.14008",
+    example={
+        "clean": "Afterwards Arnold, Ron and Gloria went to the station. Arnold and Ron gave a kiss to",
+        "corrupt": "Afterwards Arnold, Ron and Gloria went to the station. Arnold and Gloria gave a kiss to",
+        "answer": " Gloria",
+        "corrupt_answer": " Ron",
+    },
+)
