@@ -57,13 +57,7 @@ def parse(
         "--out", type=_path, metavar="DIR", help="folder of the result (default: results/MODEL/EXPERIMENT)"
     )
 
-    sub.add_argument(
-        "--data", type=_path, metavar="FILE", help="pairs of another task: a .jsonl, .csv or .parquet file"
-    )
-    sub.add_argument(
-        "--marks", type=_names, metavar="MARKS", help="with --data: go by these, such as subject,verb+1,last"
-    )
-    sub.add_argument("--metric", metavar="M", help="with --data: nld, logit_diff, prob_diff or margin")
+    _add_source(sub)
 
     sub = add("plot", "draw a saved result again, or all of a folder of 'reproduce' and its report")
     sub.add_argument(
@@ -72,6 +66,8 @@ def parse(
 
     sub = add("list", "list the experiments and their figures")
     sub.add_argument("--sites", action="store_true", help="list the named activations instead")
+
+    add("tasks", "list the tasks that --task takes, with an example of each")
 
     _add_model(add("doctor", "examine versions, kernels, devices and a model's slow path"))
 
@@ -95,8 +91,9 @@ def parse(
     arguments = parser.parse_args(argv)
     if getattr(arguments, "remote", False) and (arguments.device or arguments.dtype):
         parser.error("--device and --dtype have no meaning with --remote: the server decides on both")
-    if getattr(arguments, "data", True) is None and (arguments.marks or arguments.metric):
-        parser.error("--marks and --metric are of pairs from a file: give --data FILE as well")
+    elsewhere = getattr(arguments, "data", True) or getattr(arguments, "task", True)
+    if elsewhere is None and (arguments.marks or arguments.metric):
+        parser.error("--marks and --metric are of pairs of another task: give --data FILE as well, or --task NAME")
     if getattr(arguments, "data", None) is not None and arguments.pairs is not None:
         parser.error("--pairs has no meaning with --data: all rows of the file are taken")
     if arguments.command is None:
@@ -130,6 +127,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="HOST",
         help="run on an NDIF server: this URL, or that of NDIF_HOST, or the public one; the API key is NDIF_API_KEY",
     )
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """Where the pairs of another task come from, and how they are looked at."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--data", type=_path, metavar="FILE", help="pairs of another task: a .jsonl, .csv or .parquet file"
+    )
+    either.add_argument(
+        "--task", metavar="NAME", help="pairs of another task, from 'mamba-ioi tasks'; --pairs of them (default: 80)"
+    )
+    help = "with --data or --task: go by these, such as subject,verb+1,last (default: a task's own where rows differ)"
+    parser.add_argument("--marks", type=_names, metavar="MARKS", help=help)
+    parser.add_argument("--metric", metavar="M", help="likewise: nld, logit_diff, prob_diff or margin")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

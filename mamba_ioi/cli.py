@@ -1,4 +1,4 @@
-"""The command line: `mamba-ioi reproduce`, `run`, `plot`, `list`, `doctor`, `bench` and `train-tiny`.
+"""The command line: `mamba-ioi reproduce`, `run`, `plot`, `list`, `tasks`, `doctor`, `bench` and `train-tiny`.
 
 Exit status 0; 1 if a figure failed or `doctor` found something wrong; 2, with one line on stderr, for bad input. What
 needs torch is imported by the commands that compute, so that help, lists and refusals come at once.
@@ -7,7 +7,6 @@ needs torch is imported by the commands that compute, so that help, lists and re
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
 import logging
 import os
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from .arguments import BAD_INPUT, one_line, parse
 from .catalogue import CATALOGUE
 from .reproduce.makers import Settings, prepare, with_layer
+from .reproduce.source import Source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,27 +84,28 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if settings.layer is not None and not CATALOGUE[figure].takes_layer:
         raise ValueError(f"{arguments.experiment} looks at no single layer; --layer has no meaning for it")
-    folders = [_safe(arguments.model), *([] if arguments.data is None else [_safe(arguments.data.stem)])]
+    source = _source(arguments)
+    folders = [_safe(arguments.model), *([] if source is None else [_safe(Path(source.name).stem)])]
     out = arguments.out or Path("results", *folders, arguments.experiment)
     asked = request(figure, settings, model_identity(settings))
-    if arguments.data is not None:
+    if source is not None:
         asked = {name: value for name, value in asked.items() if name not in ("pairs", "seed")}
-        asked |= {"data": _digest_of(arguments.data), "marks": arguments.marks, "metric": arguments.metric}
-        _check_on_data(arguments)
+        asked |= source.asked() | {"marks": arguments.marks, "metric": arguments.metric}
+        _check_on_pairs(arguments)
     with locked(out), _quiet():
         result = stored_result(out, asked)
         if result is None:
             from .remote.requests import answers_in
 
-            model, usable = prepare(settings, [figure] if arguments.data is None else [])
-            usable = usable or (arguments.data is not None and (model.has_scans or not CATALOGUE[figure].needs_mamba))
+            model, usable = prepare(settings, [figure] if source is None else [])
+            usable = usable or (source is not None and (model.has_scans or not CATALOGUE[figure].needs_mamba))
             if not usable:
                 model.require_mamba(f"experiments such as {arguments.experiment}")
             with answers_in(model, out / ANSWERS):
-                if arguments.data is None:
+                if source is None:
                     result = compute(figure, model, with_layer(figure, model, settings), asked)
                 else:
-                    result = _on_data(model, arguments, settings, asked)
+                    result = _on_pairs(model, source, arguments, settings, asked)
             result.save(out)
             discard_answers(out)
             _say(f"saved in {out}; draw it with: mamba-ioi plot {out}")
@@ -114,44 +115,53 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _source(arguments: argparse.Namespace) -> Source | None:
+    """Where the pairs of another task come from; None if the paper's are asked for."""
+    if arguments.data is None and arguments.task is None:
+        return None
+    return Source(data=arguments.data, task=arguments.task, rows=arguments.pairs, seed=arguments.seed)
 
 
-def _check_on_data(arguments: argparse.Namespace) -> None:
-    """Refuse an experiment that takes no pairs from a file, or no marks or metric, before a model is loaded."""
+def _check_on_pairs(arguments: argparse.Namespace) -> None:
+    """Refuse an experiment that takes no pairs of another task, or no marks or metric, before a model is loaded."""
     from .experiments import EXPERIMENTS
 
     takes = [name for name, one in EXPERIMENTS.items() if one.input in ("pairs", "balanced")]
     if arguments.experiment not in takes:
-        raise ValueError(f"{arguments.experiment} takes no pairs from a file; --data is for {', '.join(takes)}")
+        what, option = ("from a file", "--data") if arguments.task is None else ("of another task", "--task")
+        raise ValueError(f"{arguments.experiment} takes no pairs {what}; {option} is for {', '.join(takes)}")
     known = inspect.signature(EXPERIMENTS[arguments.experiment].work).parameters
     for name in ("marks", "metric"):
         if getattr(arguments, name) and name not in known:
             raise ValueError(f"{arguments.experiment} has no {name}; --{name} has no meaning for it")
 
 
-def _on_data(model: CausalLM, arguments: argparse.Namespace, settings: Settings, asked: Mapping[str, object]) -> Result:
-    """An experiment's result on the pairs of a file."""
+def _on_pairs(
+    model: CausalLM,
+    source: Source,
+    arguments: argparse.Namespace,
+    settings: Settings,
+    asked: Mapping[str, object],
+) -> Result:
+    """An experiment's result on pairs of another task; a task's go by its marks where their positions differ."""
     from .experiments import EXPERIMENTS
     from .result import Result
-    from .tasks.pairs import PromptPairs
 
-    if model.tokenizer is None:
-        raise ValueError(f"{settings.model} has no tokenizer, which is needed to read {arguments.data}")
     experiment = EXPERIMENTS[arguments.experiment]
-    pairs = PromptPairs.load(arguments.data, model.tokenizer)
+    pairs = source.pairs(model)
     given = {name: getattr(arguments, name) for name in ("marks", "metric") if getattr(arguments, name)}
+    takes_marks = "marks" in inspect.signature(experiment.work).parameters
+    if takes_marks and "marks" not in given and source.task is not None and pairs.position_labels is None:
+        given["marks"] = [*pairs.marks, "last"]
     if experiment.takes_layer:
         given["layer"] = settings.layer
     try:
         result = experiment.work(model, pairs, **experiment.arguments, **given, progress=settings.progress)
     except ValueError as error:
         if str(error).startswith(("row ", "the data ")):
-            raise ValueError(f"{arguments.data}: {error}") from None
+            raise ValueError(f"{source.data or f'the task {source.task}'}: {error}") from None
         raise
-    return Result(result.table, result.meta | {"data": arguments.data.name, "request": dict(asked)})
+    return Result(result.table, result.meta | source.told() | {"request": dict(asked)})
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -187,6 +197,25 @@ def _list(arguments: argparse.Namespace) -> int:
         _say(f"{figure:12} {row.experiment:27} {row.shows}{pairs}{layer}{needs}")
         _say(textwrap.indent(f"columns: {', '.join(row.columns)}", " " * 13))
     return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from .tasks import TASKS
+
+    for name, task in TASKS.items():
+        _say(f"{name:12} {task.about} ({task.source})")
+        for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer")):
+            text = task.example[side].strip().replace("\n", "\\n")
+            _say(f"{'':13}{side}: {text} -> {_shortened(task.example[answer])}")
+        if task.options:
+            _say(f"{'':13}options: {', '.join(f'{option}={default!r}' for option, default in task.options.items())}")
+    return 0
+
+
+def _shortened(answers: str | Sequence[str]) -> str:
+    """An answer without the space before it, or the first, second and last of many."""
+    listed = [answers] if isinstance(answers, str) else list(answers)
+    return ", ".join(answer.strip() for answer in (listed if len(listed) < 4 else [*listed[:2], "…", listed[-1]]))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -251,6 +280,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plot": _plot,
     "list": _list,
+    "tasks": _tasks,
     "doctor": _doctor,
     "bench": _bench,
     "train-tiny": _train_tiny,
