@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -557,6 +561,59 @@ def test_a_word_that_the_tokenizer_does_not_know_is_named() -> None:
     row = {"clean": "red quux", "corrupt": "blue quux", "answer": " red", "corrupt_answer": " blue"}
     with pytest.raises(ValueError, match="does not know 'quux', which the prompts need"):
         draw_pairs(task_tokenizer(), 2, 0, lambda rng: dict(row))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page, followed word for word
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(mamba_ioi.__file__).parents[1]
+PAGE = (ROOT / "docs" / "how-to" / "add-a-task.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the package to which the page's task is added."""
+    folder = tmp_path_factory.mktemp("followed")
+    shutil.copytree(ROOT / "mamba_ioi", folder / "mamba_ioi", ignore=shutil.ignore_patterns("__pycache__"))
+    (path,) = re.findall(r"^A file of its own, `(\S+)`:\n\n```python\n", PAGE, re.M)
+    assert not (folder / path).exists()
+    (folder / path).write_text(re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.M)[0], encoding="utf-8")
+    return folder
+
+
+def said_in(folder: Path, *words: str) -> str:
+    """What the command line of the copy says; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_page_gives_a_task_in_the_list(followed: Path, capsys) -> None:
+    said = said_in(followed, "-m", "mamba_ioi", "tasks")
+    (added,) = re.findall(r"^turns  (?:.*\n)(?: .*\n)+", said, re.M)
+    assert main(["tasks"]) == 0 and said.replace(added, "") == capsys.readouterr().out
+    assert "clean: The store is open: Morgan came in, Tyler came in, Morgan came in, and now -> Tyler\n" in added
+
+
+def test_the_page_gives_an_experiment_on_it(followed: Path, tiny) -> None:
+    (words,) = re.findall(r"^```bash\nmamba-ioi (.*)\n```", PAGE, re.M)
+    said_in(followed, "-m", "mamba_ioi", *words.split(), "--out", "out")
+    result = Result.load(followed / "out")
+    assert set(result.table["mark"]) == {"first", "second", "again", "last"}
+    assert set(result.table["group"]) == {"First", "The"} and result.meta["pairs"] == 10
+    names: dict = {}
+    exec((followed / "mamba_ioi" / "tasks" / "turns.py").read_text(encoding="utf-8"), names)
+    (row,) = in_texts(names["TASK"](tiny, 1), tiny)
+    example = names["TASK"].example
+    assert row.texts == (example["clean"], example["corrupt"])
+    assert (row.right, row.wrong) == ({example["answer"]}, {example["corrupt_answer"]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def greater_than(tokenizer: PreTrainedTokenizerBase, n_pairs: int, seed: int) ->
     The answers are the two-digit tokens greater than YY, the corrupt answers the others, as they follow XX. Centuries
     are those in which the tokenizer splits most years into XX and YY (GPT-NeoX's: from 1700 to 1799, all of them).
     Marks: ``event``, ``xx`` and ``yy`` (the beginning's two tokens); ``last`` is the end's XX. Metric: ``prob_diff``,
-    the sum of p(y) for y > YY less that for y <= YY (arXiv 2305.00586, equation 1).
+    the sum of p(y) for y > YY less that for y <= YY (arXiv 2305.00586).
 
     Args:
         tokenizer: a transformers tokenizer.
