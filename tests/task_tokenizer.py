@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 
-from tokenizers import Regex, Tokenizer, decoders
+from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.pre_tokenizers import Split, Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from mamba_ioi.tasks.ioi import OBJECTS, PLACES, TEMPLATES
@@ -50,6 +50,33 @@ def task_tokenizer(*, eos: str = EOS) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = Split(Regex(_PIECES), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, bos_token=BOS, eos_token=eos)
+
+
+def with_pieces() -> PreTrainedTokenizerFast:
+    """One like Llama's: a piece begins with "▁" for the space before it, and every text with another."""
+    tokenizer = Tokenizer(WordLevel({piece: i for i, piece in enumerate(_few("▁"))}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = Split(Regex(r"▁?[A-Za-z]+|▁|[.?]"), behavior="isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, bos_token=BOS, eos_token=EOS)
+
+
+def without_spaces() -> PreTrainedTokenizerFast:
+    """One like BERT's: it knows neither spaces nor capitals."""
+    pieces = dict.fromkeys(piece.lower() for piece in _few(""))
+    tokenizer = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, bos_token=BOS, eos_token=EOS)
+
+
+def _few(space: str) -> list[str]:
+    """The words of two tasks, each with what stands for the space before it."""
+    from mamba_ioi.tasks.agreement import NOUNS, PREPOSITIONS, VERBS
+    from mamba_ioi.tasks.colors import COLORS, OBJECTS
+
+    words = [*NOUNS, *(f"{noun}s" for noun in NOUNS), *PREPOSITIONS, *VERBS, *VERBS.values(), *COLORS, *OBJECTS]
+    words += ["The", "the", "a", "is", "What", "color", "It"]
+    return list(dict.fromkeys([UNKNOWN, BOS, EOS, space, ".", "?", *(f"{space}{word}" for word in words)]))
 
 
 def _texts(value: object) -> Iterator[list[str]]:

@@ -345,3 +345,20 @@ def test_answers_without_a_space(model) -> None:
     found = PromptPairs.from_texts(model.tokenizer, ["1 +", "a"], ["2 +", "b"], ["1", "\n"], ["2", " Bob"])
     ids = model.tokenizer(["1 +1", "2 +2"], add_special_tokens=False)["input_ids"]
     assert [found.answers[0], found.corrupt_answers[0]] == [row[-1] for row in ids]
+
+
+def test_rows_that_are_in_no_file(tokenizer, tmp_path) -> None:
+    rows = [
+        {"clean": CLEAN[row], "corrupt": CORRUPT[row], "answer": ANSWERS[row], "corrupt_answer": [CORRUPT_ANSWERS[row]]}
+        | {"groups": {"opening": GROUPS["opening"][row]}, "metric": "margin"}
+        for row in (0, 1)
+    ]
+    found = PromptPairs.from_records(tokenizer, rows)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert_same(found, PromptPairs.load(tmp_path / "rows.jsonl", tokenizer))
+    assert found.metric == "margin" and found.groups == {"opening": GROUPS["opening"]}
+    assert rows[0]["metric"] == "margin", "the rows are as they were"
+    with pytest.raises(ValueError, match="row 1: 'a text' is no dict with the fields of a row"):
+        PromptPairs.from_records(tokenizer, [rows[0], "a text"])
+    with pytest.raises(ValueError, match="row 1 lacks the field 'answer'"):
+        PromptPairs.from_records(tokenizer, [rows[0], {"clean": "a", "corrupt": "b", "corrupt_answer": "c"}])

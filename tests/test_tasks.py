@@ -29,7 +29,7 @@ from mamba_ioi.zoo.tokenizer import build_tokenizer
 
 from . import plain
 from .conftest import random_mamba
-from .task_tokenizer import BOS, task_tokenizer
+from .task_tokenizer import BOS, task_tokenizer, with_pieces, without_spaces
 
 NAMES = ["agreement", "capitals", "colors", "docstring", "gender", "greater_than", "induction", "ioi", "recall"]
 
@@ -472,6 +472,36 @@ def test_the_vocabulary_is_its_common_words_and_then_its_own(tiny) -> None:
     assert {"Mary", "gave", "Afterwards", "wards"} & set(all_of_them) == {"Mary", "gave"}
     for word, token in all_of_them.items():
         assert tiny(f" {word}", add_special_tokens=False)["input_ids"] == [token] and len(word) >= 4
+
+
+@pytest.mark.parametrize("make", [with_pieces, without_spaces])
+def test_other_kinds_of_tokenizers(make) -> None:
+    """Words by the pieces that stand for them, with the space before them as the tokenizer has it."""
+    tokenizer = make()
+
+    def words(ids: torch.Tensor) -> list[str]:
+        pieces = tokenizer.convert_ids_to_tokens([token for token in ids.tolist() if token >= 0])
+        return [str(piece).replace("▁", "").lower() for piece in pieces]
+
+    pairs = generate("agreement", tokenizer, 20)
+    for prompt, answers in zip(pairs.clean_tokens, pairs.answers, strict=True):
+        _, the, subject, _, also, _ = words(prompt)
+        assert the == also == "the"
+        assert {f" {verb}" for verb in words(answers)} == (PLURAL if subject.endswith("s") else SINGULAR)
+    pairs = generate("colors", tokenizer, 20)
+    for row, prompt in enumerate(pairs.clean_tokens):
+        said = words(prompt)
+        assert words(pairs.answers[row][None]) == [said[said.index(said[-4]) + 2]]
+        assert words(prompt[pairs.marks["asked"][row]][None]) == [said[-4]]
+    pairs = generate("recall", tokenizer, 20, pairs=3)
+    for row, prompt in enumerate(pairs.clean_tokens):
+        said = words(prompt)
+        assert len(said) == 9 and said[7] == "<eos>" and tokenizer.unk_token_id not in prompt
+        assert words(pairs.answers[row][None]) == [said[said.index(said[-1]) + 1]]
+    with pytest.raises(ValueError, match="the task greater_than: the tokenizer lacks tokens of two digits"):
+        generate("greater_than", tokenizer, 1)
+    with pytest.raises(ValueError, match=r"the task docstring: of the names of arguments the tokenizer has [0-9] as"):
+        generate("docstring", tokenizer, 1)
 
 
 def test_templates_know_where_their_parts_are() -> None:
