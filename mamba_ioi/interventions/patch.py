@@ -52,10 +52,10 @@ class Patch:
         site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
         layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
         value: a number, or a tensor or numpy array broadcastable to the site at those positions:
-        ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an
-        alias with a position the position's dimension may be left out). Or a callable that is given a copy of what
-        is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
-        ``[B, 1, E, N]``, with the state as it has become.
+            ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an
+            alias with a position the position's dimension may be left out). Or a callable that is given a copy of what
+            is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
+            ``[B, 1, E, N]``, with the state as it has become.
         positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Or each
             row's own, a LongTensor ``[B, k]`` counted from 0, -1 for none: values are then ``[B, k, ...]``, and a
             callable sees that (of a row that has none, what it sees is no matter, and what it returns is not used).
