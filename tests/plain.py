@@ -137,7 +137,9 @@ def ssd_by_hand(
 ) -> Tensor:
     """What out_proj receives in a Mamba-2 (arXiv 2405.21060): head i reads B and C of group i // (H / G)."""
     (H,), P, G, N = mixer.A_log.shape, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
-    gate, in_proj, dt = (normal @ mixer.in_proj.weight.T).split([H * P, H * P + 2 * G * N, H], -1)
+    projected = F.linear(normal * getattr(mixer, "ssm_in_multiplier", 1.0), mixer.in_proj.weight, mixer.in_proj.bias)
+    projected = projected * getattr(mixer, "mup_vector", 1.0)
+    gate, in_proj, dt = projected.split([H * P, H * P + 2 * G * N, H], -1)
     in_proj, gate = site("in_proj", in_proj), site("skip", gate)
     x, B, C = conv_by_hand(mixer, in_proj, site).split([H * P, G * N, G * N], -1)
     x = site("ssm_input", x)
@@ -156,12 +158,30 @@ def ssd_by_hand(
     start = site("h_start", x.new_zeros(x.shape[0], H, P, N))
     h = states(lambda h, t: A_bar[:, t, :, None, None] * h + write[:, t], start, x.shape[1])
     y = site("y", torch.einsum("blhpn,blhn->blhp", h, C[:, :, group]).flatten(2))
-    gated = site("ssm_output", y + (mixer.D[:, None] * heads).flatten(2)) * gate * torch.sigmoid(gate)
-    return gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + mixer.norm.variance_epsilon) * mixer.norm.weight
+    return gated_norm(mixer.norm, site("ssm_output", y + (mixer.D[:, None] * heads).flatten(2)), gate)
+
+
+def gated_norm(norm: nn.Module, y: Tensor, gate: Tensor) -> Tensor:
+    """The gate and the norm after the scan: over all channels or each group of them, before the gate or after it."""
+    gate = gate * torch.sigmoid(gate)
+    if isinstance(norm, nn.Identity):
+        return y * gate
+    first = getattr(norm, "norm_before_gate", False)
+    y = y if first else y * gate
+    size = getattr(norm, "group_size", y.shape[-1] // getattr(norm, "n_groups", 1))
+    groups = y.unflatten(-1, (-1, size))
+    y = (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)).flatten(-2) * norm.weight
+    return y * gate if first else y
 
 
 def normed(mixer: nn.Module, parts) -> list[Tensor]:
-    """x_proj's three outputs as the scan uses them: in Falcon-Mamba each over the root of its mean square."""
+    """x_proj's three outputs as the scan uses them: in Falcon-Mamba and Jamba each over the root of its mean square."""
+    if hasattr(mixer, "b_layernorm") and hasattr(mixer.b_layernorm, "weight"):
+        norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
+        return [
+            norm.weight * part / (part.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+            for norm, part in zip(norms, parts, strict=True)
+        ]
     if mixer.config.model_type != "falcon_mamba":
         return list(parts)
     return [part / (part.pow(2).mean(-1, keepdim=True) + mixer.config.mixer_rms_eps).sqrt() for part in parts]

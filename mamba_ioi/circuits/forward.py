@@ -84,7 +84,7 @@ class Pass(Visitor):
             return False
         value = self.into(layer, self.resid)
         self.shape, flat = value.shape[:-2], value.flatten(0, -3)
-        if model.has_scans:
+        if model.all_scans:
             args, kwargs = block.inputs
             block.inputs = ((flat, *args[1:]), {**kwargs, "attention_mask": None})
         else:
@@ -94,7 +94,7 @@ class Pass(Visitor):
 
     def leave(self, model, layer):
         block = model.layers[layer]
-        if model.has_scans:
+        if model.all_scans:
             added = block.mixer.out_proj.output.to(self.resid.dtype)
         else:
             added = stream_of(block.output).to(self.resid.dtype) - self.own_input.to(self.resid.dtype)

@@ -75,7 +75,7 @@ class Pairs:
             )
         length = int(last.max()) + 1
         clean, corrupt = clean[:, :length], corrupt[:, :length]
-        start = torch.minimum(divergence_index(clean, corrupt), last) if model.has_scans else torch.zeros_like(last)
+        start = torch.minimum(divergence_index(clean, corrupt), last) if model.all_scans else torch.zeros_like(last)
         order = torch.argsort(start, stable=True)
         rows = data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))
         found = cls(clean, corrupt, last, *rows, metric, data if callable(metric) else None)

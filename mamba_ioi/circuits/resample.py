@@ -244,7 +244,7 @@ def resampled_logits(
     """
     weights = _weights(graph, tokens, corrupt, keep)
     sources, first = (None, 0) if base is None else (base.sources, first_difference(graph, keep, base.mask))
-    candidates, share = keep.shape[0], bool(model.has_scans)
+    candidates, share = keep.shape[0], bool(model.all_scans)
     visitor = Resampled(graph, weights, corrupt, share, sources, first)
     ids = tokens[:, corrupt.begins.position :]
     with torch.no_grad(), model.trace(ids if share else ids.repeat(candidates, 1)):

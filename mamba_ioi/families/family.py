@@ -10,6 +10,7 @@ from nnsight import Envoy
 from torch import nn
 
 from ..trace.blocks import BlockEnvoy
+from ..trace.hybrid import HybridEnvoy, hybrid_sites, hybrid_table
 from ..trace.served import ServedEnvoy
 from ..trace.sites import SITES, Conv1dEnvoy, DtProjEnvoy, InProjEnvoy, LayerEnvoy, MixerEnvoy, SiteInfo
 
@@ -20,7 +21,7 @@ class Family:
 
     Attributes:
         model_type: the config's ``model_type``.
-        classes: the mixer and the block, imported when they are asked for; None where layers hold no scan.
+        classes: the mixer and the blocks, imported when they are asked for; None where layers hold no scan.
         mixer: the envoy of a mixer, which says where ``delta_1``, ``B`` and ``C`` are served.
         block: the envoy of a block.
         sizes: the size of each letter that shapes are written in, given the config.
@@ -30,7 +31,7 @@ class Family:
     """
 
     model_type: str
-    classes: Callable[[], tuple[type[nn.Module], type[nn.Module]]] | None = None
+    classes: Callable[[], tuple[type[nn.Module], ...]] | None = None
     mixer: type[Envoy] = MixerEnvoy
     block: type[Envoy] = LayerEnvoy
     sizes: Callable[[Any], dict[str, int]] = lambda config: {}
@@ -47,22 +48,41 @@ class Family:
         """Whether a model of this ``model_type`` has the mixers that the family's sites are served by."""
         if self.classes is None:
             return True
-        mixer, _ = self.classes()
+        mixer = self.classes()[0]
         return any(isinstance(part, mixer) for part in module.modules())
 
     def envoys(self) -> dict[type | str, type[Envoy]]:
         """The envoy class of each module, for nnsight."""
         if self.classes is None:
             return {"layers.*": BlockEnvoy, "h.*": BlockEnvoy, "blocks.*": BlockEnvoy, "*": ServedEnvoy}
-        mixer, block = self.classes()
+        mixer, *blocks = self.classes()
+        parts = {"in_proj": InProjEnvoy, "conv1d": Conv1dEnvoy, "dt_proj": DtProjEnvoy}
         return {
             mixer: self.mixer,
-            block: self.block,
-            "mixer.in_proj": InProjEnvoy,
-            "mixer.conv1d": Conv1dEnvoy,
-            "mixer.dt_proj": DtProjEnvoy,
+            **dict.fromkeys(blocks, self.block),
+            **{f"{name}.{part}": envoy for name in ("mixer", "mamba") for part, envoy in parts.items()},
             "*": ServedEnvoy,
         }
+
+    @classmethod
+    def hybrid(
+        cls,
+        model_type: str,
+        classes: Callable[[], tuple[type[nn.Module], ...]],
+        block: type[HybridEnvoy],
+        sizes: Callable[[Any], dict[str, int]],
+    ) -> Family:
+        """A family of blocks of several parts, each with the sites that its layout gives."""
+        return cls(
+            model_type,
+            classes=classes,
+            mixer=block.inside,
+            block=block,
+            sizes=sizes,
+            infos=hybrid_table(block),
+            kind=lambda module: block.layout_of(module).kinds,
+            sites=lambda module: hybrid_sites(block, block.layout_of(module)),
+        )
 
     def tables(self, layers: Iterable[Envoy]) -> list[dict[str, SiteInfo]]:
         """Each layer's sites by name, in execution order; layers with the same ones share a table."""

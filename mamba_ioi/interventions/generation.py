@@ -20,7 +20,7 @@ from ..trace.state import LayerState
 from ..trace.walk import walk
 from .patch import Patch, resolve
 from .plan import Plan, unembed
-from .run import Tokens, row_parts
+from .run import Tokens, row_parts, run
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
@@ -60,6 +60,8 @@ def generate(
         raise ValueError(f"generation needs prompts of one length, not of {lengths} tokens: generate them one by one")
     new = whole_number(max_new_tokens, "max_new_tokens", least=1)
     plan = Plan.make(model, ids, patches, ())
+    if not model.all_scans:
+        return _anew(model, ids, new, patches, new_patches)
     if isinstance(new_patches, Patch) or not all(isinstance(patch, Patch) for patch in new_patches):
         raise ValueError(f"new_patches are a list whose entries are Patch, not this {type(new_patches).__name__}")
     first = ids.shape[1]
@@ -75,6 +77,35 @@ def generate(
         own = [one.rows(part, len(ids)) for one in plans]
         found.append(ask(model, continue_greedily, ids[part], plan.rows(part, len(ids)), own)["tokens"])
     return torch.cat(found)
+
+
+def _anew(
+    model: MambaModel, ids: Int[Tensor, "B L"], new: int, patches: Sequence[Patch], new_patches: Sequence[Patch]
+) -> Int[Tensor, "B M"]:
+    """`generate` where positions leave more than a state behind: the growing text is run anew at every step."""
+    first, stop = ids.shape[1], ids.shape[1] + new - 1
+    begun = [_within(model, patch, first) for patch in patches]
+    later = [(at, patch) for patch in new_patches for at, patch in _at_each(model, patch, first, stop)]
+    for end in range(first, first + new):
+        now = [_moved(patch, at) for at, patch in later if at < end]
+        ids = torch.cat([ids, run(model, ids, [*begun, *now]).argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def _within(model: MambaModel, patch: Patch, length: int) -> Patch:
+    """A patch of the prompt, in a longer text."""
+    ref = resolve(model, patch.site, patch.layer)
+    if not ref.site.by_position or ref.position is not None:
+        return patch
+    positions = list(range(length)) if patch.positions is None else patch.positions
+    if not isinstance(positions, Tensor):
+        positions = [position % length for position in integers(positions)]
+    return dataclasses.replace(patch, positions=positions)
+
+
+def _moved(patch: Patch, position: int) -> Patch:
+    """A patch of one new token, in the whole text."""
+    return dataclasses.replace(patch, positions=[position])
 
 
 def _at_each(model: MambaModel, patch: Patch, first: int, stop: int) -> list[tuple[int, Patch]]:

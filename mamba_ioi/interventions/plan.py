@@ -76,7 +76,7 @@ class Plan:
         changes = [check_patch(model, ids, patch) for patch in patches]
         outside = any(ref.site.name in ("norm", "logits") for ref in refs)
         whole = bool(model._edits) or any(hooks(model))
-        to_the_end = outside or whole or not refs or not model.has_scans
+        to_the_end = outside or whole or not refs or not model.all_scans
         last = model.n_layers if to_the_end else max(ref.layer or 0 for ref in refs)
         plan = cls(changes, list(refs), last, keep, whole)
         if whole:
@@ -143,7 +143,7 @@ def unembed(model, plan: Plan, read: Int[Tensor, "B"] | None, visitor: Patched) 
     """The end of a trace's body: the sites after the layers, and the logits at ``read``."""
     visitor.at(model, None, SITES["norm"])
     outputs = any(one.site.name == "logits" for one in (*plan.changes, *plan.reads))
-    if read is not None and not outputs and not plan.whole and model.has_scans:
+    if read is not None and not outputs and not plan.whole and model.all_scans:
         return logits_at(model, read)
     visitor.at(model, None, SITES["logits"])
     result = output_logits(model)

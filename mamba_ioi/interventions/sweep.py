@@ -84,7 +84,7 @@ def sweep(
                 f"source tokens have the shape of tokens, {tuple(tokens.shape)}, not {tuple(source.shape)}"
             )
     readout.check(tokens, model.vocab_size)
-    if not model.has_scans:
+    if not model.all_scans:
         return _plain_runs(model, tokens, source, interventions, readout, description)
     checked = [[_change(model, tokens, change, source) for change in changes] for changes in interventions]
     model.require_stream("sweeps")

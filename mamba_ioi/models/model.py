@@ -64,6 +64,8 @@ class CausalLM(Served, ModelSites, TransformersModel):
     _module: Any
     has_scans = False
     """Whether layers hold a selective scan, with the sites inside."""
+    all_scans = False
+    """Whether a scan's mixer is all that each layer has, so that a state is all that a position leaves behind."""
     remote: Remote | None = None
     """The NDIF server that traces run on; None: they run here."""
 
@@ -222,7 +224,7 @@ class CausalLM(Served, ModelSites, TransformersModel):
             there = [part for part in ("embed", "norm") if getattr(self.anatomy, part)] + ["logits"]
         else:
             there = self.sites_of(layer)
-        if name not in there and name in SITES:
+        if name not in there and name in SITES and not self.has_scans:
             kind = type(self._module).__name__
             raise ValueError(
                 f"sites such as {name!r} need a Mamba; {self.model_id} is a {kind}, which has {', '.join(there)}"
@@ -558,6 +560,7 @@ def _trace(source: nn.Module | str, tokenizer, family: Family, **kwargs) -> Mamb
     model._tables = family.tables(model.layers) if model.anatomy.blocks else []
     if isinstance(model, MambaModel):
         model._measures = family.sizes(model._module.config)
+        model.all_scans = all(kind in ("mamba", "mamba2") for kind in model.layer_kinds)
         refuse_other_operations(model)
     return model
 
@@ -571,12 +574,15 @@ def refuse_other_operations(model: MambaModel) -> None:
     Raises:
         ValueError: naming the activation, or the version and the missing operation.
     """
-    activation = model._module.config.hidden_act
-    if activation not in ("silu", "swish"):
-        raise ValueError(f"its conv's activation is {activation!r} (hidden_act); mamba_ioi's own conv has silu alone")
-    missing = [operation for layer in model.layers for operation in missing_operations(layer.mixer)]
+    mixers = [layer.mixer for layer in model.layers if layer.chains]
+    for activation in dict.fromkeys(mixer._module.activation for mixer in mixers):
+        if activation not in ("silu", "swish"):
+            raise ValueError(
+                f"its conv's activation is {activation!r} (hidden_act); mamba_ioi's own conv has silu alone"
+            )
+    missing = [operation for mixer in mixers for operation in missing_operations(mixer)]
     if missing:
-        kind = type(model.layers[0].mixer._module).__name__
+        kind = type(mixers[0]._module).__name__
         raise ValueError(
             f"transformers {TRANSFORMERS} has a {kind} without {' and '.join(dict.fromkeys(missing))}; "
             f"the sites need it: install a release of transformers from 5.15 on that mamba_ioi was tested with"

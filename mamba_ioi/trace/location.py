@@ -98,6 +98,13 @@ class Visit:
         return self.single and not (self.records and stages.RECORDS)
 
 
+def look_before(mixer: Envoy) -> None:
+    """Keep of what comes before a mixer what may be asked for after it, where its class says what that is."""
+    before = getattr(type(mixer), "before_entry", None)
+    if before is not None:
+        before(mixer)
+
+
 def note_visit(mixer: Envoy) -> Visit | None:
     """The visit of a mixer that the next request is meant for, None if the run is already inside and nobody has asked.
 
@@ -105,6 +112,7 @@ def note_visit(mixer: Envoy) -> Visit | None:
     what the run has passed, the first visit is not asked for: it might be too late.
     """
     entry = f"{mixer.path}.input"
+    look_before(mixer)
     mediator = Mediator.current(entry)
     number = mediator.wanted(f"{mixer.path}.output")
     seen: dict[tuple[str, int], Visit] = mediator.__dict__.setdefault("visits_of_mixers", {})
@@ -357,6 +365,7 @@ def open_stages(mixer: Envoy, cls: type[AnyStages], visit: Visit | None = None) 
     The operation is then skipped in favour of our own, except in a batch of several invokes, where it runs and each
     invoke replaces its rows of the output. ``visit`` is looked up where it is not given.
     """
+    look_before(mixer)
     visit = visit_of(mixer) if visit is None else visit
     single = visit.step(cls)
     operation = f"{mixer.path}.{cls.operation(single)}"

@@ -194,6 +194,15 @@ class MixerEnvoy(ServedEnvoy):
         """Let nnsight serve the operations inside."""
         _ = self.source
 
+    def branch(self, projected: Tensor) -> Float[Tensor, "B L E"]:
+        """The conv branch of in_proj's output."""
+        return projected.chunk(2, dim=-1)[0]
+
+    def with_branch(self, projected: Tensor, view: Tensor) -> Tensor:
+        """in_proj's output with another conv branch."""
+        branch, gate = projected.chunk(2, dim=-1)
+        return torch.cat([cast(view, branch), gate], dim=-1)
+
     def _split(self, value: Tensor) -> tuple[Tensor, ...]:
         n = self._module.ssm_state_size
         return value.split([value.shape[-1] - 2 * n, n, n], dim=-1)
@@ -302,11 +311,11 @@ class LayerEnvoy(ServedEnvoy):
     @Site(key="mixer.in_proj.output", description="the conv's input: the first half of the input projection")
     def in_proj(self, value) -> Float[Tensor, "B L E"]:
         """The conv branch: rows 0 to E of in_proj's output."""
-        return value.chunk(2, dim=-1)[0].clone()
+        return self.mixer.branch(value).clone()
 
     @in_proj.transform
     def in_proj(self, view, raw):
-        return torch.cat([cast(view, raw.chunk(2, dim=-1)[0]), raw.chunk(2, dim=-1)[1]], dim=-1)
+        return self.mixer.with_branch(raw, view)
 
     @Site(key="mixer.out_proj.output", description="what the layer adds to the residual stream")
     def out_proj(self, value) -> Float[Tensor, "B L D"]:

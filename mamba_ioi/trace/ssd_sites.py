@@ -37,12 +37,11 @@ class SSDMixerEnvoy(ServedEnvoy):
     @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
     def gate(self, value) -> Float[Tensor, "B L E"]:
         """The gate, before silu: the first E outputs of in_proj."""
-        return value[..., : self.widths()[0]].clone()
+        return (value * self.multipliers())[..., : self.widths()[0]].clone()
 
     @gate.transform
     def gate(self, view, raw):
-        inner = self.widths()[0]
-        return torch.cat([cast(view, raw[..., :inner]), raw[..., inner:]], dim=-1)
+        return self._with(raw, slice(0, self.widths()[0]), view)
 
     @property
     def skip(self) -> SkipMethod:
@@ -168,6 +167,26 @@ class SSDMixerEnvoy(ServedEnvoy):
         """Let nnsight serve the operations inside."""
         _ = self.source
 
+    def multipliers(self) -> Tensor | float:
+        """What in_proj's output is multiplied by before it is split."""
+        return 1.0
+
+    def branch(self, projected: Tensor) -> Float[Tensor, "B L X"]:
+        """The conv branch of in_proj's output."""
+        inner = self.widths()[0]
+        return (projected * self.multipliers())[..., inner : inner + sum(self.widths())]
+
+    def with_branch(self, projected: Tensor, view: Tensor) -> Tensor:
+        """in_proj's output with another conv branch."""
+        inner = self.widths()[0]
+        return self._with(projected, slice(inner, inner + sum(self.widths())), view)
+
+    def _with(self, projected: Tensor, part: slice, view: Tensor) -> Tensor:
+        """in_proj's output with other values in one part, which are given as they are after the multipliers."""
+        raw, scale = projected.clone(), self.multipliers()
+        raw[..., part] = cast(view, raw[..., part]) / (scale[..., part] if isinstance(scale, Tensor) else scale)
+        return raw
+
     def widths(self) -> tuple[int, int, int]:
         """How many of the conv's channels are those of x, of B and of C."""
         shared = self._module.n_groups * self._module.ssm_state_size
@@ -191,11 +210,8 @@ class SSDLayerEnvoy(LayerEnvoy):
     @Site(key="mixer.in_proj.output", description="the conv's input: x, B and C before the conv")
     def in_proj(self, value) -> Float[Tensor, "B L X"]:
         """The conv branch of in_proj: X outputs after the gate's E; the last H are the time step."""
-        inner = self.mixer.widths()[0]
-        return value[..., inner : inner + sum(self.mixer.widths())].clone()
+        return self.mixer.branch(value).clone()
 
     @in_proj.transform
     def in_proj(self, view, raw):
-        inner = self.mixer.widths()[0]
-        end = inner + sum(self.mixer.widths())
-        return torch.cat([raw[..., :inner], cast(view, raw[..., inner:end]), raw[..., end:]], dim=-1)
+        return self.mixer.with_branch(raw, view)

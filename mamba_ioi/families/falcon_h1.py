@@ -1,0 +1,50 @@
+"""Falcon-H1 (arXiv 2507.22448): Mamba-2 beside attention, by one norm, then an MLP; multipliers everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..trace.hybrid import Layout, ParallelEnvoy, Part, keep_stream
+from ..trace.ssd_sites import SSDMixerEnvoy
+from .bamba import mamba_sizes
+from .family import Family
+
+
+class FalconH1MixerEnvoy(SSDMixerEnvoy):
+    """A `FalconH1Mixer`: ``skip`` and ``in_proj`` are after the multipliers of in_proj's output."""
+
+    parent: Any
+
+    def multipliers(self) -> Tensor:
+        return self._module.mup_vector
+
+    def before_entry(self) -> None:
+        """Keep the stream that the shared norm is given: attention may be asked for it after the mixer."""
+        keep_stream(self.parent)
+
+
+class FalconH1Envoy(ParallelEnvoy):
+    """A `FalconH1DecoderLayer`."""
+
+    inside = FalconH1MixerEnvoy
+
+    @staticmethod
+    def layout_of(block: nn.Module) -> Layout:
+        mixer = Part("input_layernorm", "mamba", float(block.ssm_out_multiplier))  # pyright: ignore[reportArgumentType]
+        attn = Part("input_layernorm", "self_attn", float(block.attn_out_multiplier))  # pyright: ignore[reportArgumentType]
+        mlp = Part("pre_ff_layernorm", "feed_forward")
+        return Layout(mixer=mixer, attn=attn, mlp=mlp, parallel=True, kinds="mamba2+attention+mlp")
+
+    def attention_in(self) -> float:
+        return float(self._module.attention_in_multiplier)  # pyright: ignore[reportArgumentType]
+
+
+def _classes() -> tuple[type[nn.Module], ...]:
+    from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1DecoderLayer, FalconH1Mixer
+
+    return FalconH1Mixer, FalconH1DecoderLayer
+
+
+FAMILY = Family.hybrid("falcon_h1", _classes, FalconH1Envoy, mamba_sizes)

@@ -1,0 +1,425 @@
+"""Hybrids of scans, attention and MLPs, site by site, against torch hooks and mixers by hand in float64."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from nnsight.modeling.huggingface import _ID_CACHE
+from torch import Tensor
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    PreTrainedModel,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
+
+from mamba_ioi import Patch, PromptPairs, cache, generate, load_model, run
+from mamba_ioi.circuits import eap, exact_effects
+from mamba_ioi.experiments import layer_removal, resample_ablation
+from mamba_ioi.interventions.patch import Resample
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.sweep import sweep
+from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.remote import ndif
+from mamba_ioi.trace.sites import owner
+
+from .plain_hybrids import run_by_hand
+from .test_remote import Worker
+
+V = 61
+BASE = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
+MAMBA = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "num_key_value_heads": 1}
+HEADS = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 3,
+    "time_step_limit": (0.4, 1.5),
+}
+EXPERTS = {"num_experts_per_tok": 1}
+GRANITE = {
+    "shared_intermediate_size": 24,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "residual_multiplier": 0.7,
+    "embedding_multiplier": 1.3,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.4,
+    "position_embedding_type": None,
+}
+FALCON = {
+    "head_dim": 8,
+    "mamba_d_ssm": 32,
+    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.8,
+    "attention_in_multiplier": 0.9,
+    "attention_out_multiplier": 1.2,
+    "embedding_multiplier": 1.4,
+    "lm_head_multiplier": 0.6,
+    "key_multiplier": 0.9,
+    "mlp_multipliers": [0.9, 1.1],
+}
+
+
+def falcon(**more) -> PreTrainedModel:
+    return FalconH1ForCausalLM(FalconH1Config(**BASE | MAMBA | HEADS | FALCON | more, num_hidden_layers=3))
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "jamba": lambda: JambaForCausalLM(
+        JambaConfig(
+            **BASE | MAMBA | EXPERTS,
+            num_hidden_layers=4,
+            mamba_dt_rank=3,
+            attn_layer_period=4,
+            attn_layer_offset=2,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            use_mamba_kernels=False,
+        )
+    ),
+    "bamba": lambda: BambaForCausalLM(BambaConfig(**BASE | MAMBA | HEADS, num_hidden_layers=3, attn_layer_indices=[1])),
+    "granitemoehybrid": lambda: GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(**BASE | MAMBA | HEADS | EXPERTS | GRANITE, num_hidden_layers=3, num_local_experts=2)
+    ),
+    "granite dense": lambda: GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(**BASE | MAMBA | HEADS | GRANITE, num_hidden_layers=3, num_local_experts=0)
+    ),
+    "nemotron_h": lambda: NemotronHForCausalLM(
+        NemotronHConfig(
+            **BASE,
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "attention", "mamba", "mlp"],
+            num_key_value_heads=1,
+            head_dim=8,
+            mamba_num_heads=4,
+            mamba_head_dim=8,
+            n_groups=2,
+            ssm_state_size=4,
+            conv_kernel=4,
+            chunk_size=3,
+            time_step_min=0.5,
+        )
+    ),
+    "zamba2": lambda: Zamba2ForCausalLM(
+        Zamba2Config(
+            **BASE,
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+            n_mamba_heads=4,
+            mamba_ngroups=2,
+            mamba_d_state=4,
+            mamba_d_conv=4,
+            mamba_expand=2,
+            chunk_size=3,
+            num_mem_blocks=1,
+            adapter_rank=4,
+            time_step_min=0.5,
+        )
+    ),
+    "falcon_h1": lambda: falcon(mamba_rms_norm=True),
+    "falcon_h1 norm first": lambda: falcon(mamba_rms_norm=True, mamba_norm_before_gate=True),
+    "falcon_h1 no norm": lambda: falcon(mamba_rms_norm=False),
+}
+KINDS = {
+    "jamba": ["mamba+mlp", "mamba+moe", "attention+mlp", "mamba+moe"],
+    "bamba": ["mamba2+mlp", "attention+mlp", "mamba2+mlp"],
+    "granitemoehybrid": ["mamba2+moe", "attention+moe", "mamba2+moe"],
+    "granite dense": ["mamba2+mlp", "attention+mlp", "mamba2+mlp"],
+    "nemotron_h": ["mamba2", "attention", "mamba2", "mlp"],
+    "zamba2": ["mamba2", "attention+mlp+mamba2"] * 2,
+    **dict.fromkeys(("falcon_h1", "falcon_h1 norm first", "falcon_h1 no norm"), ["mamba2+attention+mlp"] * 3),
+}
+
+
+def build(family: str) -> PreTrainedModel:
+    """Random weights, large enough to matter; x_proj's are small, so that norms after it, and their epsilon, matter."""
+    module = FAMILIES[family]().eval()
+    generator = torch.Generator().manual_seed(zlib.crc32(family.encode()))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            size = 0.05 if "x_proj" in name else 0.3 if parameter.dim() > 1 else 0.2
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+MODELS: dict[str, MambaModel] = {family: wrap(build(family), None, model_id=family) for family in FAMILIES}
+CASES = [
+    (family, name, layer)
+    for family, model in MODELS.items()
+    for layer, names in {tuple(model.sites_of(i)): i for i in reversed(range(model.n_layers))}.items()
+    for name in layer
+    for layer in [names]
+]
+IDS = torch.randint(0, V, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request) -> MambaModel:
+    return MODELS[request.param]
+
+
+EXACT: dict[str, PreTrainedModel] = {}
+
+
+def exact(model: MambaModel) -> PreTrainedModel:
+    """The same weights in float64."""
+    if model.model_id not in EXACT:
+        EXACT[model.model_id] = copy.deepcopy(model._module).double()
+        EXACT[model.model_id].config._experts_implementation = "eager"  # which alone knows float64
+    return EXACT[model.model_id]
+
+
+every_site = pytest.mark.parametrize(("model", "name", "layer"), CASES, indirect=["model"])
+
+
+def close(value: Tensor, expected: Tensor) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(value.double(), expected.double(), rtol=2e-4, atol=1e-4 * scale + 1e-7)
+
+
+def put(name: str, layer: int, value: Tensor, positions: list[int] | None) -> dict:
+    if name == "h":
+        return {(name, layer): lambda h, t: value[:, positions.index(t)] if t in positions else h}
+
+    def change(there: Tensor) -> Tensor:
+        if positions is None:
+            return value.expand_as(there)
+        there = there.clone()
+        there[:, positions] = value
+        return there
+
+    return {(name, layer): change}
+
+
+def test_what_a_model_says_of_itself(model):
+    assert model.layer_kinds == KINDS[model.model_id]
+    assert model.family == model._module.config.model_type
+    close(run(model, IDS, positions="all"), model._module(IDS, use_cache=False).logits.detach())
+    close(run(model, IDS, positions="all"), run_by_hand(exact(model), IDS)[1])
+    without = [i for i, kind in enumerate(model.layer_kinds) if "mamba" not in kind]
+    for i in without:
+        with pytest.raises(ValueError, match="no mixer"):
+            _ = model.layers[i].mixer
+        with pytest.raises(ValueError, match="no site 'h'"):
+            cache(model, IDS, [("h", i)])
+
+
+@every_site
+def test_every_site_is_read(model, name, layer):
+    if name == "resid_mid":
+        expected = run_by_hand(exact(model), IDS)[0]["mlp_in", layer]
+    else:
+        expected = run_by_hand(exact(model), IDS)[0][name, layer]
+    close(cache(model, IDS, [(name, layer)])[name, layer], expected)
+    site = model.layer_sites(layer)[name]
+    with torch.no_grad(), model.trace(IDS):
+        value = getattr(owner(model, site, layer), site.attribute).save()
+    close(value, expected)
+
+
+@every_site
+def test_every_site_is_written(model, name, layer):
+    if name == "resid_mid":
+        return  # see `test_the_stream_between_parts`
+    site = model.layer_sites(layer)[name]
+    positions = [2, 5] if site.by_position else None
+    there = run_by_hand(exact(model), IDS.flip(0))[0][name, layer]
+    if name == "h_start":
+        there = torch.randn(there.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value = there if positions is None else there[:, positions]
+    value = value + 0.5 if name == "A" else value
+    expected = run_by_hand(exact(model), IDS, put(name, layer, value, positions))[1]
+    assert (expected - run_by_hand(exact(model), IDS)[1]).abs().max() > 1e-4
+    close(run(model, IDS, [Patch(name, layer, value.float(), positions)], positions="all"), expected)
+    if name == "h":
+        return
+    with torch.no_grad(), model.trace(IDS):
+        here = getattr(owner(model, site, layer), site.attribute)
+        if positions is None:
+            here[...] = value.float()
+        else:
+            here[:, positions] = value.float()
+        logits = model.logits.save()
+    close(logits, expected)
+
+
+def test_the_stream_between_parts(model):
+    """A change of resid_mid is in what the MLP reads and in the stream after the block."""
+    layers = [i for i in range(model.n_layers) if "resid_mid" in model.sites_of(i)]
+    for layer in layers[:2]:
+        acts, _ = run_by_hand(exact(model), IDS)
+        value = acts["mlp_in", layer].flip(0)
+        shift = value - acts["mlp_in", layer]
+        edits = put("mlp_in", layer, value, list(range(7))) | {
+            ("resid_post", layer): lambda there, shift=shift: there + shift
+        }
+        expected = run_by_hand(exact(model), IDS, edits)[1]
+        close(run(model, IDS, [Patch("resid_mid", layer, value.float())], positions="all"), expected)
+
+
+@every_site
+def test_a_value_of_its_own_changes_nothing(model, name, layer):
+    own = cache(model, IDS, [(name, layer)])[name, layer]
+    close(run(model, IDS, [Patch(name, layer, own)], positions="all"), run(model, IDS, positions="all"))
+
+
+def test_a_sweep_gives_what_runs_do(model):
+    source = IDS.clone()
+    source[:, 2:] = IDS.flip(0)[:, 2:]
+    zeros = torch.zeros(3, dtype=torch.long)
+    readout = Readout(IDS[:, :3], torch.tensor([6, 5, 6]), zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    cells = [(name, layer) for family, name, layer in CASES if family == model.model_id]
+    cells = [(name, layer) for name, layer in cells if model.layer_sites(layer)[name].by_position]
+    found = sweep(model, IDS, [[Resample(name, layer, 3)] for name, layer in cells], readout, source=source)
+    for (name, layer), logits in zip(cells, found, strict=True):
+        there = cache(model, source, [(name, layer)])[name, layer][:, [3]]
+        expected = run(model, IDS, [Patch(name, layer, there, [3])], positions=readout.last)
+        close(logits, expected.gather(1, readout.tokens))
+
+
+def test_generation(model):
+    """Every new token is the most likely one after all that came before, with the same changes."""
+    layer = next(i for i, kind in enumerate(model.layer_kinds) if "mamba" in kind)
+    patches, new = [Patch("h", layer, 0.8, [2]), Patch("resid_post", 0, 0.3, [1])], [Patch("write", layer, -0.6)]
+    found = generate(model, IDS, 3, patches=patches, new_patches=new)
+    grown = IDS
+    for _ in range(3):
+        length = grown.shape[1]
+        later = [Patch("write", layer, -0.6, list(range(7, length)))] if length > 7 else []
+        logits = run(model, grown, [*patches, *later])
+        grown = torch.cat([grown, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, grown)
+
+
+def test_a_checkpoint_loads(model, tmp_path):
+    model._module.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert type(loaded) is MambaModel and loaded.layer_kinds == model.layer_kinds
+    assert torch.equal(run(loaded, IDS), run(model, IDS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs() -> PromptPairs:
+    clean, corrupt = IDS.clone(), IDS.clone()
+    corrupt[:, 2] = (clean[:, 2] + 7) % V
+    answers = torch.tensor([5, 11, 17])
+    return PromptPairs(clean_tokens=clean, corrupt_tokens=corrupt, answers=answers, corrupt_answers=answers + 20)
+
+
+def differences(logits: Tensor, pairs: PromptPairs) -> Tensor:
+    rows = torch.arange(len(pairs))
+    return logits[rows, -1, pairs.answers] - logits[rows, -1, pairs.corrupt_answers]
+
+
+def test_resample_ablation(model, pairs):
+    """Against edits by torch hooks and by hand: 1 - NLD."""
+    site = "h" if "mamba" in model.layer_kinds[0] else "resid_pre"
+    layer, position = 0, 3
+    table = resample_ablation(model, pairs, site, layers=[layer], positions=[position], progress=False).table
+    corrupt, _ = run_by_hand(exact(model), pairs.corrupt_tokens)
+    edits = put(site, layer, corrupt[site, layer][:, [position]], [position])
+    found = [run_by_hand(exact(model), ids)[1] for ids in (pairs.clean_tokens, pairs.corrupt_tokens)]
+    high, low = (differences(one, pairs) for one in found)
+    patched = differences(run_by_hand(exact(model), pairs.clean_tokens, edits)[1], pairs)
+    assert table.effect.item() == pytest.approx((1 - (patched - low) / (high - low)).mean().item(), rel=5e-3, abs=5e-4)
+
+
+def test_removed_layers(model, pairs):
+    found = layer_removal(model, pairs, progress=False).table
+    for layer in range(model.n_layers):
+        kept = run_by_hand(exact(model), pairs.clean_tokens)[0]["resid_pre", layer]
+        _, logits = run_by_hand(
+            exact(model), pairs.clean_tokens, {("resid_post", layer): lambda there, kept=kept: kept}
+        )
+        rows = torch.arange(len(pairs))
+        both = torch.stack([logits[rows, -1, pairs.answers], logits[rows, -1, pairs.corrupt_answers]], 1)
+        expected = both.softmax(1)[:, 0].mean().item()
+        assert found.probability[layer + 1] == pytest.approx(expected, abs=2e-4)
+
+
+def test_effects_of_edges(model, pairs):
+    """Into each block: its own input less what a source adds, more what that adds in the other run."""
+    if model.family == "zamba2":
+        with pytest.raises(ValueError, match="read more of the prompt than the residual stream"):
+            exact_effects(model, pairs, progress=False)
+        return
+    found = exact_effects(model, pairs, progress=False).table.set_index(["src", "dst"]).score
+    there, low = run_by_hand(exact(model), pairs.corrupt_tokens)
+    here, high = run_by_hand(exact(model), pairs.clean_tokens)
+    high, low = differences(high, pairs), differences(low, pairs)
+    layer = model.n_layers - 1
+    for source in range(layer):
+        added = [acts["resid_post", source] - acts["resid_pre", source] for acts in (here, there)]
+        kept = {}
+
+        def enter(stream, added=added, kept=kept):
+            kept["stream"] = stream
+            return stream + added[1] - added[0]
+
+        def leave(stream, added=added):
+            return stream - added[1] + added[0]
+
+        edits = {("resid_pre", layer): enter, ("resid_post", layer): leave}
+        _, logits = run_by_hand(exact(model), pairs.clean_tokens, edits)
+        effect = ((differences(logits, pairs) - high) / (high - low)).mean().item()
+        assert found[str(source), str(layer)] == pytest.approx(effect, rel=5e-3, abs=1e-3)
+
+
+def test_scores_of_edges_are_effects_to_first_order(model, pairs):
+    """Between prompts that hardly differ, an edge's score is its effect."""
+    if model.family == "zamba2":
+        return
+    scores = eap(model, pairs, steps=20, progress=False).table
+    effects = exact_effects(model, pairs, progress=False).table
+    assert scores.score.corr(effects.score) > 0.6 and (scores.src == effects.src).all()
+
+
+def test_what_is_not_there_yet_is_refused(model, pairs):
+    with pytest.raises(ValueError, match="edges inside a layer"):
+        eap(model, pairs, fine=True, progress=False)
+
+
+@pytest.mark.parametrize("family", ["jamba", "falcon_h1", "nemotron_h"])
+def test_on_a_server(family, tmp_path, monkeypatch):
+    here = MODELS[family]
+    here._module.save_pretrained(tmp_path)
+    worker = Worker(tmp_path)
+    monkeypatch.setattr(ndif.Backend, "_exchange", lambda self, *request: worker.exchange(self, *request))
+    monkeypatch.setitem(_ID_CACHE, str(tmp_path), f"random/{family}")
+    there = load_model(tmp_path, remote=True)
+    assert there.layer_kinds == here.layer_kinds
+    for layer in range(here.n_layers):
+        sites = [(name, layer) for name in here.sites_of(layer)]
+        expected = cache(here, IDS, sites)
+        for key, value in cache(there, IDS, sites).items():
+            close(value, expected[key])
+    for name in ("layer_input", "B", "h", "out_proj"):
+        patch = [Patch(name, 0, 0.6, [2, 4])]
+        close(run(there, IDS, patch), run(here, IDS, patch))
+    worker.process.kill()
