@@ -210,5 +210,11 @@ def require_fine(model) -> None:
         ValueError: if the model is no Mamba, or its conv has not four taps.
     """
     model.require_mamba("edges inside a layer")
+    if not model.all_scans:
+        kinds = ", ".join(dict.fromkeys(model.layer_kinds))
+        raise ValueError(
+            f"edges inside a layer need layers that are a scan's mixer alone; {model.model_id} has {kinds}: leave fine "
+            f"out, and each layer is one node"
+        )
     if model.d_conv != 4:
         raise ValueError(f"edges inside a layer are those of a conv with 4 taps, not {model.d_conv}")

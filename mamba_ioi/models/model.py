@@ -656,7 +656,7 @@ def _wrap_remote(source: str, revision: str | None, target: bool | str) -> Mamba
     tokenizer = read_tokenizer(source, revision, original=False)
     model = _trace(source, tokenizer, family_of(config.model_type), revision=revision)
     model.remote = Remote(target.rstrip("/") if isinstance(target, str) else True)
-    if model.has_scans:  # of which `served_model` tells
+    if model.all_scans:  # of which `served_model` tells
         model.anatomy = replace(model.anatomy, tuples=(0,) * model.n_layers, plain=True, checked=True)
     return model
 
