@@ -154,9 +154,73 @@ def test_resample_ablation(model):
         assert float((rows.effect * rows.n).sum() / rows.n.sum()) == pytest.approx(float(found.mean()), abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "phi", "opt", "rwkv"])
+BESIDE = {
+    "gpt_neox": ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),
+    "phi": ("input_layernorm", "self_attn", "input_layernorm", "mlp"),
+}
+"""Blocks whose parts stand side by side: norm and attention, norm and MLP; of phi they share the norm."""
+
+
+@torch.no_grad()
+def forward_beside(model: CausalLM, ids: Tensor, **edits) -> dict[str, Tensor]:
+    """One block as its input and what attention and MLP make of their own copies of it, each value edited."""
+    names, block, seen, busy = BESIDE[model.model_id], model.layers[LAYER]._module, {}, []
+    attn_norm, attn, mlp_norm, mlp = (getattr(block, name) for name in names)
+
+    def site(name: str, value: Tensor) -> Tensor:
+        seen[name] = edits.get(name, lambda same: same)(value)
+        return seen[name]
+
+    def attended(_, args, kwargs):
+        """The attention has its own copy of the stream, whatever the MLP reads."""
+        own = attn_norm.forward(site("attn_in", seen["resid_pre"]))
+        return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
+
+    def replaced(_, args, kwargs, output):
+        added = site("attn_out", busy[0]) + site(
+            "mlp_out", mlp.forward(mlp_norm.forward(site("mlp_in", seen["resid_pre"])))
+        )
+        after = site("resid_post", seen["resid_pre"] + added)
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    def begun(_, args, kwargs):
+        value = site("resid_pre", args[0] if args else kwargs["hidden_states"])
+        return ((value, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": value})
+
+    handles = [
+        block.register_forward_pre_hook(begun, with_kwargs=True),
+        attn.register_forward_pre_hook(attended, with_kwargs=True),
+        attn.register_forward_hook(lambda _, args, output: busy.append(output[0])),
+        block.register_forward_hook(replaced, with_kwargs=True),
+    ]
+    seen["logits"] = model._module(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_parts_that_stand_side_by_side(kind, ids):
+    model = wrap(untouched(CONFIGS[kind]()), TOKENIZER, model_id=kind)
+    names = [name for name in PARTS if name != "resid_mid"]
+    assert model.sites_of(LAYER) == names
+    plainly, other = forward_beside(model, ids), forward_beside(model, ids.flip(0))
+    close(plainly["logits"], model._module(ids).logits.detach())
+    for name in names:
+        close(cache(model, ids, [(name, LAYER)])[name, LAYER], plainly[name])
+        there = other[name][:, [2, 4]]
+        expected = forward_beside(model, ids, **{name: at(there, [2, 4])})
+        assert (expected["logits"] - plainly["logits"]).abs().max() > 1e-4
+        patch = [Patch(name, LAYER, there, [2, 4])]
+        close(run(model, ids, patch, positions="all"), expected["logits"])
+        found = cache(model, ids, [(one, LAYER) for one in names], patches=patch)
+        for one in names:
+            close(found[one, LAYER], expected[one])
+
+
+@pytest.mark.parametrize("kind", ["opt", "rwkv"])
 def test_what_is_not_there_is_named(kind, ids):
-    """Parts that run beside one another, or on other shapes, have no sites; the stream's are there."""
+    """Parts on other shapes have no sites; the stream's are there."""
     model = wrap(untouched(CONFIGS[kind]()), TOKENIZER, model_id=kind)
     assert model.sites_of(0) == ["resid_pre", "resid_post"]
     with pytest.raises(ValueError, match="has no site 'attn_out'; it has resid_pre, resid_post"):

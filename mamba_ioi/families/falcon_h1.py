@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..trace.hybrid import Layout, ParallelEnvoy, Part, keep_stream
+from ..trace.hybrid import HybridEnvoy, Layout, Part, keep_stream
 from ..trace.ssd_sites import SSDMixerEnvoy
 from .bamba import mamba_sizes
 from .family import Family
@@ -25,7 +26,7 @@ class FalconH1MixerEnvoy(SSDMixerEnvoy):
         keep_stream(self.parent)
 
 
-class FalconH1Envoy(ParallelEnvoy):
+class FalconH1Envoy(HybridEnvoy):
     """A `FalconH1DecoderLayer`."""
 
     inside = FalconH1MixerEnvoy
@@ -34,11 +35,9 @@ class FalconH1Envoy(ParallelEnvoy):
     def layout_of(block: nn.Module) -> Layout:
         mixer = Part("input_layernorm", "mamba", float(block.ssm_out_multiplier))  # pyright: ignore[reportArgumentType]
         attn = Part("input_layernorm", "self_attn", float(block.attn_out_multiplier))  # pyright: ignore[reportArgumentType]
+        attn = replace(attn, inside=float(block.attention_in_multiplier))  # pyright: ignore[reportArgumentType]
         mlp = Part("pre_ff_layernorm", "feed_forward")
-        return Layout(mixer=mixer, attn=attn, mlp=mlp, parallel=True, kinds="mamba2+attention+mlp")
-
-    def attention_in(self) -> float:
-        return float(self._module.attention_in_multiplier)  # pyright: ignore[reportArgumentType]
+        return Layout(mixer=mixer, attn=attn, mlp=mlp, shared=True, kinds="mamba2+attention+mlp")
 
 
 def _classes() -> tuple[type[nn.Module], ...]:

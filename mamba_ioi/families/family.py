@@ -10,7 +10,7 @@ from nnsight import Envoy
 from torch import nn
 
 from ..trace.blocks import BlockEnvoy
-from ..trace.hybrid import HybridEnvoy, hybrid_sites, hybrid_table
+from ..trace.hybrid import HybridEnvoy, hybrid_table, layout_sites
 from ..trace.served import ServedEnvoy
 from ..trace.sites import SITES, Conv1dEnvoy, DtProjEnvoy, InProjEnvoy, LayerEnvoy, MixerEnvoy, SiteInfo
 
@@ -73,15 +73,16 @@ class Family:
         sizes: Callable[[Any], dict[str, int]],
     ) -> Family:
         """A family of blocks of several parts, each with the sites that its layout gives."""
+        inside: Any = block.inside
         return cls(
             model_type,
             classes=classes,
             mixer=block.inside,
             block=block,
             sizes=sizes,
-            infos=hybrid_table(block),
+            infos=hybrid_table(block.inside),
             kind=lambda module: block.layout_of(module).kinds,
-            sites=lambda module: hybrid_sites(block, block.layout_of(module)),
+            sites=lambda module: layout_sites(block.layout_of(module), inside.inside),
         )
 
     def tables(self, layers: Iterable[Envoy]) -> list[dict[str, SiteInfo]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..trace.blocks import BLOCK_SITES, EVERY_SITE, tree_of
+from ..trace.blocks import EVERY_SITE, block_layout
+from ..trace.hybrid import layout_sites
 from .family import Family
 
 ATTENTION = ("attn", "attention", "self_attn", "self_attention", "temporal_block")
@@ -39,7 +40,7 @@ def part_kind(name: str, part: nn.Module) -> str | None:
 
 def block_sites(block: nn.Module) -> tuple[str, ...]:
     """The residual stream before and after the block, and around its parts where their names are known."""
-    return BLOCK_SITES if tree_of(block) is not None else ("resid_pre", "resid_post")
+    return layout_sites(block_layout(block))
 
 
 TRANSFORMER = Family("", infos=EVERY_SITE, kind=layer_kind, sites=block_sites)

@@ -165,6 +165,23 @@ def stream_of(output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def first_of(inputs: tuple[tuple, dict]) -> Tensor:
+    """The first argument of a call."""
+    args, kwargs = inputs
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def with_first(inputs: tuple[tuple, dict], value: Tensor) -> tuple[tuple, dict]:
+    """The same call with another first argument."""
+    args, kwargs = inputs
+    return ((value, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): value})
+
+
+def with_stream(output: Any, value: Tensor) -> Any:
+    """What a module returns, with another tensor in the first place."""
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
 def put_output(block, value: Tensor) -> None:
     """Put another residual stream in place of the one after a block, in a trace."""
     output = block.output

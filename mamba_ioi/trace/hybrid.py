@@ -6,7 +6,7 @@ by that. This file is shipped to remote servers: it uses torch and nnsight alone
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -14,8 +14,7 @@ from nnsight import Envoy
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor, nn
 
-from .anatomy import stream_of
-from .blocks import first_of, with_first, with_stream
+from .anatomy import first_of, stream_of, with_first, with_stream
 from .location import Site, note_visit
 from .served import ServedEnvoy
 from .sites import SiteInfo, site_table
@@ -31,12 +30,14 @@ class Part:
         path: the path of its module, of whose output the first tensor is added to the stream.
         scale: what that is multiplied by.
         beside: the path of a module whose output is added to the part's, computed just before it; empty if none.
+        inside: what its input is multiplied by after the norm.
     """
 
     norm: str
     path: str
     scale: float = 1.0
     beside: str = ""
+    inside: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,21 @@ class Layout:
         mixer: the scan's mixer.
         attn: the attention.
         mlp: the MLP, or the experts.
-        parallel: whether mixer and attention read the stream by one norm, side by side.
+        follows: whether the MLP reads the stream with what comes before it; else the parts stand side by side.
+        shared: whether the parts that stand side by side read the stream by one norm.
         kinds: what the parts are, in order of execution, joined by ``+``.
     """
 
     mixer: Part | None = None
     attn: Part | None = None
     mlp: Part | None = None
-    parallel: bool = False
+    follows: bool = True
+    shared: bool = False
     kinds: str = ""
+
+    def shares(self, part: str) -> bool:
+        """Whether a part reads the stream by a norm that others read it by as well."""
+        return self.shared and not (part == "mlp" and self.follows)
 
 
 class LayoutSite(Site):
@@ -69,21 +76,54 @@ class LayoutSite(Site):
         return f"{obj.path}.{path}.{rest}"
 
     def place(self, obj: Any):
+        if obj.layout.shared:
+            keep_stream(obj)
         return self._location(obj), note_visit(obj.mixer) if self.key.startswith("mixer.") else None
 
 
-class OwnInput(LayoutSite):
-    """A part's own copy of the stream, where a norm is shared: what is written reaches this part alone, by the norm.
+class InputSite(LayoutSite):
+    """A part's own copy of the stream, before its norm: a change reaches this part alone.
 
-    Read is what the norm was given, which is kept for it (`note_stream`); written is what the part is given.
+    Where the norm is shared, read is what the norm was given, which is kept for it (`note_stream`), and written is what
+    the part is given, which is the norm of the new value.
     """
 
-    def _views(self, obj: Any):
-        note_stream(obj)
-        return Site._views(self, obj)
+    def _location(self, obj: Any) -> str:
+        part = getattr(obj.layout, self.key)
+        return f"{obj.path}.{part.path if obj.layout.shares(self.key) else part.norm}.input"
+
+    def place(self, obj: Any):
+        shared = obj.layout.shares(self.key)
+        if shared:
+            note_stream(obj)
+        return self._location(obj), note_visit(obj.mixer) if shared and self.key == "mixer" else None
 
     def see(self, obj, raw, visit):
-        return note_stream(obj).clone()
+        return (note_stream(obj) if obj.layout.shares(self.key) else first_of(raw)).clone()
+
+
+def put_input(part: str, block: Any, view: Tensor, raw: Any) -> Any:
+    """The call that a part's own copy of the stream is written into, with another value in place."""
+    if block.layout.shares(part):
+        view = norm_of(block)(view) * getattr(block.layout, part).inside
+    return with_first(raw, cast(view, first_of(raw)))
+
+
+class NormSite(LayoutSite):
+    """A mixer's input after its norm: the norm's output, or where that is shared what the mixer is given."""
+
+    def _location(self, obj: Any) -> str:
+        mixer = obj.layout.mixer
+        return f"{obj.path}.{mixer.path}.input" if obj.layout.shared else f"{obj.path}.{mixer.norm}.output"
+
+    def place(self, obj: Any):
+        shared = obj.layout.shared
+        if shared:
+            keep_stream(obj)
+        return self._location(obj), note_visit(obj.mixer) if shared else None
+
+    def see(self, obj, raw, visit):
+        return (first_of(raw) if obj.layout.shared else raw).clone()
 
 
 class BesideSite(LayoutSite):
@@ -94,13 +134,23 @@ class BesideSite(LayoutSite):
         return Site._views(self, obj)
 
 
-def note_stream(block: Envoy) -> Tensor:
+def shared_norm(block: Any) -> str:
+    """The path of the norm that parts share."""
+    return (block.layout.mixer or block.layout.attn).norm
+
+
+def norm_of(block: Any) -> Envoy:
+    """That norm."""
+    return block.get(shared_norm(block))
+
+
+def note_stream(block: Any) -> Tensor:
     """The stream that a shared norm is given at this visit, asked for once."""
-    location = f"{block.path}.{block.layout.mixer.norm}.input"
+    location = f"{block.path}.{shared_norm(block)}.input"
     return _noted(location, lambda: first_of(Mediator.value(location)))
 
 
-def note_beside(block: Envoy) -> Tensor | float:
+def note_beside(block: Any) -> Tensor | float:
     """The output of the module beside the MLP at this visit, asked for once."""
     beside = block.layout.mlp.beside
     if not beside:
@@ -109,9 +159,9 @@ def note_beside(block: Envoy) -> Tensor | float:
     return _noted(location, lambda: stream_of(Mediator.value(location)))
 
 
-def keep_stream(block: Envoy) -> None:
+def keep_stream(block: Any) -> None:
     """Keep the stream that a shared norm is given, if the run has not passed it."""
-    location = f"{block.path}.{block.layout.mixer.norm}.input"
+    location = f"{block.path}.{shared_norm(block)}.input"
     mediator = Mediator.current(location)
     if mediator.occurrence(location) <= mediator.wanted(location):
         note_stream(block)
@@ -172,23 +222,23 @@ class HybridEnvoy(ServedEnvoy):
     def resid_pre(self, view, raw):
         return with_first(raw, cast(view, first_of(raw)))
 
-    @LayoutSite(key="mixer_norm.input", description="the mixer's own copy of the residual stream")
+    @InputSite(key="mixer", description="the mixer's own copy of the residual stream, before its norm")
     def layer_input(self, value) -> Float[Tensor, "B L D"]:
         """What the mixer reads, before its norm: a change reaches the mixer only."""
-        return first_of(value).clone()
+        ...
 
     @layer_input.transform
     def layer_input(self, view, raw):
-        return with_first(raw, cast(view, first_of(raw)))
+        return put_input("mixer", self, view, raw)
 
-    @LayoutSite(key="mixer_norm.output", description="the mixer's input after its norm")
+    @NormSite(key="mixer.normalized", description="the mixer's input after its norm")
     def normalized_input(self, value) -> Float[Tensor, "B L D"]:
-        """The mixer's input after its norm."""
-        return value.clone()
+        """The mixer's own input after the norm."""
+        ...
 
     @normalized_input.transform
     def normalized_input(self, view, raw):
-        return cast(view, raw)
+        return with_first(raw, cast(view, first_of(raw))) if self.layout.shared else cast(view, raw)
 
     @LayoutSite(key="mixer.in_proj.output", description="the conv's input")
     def in_proj(self, value) -> Float[Tensor, "B L X"]:
@@ -208,14 +258,14 @@ class HybridEnvoy(ServedEnvoy):
     def out_proj(self, view, raw):
         return cast(view, raw) / self.layout.mixer.scale  # pyright: ignore[reportOptionalMemberAccess]
 
-    @LayoutSite(key="attn_norm.input", description="the attention's own copy of the residual stream, before its norm")
+    @InputSite(key="attn", description="the attention's own copy of the residual stream, before its norm")
     def attn_in(self, value) -> Float[Tensor, "B L D"]:
         """What the attention reads: a change reaches it only."""
-        return first_of(value).clone()
+        ...
 
     @attn_in.transform
     def attn_in(self, view, raw):
-        return with_first(raw, cast(view, first_of(raw)))
+        return put_input("attn", self, view, raw)
 
     @LayoutSite(key="attn.output", description="what the attention adds to the residual stream")
     def attn_out(self, value) -> Float[Tensor, "B L D"]:
@@ -227,14 +277,14 @@ class HybridEnvoy(ServedEnvoy):
         scale = self.layout.attn.scale  # pyright: ignore[reportOptionalMemberAccess]
         return with_stream(raw, cast(view, stream_of(raw)) / scale)
 
-    @LayoutSite(key="mlp_norm.input", description="the MLP's own copy of the residual stream, before its norm")
+    @InputSite(key="mlp", description="the MLP's own copy of the residual stream, before its norm")
     def mlp_in(self, value) -> Float[Tensor, "B L D"]:
         """What the MLP or the experts read: a change reaches them only."""
-        return first_of(value).clone()
+        ...
 
     @mlp_in.transform
     def mlp_in(self, view, raw):
-        return with_first(raw, cast(view, first_of(raw)))
+        return put_input("mlp", self, view, raw)
 
     @BesideSite(key="mlp.output", description="what the MLP adds to the residual stream")
     def mlp_out(self, value) -> Float[Tensor, "B L D"]:
@@ -256,45 +306,8 @@ class HybridEnvoy(ServedEnvoy):
         return with_stream(raw, cast(view, stream_of(raw)))
 
 
-class ParallelEnvoy(HybridEnvoy):
-    """A block whose mixer and attention read the stream by one norm, side by side."""
-
-    @OwnInput(key="mixer.input", description="the mixer's own copy of the residual stream, before the shared norm")
-    def layer_input(self, value) -> Float[Tensor, "B L D"]:
-        """What the mixer reads, before the norm that it shares: a change reaches the mixer only."""
-        ...
-
-    @layer_input.transform
-    def layer_input(self, view, raw):
-        return with_first(raw, cast(self.get(self.layout.mixer.norm)(view), first_of(raw)))  # pyright: ignore
-
-    @LayoutSite(key="mixer.input", description="the mixer's input after the norm")
-    def normalized_input(self, value) -> Float[Tensor, "B L D"]:
-        """The mixer's own input after the norm."""
-        return first_of(value).clone()
-
-    @normalized_input.transform
-    def normalized_input(self, view, raw):
-        return with_first(raw, cast(view, first_of(raw)))
-
-    @OwnInput(key="attn.input", description="the attention's own copy of the residual stream, before the shared norm")
-    def attn_in(self, value) -> Float[Tensor, "B L D"]:
-        """What the attention reads, before the norm that it shares: a change reaches it only."""
-        ...
-
-    @attn_in.transform
-    def attn_in(self, view, raw):
-        value = self.get(self.layout.mixer.norm)(view) * self.attention_in()  # pyright: ignore
-        return with_first(raw, cast(value, first_of(raw)))
-
-    def attention_in(self) -> float:
-        """What the attention's input is multiplied by after the norm."""
-        return 1.0
-
-
-def hybrid_sites(block: type[HybridEnvoy], layout: Layout) -> tuple[str, ...]:
-    """The names of a block's sites, in execution order."""
-    inside = block.inside.inside  # pyright: ignore[reportAttributeAccessIssue]
+def layout_sites(layout: Layout, inside: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The names of a block's sites, in execution order, given the sites inside its mixer."""
     names = ["resid_pre"]
     if layout.mixer is not None:
         mixer = ("skip" if name == "gate" else name for name in inside)
@@ -302,16 +315,24 @@ def hybrid_sites(block: type[HybridEnvoy], layout: Layout) -> tuple[str, ...]:
     if layout.attn is not None:
         names += ["attn_in", "attn_out"]
     if layout.mlp is not None:
-        names += [*(["resid_mid"] if layout.mixer or layout.attn else []), "mlp_in", "mlp_out"]
+        names += [*(["resid_mid"] if layout.follows and (layout.mixer or layout.attn) else []), "mlp_in", "mlp_out"]
     return (*names, "resid_post")
 
 
-def hybrid_table(block: type[HybridEnvoy]) -> dict[str, SiteInfo]:
-    """The sites of all blocks of a family by name."""
-    rows = ["resid_pre", "layer_input", "normalized_input", "in_proj", "out_proj"]
-    rows += ["attn_in", "attn_out", "mlp_in", "mlp_out", "resid_post"]
-    table = site_table([(block.inside, name) for name in block.inside.inside] + [(block, name) for name in rows])  # pyright: ignore
-    mid = SiteInfo("resid_mid", "layer", "mlp_in", ("B", "L", "D"), "the residual stream before the MLP")
-    if "delta_1" in table:  # of S6 the conv has d_inner channels
-        table["in_proj"] = SiteInfo("in_proj", "layer", "in_proj", ("B", "L", "E"), table["in_proj"].description)
-    return table | {"resid_mid": mid}
+PART_SITES = {
+    **site_table([(HybridEnvoy, name) for name in ("attn_in", "attn_out")]),
+    "resid_mid": SiteInfo("resid_mid", "layer", "mlp_in", ("B", "L", "D"), "the residual stream before the MLP"),
+    **site_table([(HybridEnvoy, name) for name in ("mlp_in", "mlp_out")]),
+}
+"""The sites of a block's attention and MLP. ``resid_mid`` is read where the MLP reads it; a change of it is in what the
+MLP reads and in the stream after the block."""
+
+
+def hybrid_table(mixer: type[Envoy]) -> dict[str, SiteInfo]:
+    """The sites of all blocks of a family by name, given the envoy of its mixers."""
+    inside: Any = mixer
+    around = site_table([(HybridEnvoy, name) for name in ("resid_pre", "layer_input", "normalized_input", "in_proj")])
+    if "delta_1" in inside.inside:  # of S6 the conv has d_inner channels
+        around["in_proj"] = replace(around["in_proj"], shape=("B", "L", "E"))
+    after = site_table([(HybridEnvoy, name) for name in ("out_proj", "resid_post")])
+    return around | site_table([(mixer, name) for name in inside.inside]) | after | PART_SITES
