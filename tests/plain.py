@@ -176,7 +176,7 @@ def gated_norm(norm: nn.Module, y: Tensor, gate: Tensor) -> Tensor:
 
 def normed(mixer: nn.Module, parts) -> list[Tensor]:
     """x_proj's three outputs as the scan uses them: in Falcon-Mamba and Jamba each over the root of its mean square."""
-    if hasattr(mixer, "b_layernorm") and hasattr(mixer.b_layernorm, "weight"):
+    if type(mixer).__name__ == "JambaMambaMixer":
         norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
         return [
             norm.weight * part / (part.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()

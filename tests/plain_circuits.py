@@ -14,7 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_ioi.tasks.ioi import IOIDataset
 
-from .plain import normed
+from .plain import gated_norm, normed
 
 
 @dataclass
@@ -133,11 +133,9 @@ def mamba_run(
         y = y if ssm == "states" else edge(f"{name}.ssm", name, y)
         gate = edge(name, f"{name}.skip", gate, f"{name}.skip")
         gate = edge(f"{name}.skip", name, gate)
-        y = y * F.silu(gate)
-        if hasattr(mixer, "n_groups"):
-            scale = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
-            y = y * scale * mixer.norm.weight
-        run.values[name] = mixer.out_proj(y)
+        run.values[name] = mixer.out_proj(
+            gated_norm(mixer.norm, y, gate) if hasattr(mixer, "norm") else y * F.silu(gate)
+        )
         sources.append(name)
     run.logits = module.lm_head(module.backbone.norm_f(stream))[rows, last]
     return run

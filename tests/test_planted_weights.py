@@ -18,6 +18,8 @@ from mamba_ioi.tasks.ioi import CORRUPTIONS, NAMES, TEMPLATES, IOIDataset
 from mamba_ioi.zoo.planted import Planted, build_planted, planted_names
 from mamba_ioi.zoo.tokenizer import build_tokenizer
 
+from .plain import gated_norm
+
 Edit = Callable[[str, int, Tensor], Tensor]
 SITES = ("layer_input", "skip", "in_proj", "conv", "ssm_input", "delta", "B", "C", "h", "y", "out_proj")
 QUIET = 1e-4  # the threshold of ACDC
@@ -117,9 +119,7 @@ def mix_ssd(mixer, x: Tensor, edit: Callable[[str, Tensor], Tensor]) -> Tensor:
         h = edit(f"h.{p}", decay * h + write)
         ys.append((h * c[:, p, :, None]).sum(-1))
     y = edit("y", torch.stack(ys, dim=1).flatten(2))
-    gated = (y + (x * mixer.D[:, None]).flatten(2)) * F.silu(skip)
-    scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
-    return F.linear(gated * scale * mixer.norm.weight, mixer.out_proj.weight)
+    return F.linear(gated_norm(mixer.norm, y + (x * mixer.D[:, None]).flatten(2), skip), mixer.out_proj.weight)
 
 
 def record(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:

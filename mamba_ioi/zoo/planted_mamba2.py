@@ -2,9 +2,10 @@
 
 Beside what differs by its nature (B and C come out of the conv, delta out of in_proj, A is one number a head):
 
-- The gated RMSNorm would scale whatever the circuit writes by how much there is of it. So one more channel, the
-  ballast, holds ten times what a name makes; next to it the rest hardly matters. All channels of the two layers that
-  the circuit does not use are shut by their gates.
+- The gated RMSNorm would scale whatever the circuit writes by how much there is of it. So one more channel of each
+  group, the ballast, holds ten times what a name makes; next to it the rest hardly matters. It is alike in the groups:
+  a norm over all channels (transformers before 5.24) and one over each group (since) do the same. All channels of the
+  two layers that the circuit does not use are shut by their gates.
 - A name's own flag enters B through the same slice of the conv as the name. silu takes that of B to 0.278 (before the
   place) or to silu's least value, -0.278 (after it).
 - With `layer=0` a name has two channels, in heads of different groups, since a head has one decay for all its states.
@@ -82,7 +83,7 @@ def _draw_channels(mixer: Mamba2Mixer, n_names: int, has_flag: bool, generator: 
     groups = torch.randperm(mixer.n_groups, generator=generator).tolist()
     one, other = (group * each + torch.randperm(each, generator=generator) for group in groups[:2])
     names, wiped = some(one[:needed])[:n_names], some(other[:needed])[: 0 if has_flag else n_names]
-    place, ballast = some(one[-1:])[:1], some(other[-1:])[:1]
+    place, ballast = some(one[-1:])[:1], torch.cat([some(heads)[:1] for heads in (one[-2:-1], other[-1:])])
     return Channels(names, wiped, ballast, torch.cat([place, ballast]))
 
 
@@ -105,10 +106,10 @@ def _write_random_layer(
     write_into_scratch(mixer, basis, share, 1.0, generator)  # the norm leaves a mean square of 1, about
 
 
-def _clear(mixer: Mamba2Mixer, basis: Basis, channels: Int[Tensor, "C"], ballast: int) -> _Rows:
+def _clear(mixer: Mamba2Mixer, basis: Basis, channels: Int[Tensor, "C"], ballast: Int[Tensor, "G"]) -> _Rows:
     """Empty B and C and the heads of the channels and the ballast, shut all gates, and write nothing."""
     rows, inner = _Rows(mixer, channels), mixer.intermediate_size
-    heads = torch.cat([channels, torch.tensor([ballast])]) // mixer.head_dim
+    heads = torch.cat([channels, ballast]) // mixer.head_dim
     emptied = torch.cat(
         [torch.arange(inner).view(-1, mixer.head_dim)[heads].flatten(), torch.arange(inner, len(rows.conv))]
     )
@@ -124,20 +125,20 @@ def _clear(mixer: Mamba2Mixer, basis: Basis, channels: Int[Tensor, "C"], ballast
 
 
 def _write_out(
-    mixer: Mamba2Mixer, rows: _Rows, basis: Basis, ballast: int, made: float, count: int
+    mixer: Mamba2Mixer, rows: _Rows, basis: Basis, ballast: Int[Tensor, "G"], made: float, count: int
 ) -> Float[Tensor, "E"]:
     """Write the ballast. What out_proj must be so that a channel writes 1 where `count` channels make `made`."""
     size = BALLAST * made
     conv_bias(mixer)[ballast] = OPEN
     rows.gate[ballast] = basis.read({basis.constant: OPEN})
     mixer.D[ballast // mixer.head_dim] = size / silu(OPEN) ** 2
-    mean_square = (size**2 + count * made**2) / mixer.intermediate_size
+    mean_square = (len(ballast) * size**2 + count * made**2) / mixer.intermediate_size
     return math.sqrt(mean_square + mixer.norm.variance_epsilon) / (made * mixer.norm.weight)
 
 
 def _write_flag_layer(mixer: Mamba2Mixer, basis: Basis, channels: Channels) -> None:
     """From the place word on, add 2 to the flag."""
-    place, ballast = channels.flag.tolist()
+    place, ballast = int(channels.flag[0]), channels.flag[1:]
     rows = _clear(mixer, basis, channels.flag[:1], ballast)
     rows.conv[place] = basis.read({basis.place: OPEN})
     mixer.conv1d.weight[place, 0, -1] = 1.0
@@ -150,7 +151,7 @@ def _write_flag_layer(mixer: Mamba2Mixer, basis: Basis, channels: Channels) -> N
 
 def _write_planted_layer(mixer: Mamba2Mixer, basis: Basis, channels: Channels, slice: int, has_flag: bool) -> None:
     """Names before the place less names after it, written at the last position onto the names' features."""
-    ballast = int(channels.helpers)
+    ballast = channels.helpers
     rows = _clear(mixer, basis, torch.cat([channels.names, channels.wiped]), ballast)
     conv, bias = mixer.conv1d.weight[:, 0], conv_bias(mixer)
     tap = slice - 1  # the last of the four taps is slice 0

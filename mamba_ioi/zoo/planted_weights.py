@@ -57,7 +57,7 @@ class Channels:
     names: Int[Tensor, "names"]
     wiped: Int[Tensor, "wiped"]  # a second one a name, which a place empties; of a Mamba-2 with layer=0 alone
     helpers: Int[Tensor, "helpers"]  # others of the planted layer
-    flag: Int[Tensor, "2"]  # of the flag layer: one sees the place, one is constant
+    flag: Int[Tensor, "flag"]  # of the flag layer: one sees the place, the others are constant
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _mamba(vocab_size: int) -> MambaForCausalLM:
 
 def _mamba2(vocab_size: int) -> Mamba2ForCausalLM:
     # No two sizes are alike, so that none is taken for another. A prompt fits into one chunk of the scan.
-    sizes = {"num_heads": 12, "head_dim": 16, "n_groups": 2, "state_size": 32, "chunk_size": 32}
+    sizes = {"num_heads": 12, "head_dim": 16, "n_groups": 1, "state_size": 32, "chunk_size": 32}
     return Mamba2ForCausalLM(Mamba2Config(vocab_size=vocab_size, **sizes, **_SHAPE))
 
 
