@@ -17,6 +17,8 @@ _EFFECT = "1: the answer follows the corrupt prompt all the way; 0: not at all"
 _EFFECTS = ("corruption", "layer", "position", "label", "effect", "low", "high", "n")
 _SCORES = ("accuracy", "accuracy_low", "accuracy_high", "probability", "low", "high", "n")
 _OF_EACH = "10 of each corruption"
+_HELD_OUT = 100
+"""How many pairs the authors judge a circuit on, beside those that it was found on (App. D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +37,21 @@ class Row:
         drawn_by: draws the result (``package.module:name``); unless given, the first of ``columns`` along the axis, and
             the one before ``low`` upwards.
         input: what the function gets: ``pairs`` drawn uniformly, ``balanced`` pairs (as many of each template and
-            corruption), ``prompts`` (a few texts), ``names`` (``n_pairs=`` and ``seed=``: it draws its own pairs),
-            ``own`` (``pairs=`` and ``seed=``: likewise; ``pairs=None`` if no number is asked for), or ``nothing``.
+            corruption), ``prompts`` (a few texts), ``names`` (``n_pairs=`` and ``seed=``: it draws its own pairs), or
+            ``nothing``. Of another task: its pairs, or the first of them.
         pairs: how many pairs are drawn if no other number is asked for, at least the paper's number (``balanced``: of
             each template and corruption); None where no number of them can be chosen.
         multiple: how many pairs to draw for each of ``pairs``, so that means over names are over enough of them.
         per_pair: what ``pairs`` counts, where it is not the pairs of the whole experiment.
         paper: how many pairs the paper takes, where that is another number.
+        held_out: how many pairs of the next seed the function gets beside them as ``held_out=``, to judge on what it
+            found; None where it takes none.
         templates: which templates the pairs are of.
         takes_layer: whether it looks at one layer, the bottleneck unless one is named.
         needs_mamba: whether it works on Mambas only.
         needs_names: whether it speaks of the names in the prompts, so that it says nothing of other tasks.
+        needs_alignment: whether marks and last tokens stand at the same positions in all rows; where the function takes
+            ``marks=``, unless it goes by these.
         arguments: more arguments of the function.
         decides: for claims of the paper by their keys (`mamba_ioi.report.claims`), the rule that says from this figure
             whether the claim holds (``package.module:name``).
@@ -60,15 +66,17 @@ class Row:
     columns: tuple[str, ...]
     function: str | Callable[..., Any]
     drawn_by: str = f"{_FIGURES}.intervals:intervals"
-    input: Literal["pairs", "balanced", "prompts", "names", "own", "nothing"] = "pairs"
+    input: Literal["pairs", "balanced", "prompts", "names", "nothing"] = "pairs"
     pairs: int | None = 80
     multiple: int = 1
     per_pair: str = ""
     paper: str = ""
+    held_out: int | None = None
     templates: str = "aligned"
     takes_layer: bool = False
     needs_mamba: bool = True
     needs_names: bool = False
+    needs_alignment: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     decides: Mapping[str, str] = field(default_factory=dict)
     tells: Mapping[str, str] = field(default_factory=dict)
@@ -276,8 +284,8 @@ ROWS = (
         columns=("src", "dst", "position", "score", "kept", "effect"),
         function=f"{_CIRCUITS}:edge_matrices",
         drawn_by=f"{_FIGURES}.circuit_matrices:circuit_matrices",
-        input="own",
         pairs=200,
+        held_out=_HELD_OUT,
         needs_mamba=False,
         decides={"circuit": f"{_REPORT}.circuit:minimal"},
     ),
@@ -291,8 +299,8 @@ ROWS = (
         columns=("src", "dst", "position", "kept", "effect"),
         function=f"{_CIRCUITS}:layer_parts",
         drawn_by=f"{_FIGURES}.circuit_matrices:layer_parts",
-        input="own",
         pairs=200,
+        held_out=_HELD_OUT,
         decides={"shift": f"{_REPORT}.convolution:kept_taps", "circuit": f"{_REPORT}.circuit:fine"},
     ),
     Row(
@@ -304,8 +312,8 @@ ROWS = (
         columns=("src", "dst", "position", "score", "kept"),
         function=f"{_CIRCUITS}:positional_circuit",
         drawn_by=f"{_FIGURES}.circuit_graph:circuit_graph",
-        input="own",
         pairs=200,
+        held_out=_HELD_OUT,
         needs_mamba=False,
         decides={"circuit": f"{_REPORT}.circuit:positional"},
     ),
@@ -319,8 +327,8 @@ ROWS = (
         columns=("circuit", "n_edges", "nld", "accuracy", "kl", "accuracy_low", "accuracy_high", "nld_low", "nld_high"),
         function=f"{_CIRCUITS}:last_position",
         drawn_by=f"{_FIGURES}.last_position:last_position_only",
-        input="own",
         pairs=200,
+        held_out=_HELD_OUT,
         takes_layer=True,
         decides={"last": f"{_REPORT}.circuit:cut"},
     ),

@@ -96,11 +96,40 @@ def test_the_bottleneck_of_any_pairs_weighs_labels_alike(model, ioi) -> None:
     assert experiments.bottleneck(model, pairs) == max(typical, key=typical.get)
 
 
+def test_state_similarity_of_pairs_is_that_of_their_clean_texts(model, ioi) -> None:
+    """In the tokens that the pairs have, each different prompt once, at their own bottleneck."""
+    pairs = bare(ioi[[0, 0, 1]])
+    found = experiments.state_similarity(model, pairs, progress=False)
+    assert found.meta["arguments"]["layer"] == experiments.bottleneck(model, pairs)
+    texts = [ioi.clean_text[0], ioi.clean_text[1]]
+    expected = experiments.state_similarity(model, texts, found.meta["arguments"]["layer"], progress=False)
+    columns = ["i", "j", "similarity", "label_i", "label_j"]
+    pd.testing.assert_frame_equal(found.table[columns], expected.table[columns])
+    assert found.table["prompt"].nunique() == 2
+
+
+def test_every_experiment_that_needs_no_names_takes_pairs_of_any_task(model, ioi) -> None:
+    pairs = bare(ioi, groups={"kind": ["a", "b"] * (len(ioi) // 2)})
+    for name in ("resample_ablation_h", "layer_removal", "state_similarity", "edge_matrices"):
+        found = experiments.EXPERIMENTS[name](model, pairs, progress=False)
+        assert len(found.table) and "seed" not in {key for key, value in found.meta.items() if value is not None}
+    marked = experiments.EXPERIMENTS["conv_slices"](model, pairs, marks=["last"], layer=1, progress=False).table
+    assert marked["mark"].unique().tolist() == ["last"]
+    with pytest.raises(ValueError, match="name_pca speaks of the names in the paper's prompts"):
+        experiments.EXPERIMENTS["name_pca"](model, pairs)
+    with pytest.raises(ValueError, match="layer_removal has no marks to go by"):
+        experiments.EXPERIMENTS["layer_removal"](model, pairs, marks=["last"])
+    with pytest.raises(ValueError, match=r"no data that have them, not \['n1'\]"):
+        experiments.EXPERIMENTS["conv_slices"](model, marks=["n1"])
+    with pytest.raises(ValueError, match="pairs must be a whole number of at least 1"):
+        experiments.EXPERIMENTS["conv_slices"](model, pairs=1.5)
+
+
 def test_what_does_not_fit(model, ioi) -> None:
     pairs = bare(ioi, groups={"layer": [0] * len(ioi)})
     with pytest.raises(ValueError, match="the group 'layer' of the data has the name of a column"):
         experiments.resample_ablation(model, pairs, layers=[1], positions=[3], progress=False)
-    with pytest.raises(ValueError, match="the data are PromptPairs, such as an IOIDataset, not Tensor"):
+    with pytest.raises(ValueError, match="the data are PromptPairs, not Tensor"):
         experiments.layer_removal(model, ioi.clean_tokens, progress=False)
     uneven = bare(IOIDataset.generate(model.tokenizer, 6, seed=2, templates="all"))
     with pytest.raises(ValueError, match=r"marks and last token stand at the same positions.*marks=\[\.\.\.\]"):

@@ -13,6 +13,7 @@ import pytest
 import mamba_ioi
 from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.circuits import evaluate, pipeline
+from mamba_ioi.experiments import EXPERIMENTS
 from mamba_ioi.figures import circuit_graph, circuit_html, circuit_tables, companions, save_companions
 from mamba_ioi.figures.circuit_layout import (
     default_hidden,
@@ -337,7 +338,9 @@ def planted():
 
 def test_planted_circuits_from_model_to_stored_result(planted, tmp_path):
     layer = str(planted.planted.layer)
-    found = pipeline.edge_matrices(planted, pairs=6)
+    data = mamba_ioi.IOIDataset.generate(planted.tokenizer, 6)
+    held_out = mamba_ioi.IOIDataset.generate(planted.tokenizer, 100, seed=28)
+    found = pipeline.edge_matrices(planted, data, held_out=held_out)
     again = Result.load(found.save(tmp_path / "appd1"))
     assert pipeline.circuit_of(again).edges == (("embed", layer), (layer, "output"))
     needed = found.table[found.table["effect"] > 0.5]
@@ -345,20 +348,23 @@ def test_planted_circuits_from_model_to_stored_result(planted, tmp_path):
     assert found.meta["circuit"]["held_out"]["accuracy"] == 1
     assert found.meta["circuit"]["held_out"]["random"]["nld"] < 0.5
 
-    inside = pipeline.layer_parts(planted, pairs=6)
+    inside = pipeline.layer_parts(planted, data)
+    assert "held_out" not in inside.meta["circuit"]
+    own = inside.meta["circuit"]["found_on"]
+    assert own["nld"] == pytest.approx(inside.meta["circuit"]["nld"]) and own["n_rows"] == 12
     kept = parts_table(inside.table)
     kept = kept[kept["kept"]]
     assert set(kept["layer"]) == {int(layer)}
     assert set(kept["part"]) == {f"conv[{planted.planted.slice}]", "ssm"} | (set(kept["part"]) & {"skip"})
 
-    placed = pipeline.positional_circuit(planted, pairs=6)
+    placed = pipeline.positional_circuit(planted, data, held_out=held_out)
     circuit = pipeline.circuit_of(Result.load(placed.save(tmp_path / "appd3")))
     assert circuit.length == 20 and (layer, "output", 19) in circuit
     assert {edge[:2] for edge in circuit.edges} == {("embed", layer), (layer, "output")}
-    data = mamba_ioi.IOIDataset.generate(planted.tokenizer, 100, seed=28)
-    assert evaluate(planted, data, circuit).nld == pytest.approx(placed.meta["circuit"]["held_out"]["nld"])
+    assert evaluate(planted, held_out, circuit).nld == pytest.approx(placed.meta["circuit"]["held_out"]["nld"])
 
-    two = pipeline.last_position(planted, pairs=6)
+    two = pipeline.last_position(planted, data)
+    assert two.meta["judged_on"] == "found_on" and two.meta["found_on"] == two.table.to_dict("records")
     assert two.meta["arguments"]["layer"] == int(layer) and list(two.table["circuit"]) == ["whole", "cut"]
     for result in (found, inside, placed, two):
         assert result.plot().axes
@@ -368,7 +374,7 @@ def test_planted_circuits_from_model_to_stored_result(planted, tmp_path):
 
 def test_large_graphs_have_effects_of_the_circuit_only(planted, monkeypatch):
     monkeypatch.setattr(pipeline, "EXACT_EDGES", 10)
-    found = pipeline.edge_matrices(planted, pairs=4)
+    found = pipeline.edge_matrices(planted, mamba_ioi.IOIDataset.generate(planted.tokenizer, 4))
     assert "ACDC" in found.meta["effects"]
     tested = found.table[found.table["effect"].notna()]
     assert set(tested.index) <= set(found.table.index[found.table["kept"]]) and (tested["effect"] > 0.5).all()
@@ -376,7 +382,7 @@ def test_large_graphs_have_effects_of_the_circuit_only(planted, monkeypatch):
 
 def test_a_model_without_tokenizer_is_refused(small):
     with pytest.raises(ValueError, match="no tokenizer"):
-        pipeline.edge_matrices(small)
+        EXPERIMENTS["edge_matrices"](small)
 
 
 @pytest.mark.parametrize(("figure", "tables"), [("appd1", 2), ("appd2", 1), ("appd3", 1)])
@@ -384,12 +390,17 @@ def test_mamba_370m_is_compared_with_the_paper(monkeypatch, figure, tables):
     """The result itself comes from an example of 48 layers here; the comparison is the real one."""
     example = {"appd1": matrices, "appd2": parts, "appd3": positional}[figure](48)
     row = CATALOGUE[figure]
+
+    def known(model_id):
+        parts = {"tokenizer": mamba_ioi.load_model("tiny").tokenizer, "require_mamba": lambda what: None}
+        return types.SimpleNamespace(model_id=model_id, **parts)
+
     for name in ("edge_matrices", "layer_parts", "positional_circuit"):
-        monkeypatch.setattr(pipeline, name, lambda model, **arguments: example)
+        monkeypatch.setattr(pipeline, name, lambda model, data, **arguments: example)
     for model_id, count in (("state-spaces/mamba-370m-hf", tables), ("tiny", 0)):
-        model = types.SimpleNamespace(model_id=model_id)
+        model = known(model_id)
         result = makers.make(row, model, makers.Settings(model=model_id))
         assert len(result.meta.get("paper", [])) == count
-    found = makers.make(row, types.SimpleNamespace(model_id="state-spaces/mamba-370m"), makers.Settings(model="m"))
+    found = makers.make(row, known("state-spaces/mamba-370m"), makers.Settings(model="m"))
     whole = found.meta["paper"][0][0]
     assert whole["kind"] == "all" and whole["found"] > 0 and whole["theirs"] > 0

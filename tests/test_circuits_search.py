@@ -346,7 +346,7 @@ def test_what_does_not_fit_is_refused(model: MambaModel, data: IOIDataset) -> No
         (lambda: top_k(scores, 1.5), "a whole number, not 1.5"),
         (lambda: top_k(scores, 3, by="size"), "a ranking is one of"),
         (lambda: minimal_circuit(model, data, None), "scores are a Result or its table, not NoneType"),
-        (lambda: eap(model, None), "the data are an IOIDataset, not NoneType"),
+        (lambda: eap(model, None), "the data are PromptPairs, not NoneType"),
         (lambda: overlap(3, []), "tuples .*, not int"),
         (lambda: overlap([], [3]), "tuples .*, not list"),
         (lambda: acdc(model, data, threshold=-1.0), "threshold"),

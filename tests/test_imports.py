@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mamba_ioi
+from mamba_ioi.families import FAMILIES
 
 PACKAGE = Path(mamba_ioi.__file__).parent
 
@@ -35,6 +36,27 @@ UPWARD = {
     ("memory", "trace.sites"): "for a type alone: memory says how large a site's activation is, and looks at none"
 }
 """Arrows that run up, from module to module, and why each is there."""
+
+SPEAKS_OF_IOI = (
+    "",
+    "tasks",
+    "zoo",
+    "reference",
+    "report",
+    "catalogue",
+    "cli",
+    "bench",
+    "dataset",
+    "experiments.name_means",
+    "experiments.name_steering",
+)
+"""The rooms and modules that may name the paper's own data; all others take pairs of any task."""
+
+KNOWS_FAMILIES = ("families", "models", "trace")
+"""The rooms that may ask a model of which architecture it is."""
+
+MAKES_MODELS = ("zoo", "arguments")
+"""Where families are named because models of them are made: those that ship with the package, and `train-tiny`."""
 
 MOVED = {
     "mamba_ioi.dataset": ("mamba_ioi.tasks.ioi", ("IOIDataset", "TEMPLATES", "CORRUPTIONS", "BOS")),
@@ -203,3 +225,43 @@ def test_names_that_moved_are_still_where_they_were() -> None:
     for old, (new, names) in MOVED.items():
         for name in names:
             assert getattr(import_module(old), name) is getattr(import_module(new), name), (old, name)
+
+
+def within(name: str, rooms: tuple[str, ...]) -> bool:
+    """Whether a module is one of these, or in a room of theirs."""
+    return name in rooms or name.partition(".")[0] in rooms
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not within(name, SPEAKS_OF_IOI)])
+def test_what_serves_any_task_does_not_name_the_papers_data(name: str) -> None:
+    assert "IOIDataset" not in MODULES[name].read_text(encoding="utf-8")
+
+
+def architectures(tree: ast.AST) -> list[str]:
+    """What a module asks for by name: ``model_type``, a family, a class of a Mamba in ``isinstance``."""
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr="model_type") | ast.Constant(value="model_type"):
+                found.append("model_type")
+            case ast.Constant(value=str(value)) if value in FAMILIES:
+                found.append(value)
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, classes]):
+                names = [part.id for part in ast.walk(classes) if isinstance(part, ast.Name)]
+                names += [part.attr for part in ast.walk(classes) if isinstance(part, ast.Attribute)]
+                found += [one for one in names if "Mamba" in one]
+    return found
+
+
+def test_architectures_are_found() -> None:
+    source = """
+if model.config.model_type == "mamba2" or isinstance(block, (int, transformers.FalconMambaBlock)):
+    kind = getattr(config, "model_type")
+"""
+    assert sorted(architectures(ast.parse(source))) == ["FalconMambaBlock", "mamba2", "model_type", "model_type"]
+    assert architectures(ast.parse('"a mamba"; isinstance(one, dict)')) == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not within(name, KNOWS_FAMILIES + MAKES_MODELS)])
+def test_no_other_room_asks_for_an_architecture_by_name(name: str) -> None:
+    assert architectures(ast.parse(MODULES[name].read_text(encoding="utf-8"))) == []

@@ -77,7 +77,7 @@ def to_dot(circuit: Circuit, *, labels: Sequence[str] | None = None, hide: Colle
 
     Args:
         circuit: any circuit.
-        labels: the positions' names (`IOIDataset.position_labels`); their numbers if not given.
+        labels: the positions' names (`PromptPairs.position_labels`); their numbers if not given.
         hide: nodes to leave out, by name, with all their edges.
     """
     for node in hide:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import whole_number
 from ..interventions.batches import divergence_index
 from ..metrics import logit_diff, measure, scale
-from ..tasks.ioi import IOIDataset
+from ..tasks import generate
 from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 HELD_OUT_SEED = 28
@@ -60,7 +60,7 @@ class Pairs:
                 not aligned.
         """
         if not isinstance(data, PromptPairs):
-            raise ValueError(f"the data are an IOIDataset, not {type(data).__name__}; any other PromptPairs will do")
+            raise ValueError(f"the data are PromptPairs, not {type(data).__name__}")
         if len(data) == 0:
             raise ValueError("the data hold no rows")
         check_fit(model, data)
@@ -70,8 +70,8 @@ class Pairs:
         clean, corrupt, last = data.clean_tokens, data.corrupt_tokens, data.last_position
         if positional and data.position_labels is None:
             raise ValueError(
-                "edges kept apart by position need aligned prompts, whose names and last token stand at the same "
-                "positions in every row: generate the data with templates='aligned'"
+                "edges kept apart by position need aligned prompts, whose marks and last token stand at the same "
+                "positions in every row: take rows that agree (of the task ioi: templates='aligned')"
             )
         length = int(last.max()) + 1
         clean, corrupt = clean[:, :length], corrupt[:, :length]
@@ -143,7 +143,7 @@ class Pairs:
 
 
 def held_out(model, data: PromptPairs | None) -> PromptPairs:
-    """The data, or held-out pairs where none are given: seed 28, 100 pairs in both directions.
+    """The data, or held-out pairs of the paper's task where none are given: seed 28, 100 pairs in both directions.
 
     Raises:
         ValueError: if none are given and the model has no tokenizer to make them with.
@@ -152,4 +152,4 @@ def held_out(model, data: PromptPairs | None) -> PromptPairs:
         return data
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer to make held-out data with: pass the data")
-    return IOIDataset.generate(model.tokenizer, HELD_OUT_PAIRS, seed=HELD_OUT_SEED)
+    return generate("ioi", model.tokenizer, 2 * HELD_OUT_PAIRS, seed=HELD_OUT_SEED, symmetric=True)

@@ -1,6 +1,7 @@
-"""From a model to the results that the paper's circuit figures show: App. D.1, D.2, D.3 and Section 4.4.
+"""From pairs of prompts to the results that the paper's circuit figures show: App. D.1, D.2, D.3 and Section 4.4.
 
-Each function draws pairs, scores edges on them, finds a circuit, and judges it on held-out pairs beside a random one.
+Each function scores edges on the pairs, finds a circuit, and judges it beside a random one: on held-out pairs, or on
+the pairs that it was found on where there are no others (``meta["circuit"]`` has ``held_out`` or ``found_on``).
 Edges are scored and cut as the authors do it, since their numbers stand beside these for mamba-370m: ``eap`` in its
 variant ``paper``, and in ACDC the edges conv -> ssm by their states (``ssm="states"``). ``meta`` says both.
 The Result's table lists edges; ``meta["circuit"]`` says how many were found and how well they do. `circuit_of` gives
@@ -16,36 +17,34 @@ import pandas as pd
 
 from ..experiments.bottleneck import bottleneck
 from ..result import Result
-from ..tasks.ioi import IOIDataset
+from ..tasks.pairs import PromptPairs, metric_name
 from .acdc import acdc
 from .circuit import Circuit
 from .eap import eap
 from .effects import KEY, exact_effects
 from .evaluate import evaluate, last_position_only
-from .pairs import HELD_OUT_PAIRS
 from .search import minimal_circuit
 
-PAIRS, TARGET, THRESHOLD = 200, 0.85, 1e-4
-"""The paper's: pairs, in both directions; the accuracy asked for; the threshold of ACDC."""
+TARGET, THRESHOLD = 0.85, 1e-4
+"""The paper's: the accuracy asked for; the threshold of ACDC."""
 VARIANT = "paper"
 EXACT_EDGES = 200
 """Graphs of up to so many edges have each edge's effect measured alone; of larger ones, the circuit's by ACDC."""
 
 
-def edge_matrices(model, *, pairs: int | None = None, seed: int = 27, progress: bool = False) -> Result:
+def edge_matrices(model, data: PromptPairs, *, held_out: PromptPairs | None = None, progress: bool = False) -> Result:
     """App. D.1: every edge's attribution, the minimal circuit, and measured effects.
 
     Args:
         model: a model from `load_model`, of any kind.
-        pairs: how many pairs to score on, 200 if not given; the held-out ones, of the next seed, are 100.
-        seed: of the pairs.
+        data: the pairs to find the circuit on; their own metric is what is scored.
+        held_out: other pairs, to judge the circuit on; None: there are none.
         progress: show bars.
 
     Returns:
         A Result, a row an edge: src, dst, position (-1), score (of `eap`), kept, effect (drop of the mean NLD, NaN
         where it was not measured: ``meta["effects"]`` says how it was).
     """
-    data = _data(model, pairs, seed)
     scores = eap(model, data, variant=VARIANT, progress=progress)
     circuit = minimal_circuit(model, data, scores, TARGET)
     table = scores.table.assign(kept=_kept(scores.table, circuit))
@@ -54,16 +53,16 @@ def edge_matrices(model, *, pairs: int | None = None, seed: int = 27, progress: 
     else:
         tested = acdc(model, data, circuit, THRESHOLD, fine=False, progress=progress).table
         effects, how = tested.effect, "the circuit's edges, by ACDC"
-    return _result("edge_matrices", model, table.assign(effect=effects), circuit, data, seed, pairs, effects=how)
+    return _result("edge_matrices", model, table.assign(effect=effects), circuit, data, held_out, effects=how)
 
 
-def layer_parts(model, *, pairs: int | None = None, seed: int = 27, progress: bool = False) -> Result:
+def layer_parts(model, data: PromptPairs, *, held_out: PromptPairs | None = None, progress: bool = False) -> Result:
     """App. D.2: ACDC with conv slices, SSM and skip from the minimal circuit on, threshold 1e-4.
 
     Args:
         model: a Mamba.
-        pairs: as in `edge_matrices`.
-        seed: of the pairs.
+        data: as in `edge_matrices`.
+        held_out: likewise.
         progress: show bars.
 
     Returns:
@@ -71,54 +70,58 @@ def layer_parts(model, *, pairs: int | None = None, seed: int = 27, progress: bo
         also the edges ``on_paths`` of kept edges, which is how the authors count: a slice without conv -> ssm, whose
         cut changes the run through C and D x, is not among those.
     """
-    data = _data(model, pairs, seed)
     start = minimal_circuit(model, data, eap(model, data, variant=VARIANT, progress=progress), TARGET)
     circuit = acdc(model, data, start, THRESHOLD, ssm="states", progress=progress)
-    return _result("layer_parts", model, circuit.table, circuit, data, seed, pairs)
+    return _result("layer_parts", model, circuit.table, circuit, data, held_out)
 
 
-def positional_circuit(model, *, pairs: int | None = None, seed: int = 27, progress: bool = False) -> Result:
+def positional_circuit(
+    model, data: PromptPairs, *, held_out: PromptPairs | None = None, progress: bool = False
+) -> Result:
     """App. D.3: the minimal circuit by attributions that are kept apart by position.
 
     Args:
         model: a model from `load_model`, of any kind.
-        pairs: as in `edge_matrices`.
-        seed: of the pairs.
+        data: as in `edge_matrices`; for positions, aligned ones.
+        held_out: likewise.
         progress: show bars.
 
     Returns:
         A Result, a row an edge: src, dst, position, score, kept. ``meta["position_labels"]`` names positions.
     """
-    data = _data(model, pairs, seed)
     scores, circuit = _positional(model, data, progress)
     table = scores.table.assign(kept=_kept(scores.table, circuit))
-    return _result("positional_circuit", model, table, circuit, data, seed, pairs)
+    return _result("positional_circuit", model, table, circuit, data, held_out)
 
 
 def last_position(
-    model, *, pairs: int | None = None, seed: int = 27, layer: int | None = None, progress: bool = False
+    model,
+    data: PromptPairs,
+    *,
+    held_out: PromptPairs | None = None,
+    layer: int | None = None,
+    progress: bool = False,
 ) -> Result:
     """Section 4.4: the positional circuit without the edges of one layer before the last position.
 
     Args:
         model: a model from `load_model`; a Mamba if ``layer`` is not given.
-        pairs: as in `edge_matrices`.
-        seed: of the pairs.
-        layer: whose edges are cut; the bottleneck if not given (39 in mamba-370m).
+        data: as in `edge_matrices`; for positions, aligned ones.
+        held_out: likewise.
+        layer: whose edges are cut; the bottleneck on these data if not given (39 in mamba-370m).
         progress: show bars.
 
     Returns:
-        The Result of `last_position_only` on held-out pairs; ``meta["found_on"]`` holds the rows of its table on the
-        pairs that the circuit was found on, which is what the paper gives.
+        The Result of `last_position_only` on the held-out pairs, or where there are none on those that the circuit was
+        found on (``meta["judged_on"]`` says ``held_out`` or ``found_on``); ``meta["found_on"]`` holds the rows of its
+        table on the latter, which is what the paper gives.
     """
-    data = _data(model, pairs, seed)
     layer = bottleneck(model, data, progress=progress) if layer is None else layer
     _, circuit = _positional(model, data, progress)
-    found_on, result = (
-        last_position_only(model, pairs_of, circuit, layer)
-        for pairs_of in (data, _data(model, HELD_OUT_PAIRS, int(seed) + 1))
-    )
+    found_on = last_position_only(model, data, circuit, layer)
+    result = found_on if held_out is None else last_position_only(model, held_out, circuit, layer)
     extra = {"found_on": found_on.table.to_dict("records"), "variant": VARIANT}
+    extra["judged_on"] = "found_on" if held_out is None else "held_out"
     return Result(result.table, result.meta | extra)
 
 
@@ -148,13 +151,7 @@ def circuit_of(result: Result) -> Circuit:
     )
 
 
-def _data(model, pairs: int | None, seed: int) -> IOIDataset:
-    if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer to make pairs of prompts with")
-    return IOIDataset.generate(model.tokenizer, PAIRS if pairs is None else pairs, seed=seed)
-
-
-def _positional(model, data: IOIDataset, progress: bool) -> tuple[Result, Circuit]:
+def _positional(model, data: PromptPairs, progress: bool) -> tuple[Result, Circuit]:
     scores = eap(model, data, positional=True, variant=VARIANT, progress=progress)
     return scores, minimal_circuit(model, data, scores, TARGET)
 
@@ -169,12 +166,11 @@ def _result(
     model,
     table: pd.DataFrame,
     circuit: Circuit,
-    data: IOIDataset,
-    seed: int,
-    pairs: int | None,
+    data: PromptPairs,
+    held_out: PromptPairs | None,
     **extra: Any,
 ) -> Result:
-    """The Result, with what is known of its circuit, on the pairs it was found on and on held-out ones."""
+    """The Result, with what is known of its circuit, on the pairs it was found on and on held-out ones if there are."""
     graph = circuit.graph
     known = {
         "n_edges": len(circuit),
@@ -188,14 +184,15 @@ def _result(
             for name in ("target", "reached", "prefix", "pruned", "threshold", "tested")
             if name in circuit.meta
         },
-        "held_out": asdict(evaluate(model, _data(model, HELD_OUT_PAIRS, int(seed) + 1), circuit)),
+        "found_on" if held_out is None else "held_out": asdict(
+            evaluate(model, data if held_out is None else held_out, circuit)
+        ),
     }
     return Result.create(
         experiment,
         table,
         model=model,
-        arguments={"pairs": PAIRS if pairs is None else pairs, "variant": VARIANT},
-        seed=seed,
+        arguments={"variant": VARIANT, "metric": metric_name(data.metric)},
         circuit=known,
         graph=graph.stored(),
         position_labels=data.position_labels,

@@ -1,4 +1,4 @@
-"""`bottleneck`: the one layer that the others' name information passes through."""
+"""`bottleneck`: the one layer that what other layers know of the answer passes through."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ..interventions.patch import Resample
 from ..models.model import MambaModel
-from ..tasks.ioi import IOIDataset
+from ..tasks import generate
 from ..tasks.pairs import Metric, PromptPairs
 from .common import check_data, resample_effects, rows_by_group
 
@@ -47,6 +47,10 @@ def bottleneck(model: MambaModel, data: PromptPairs, *, metric: Metric | None = 
 
 
 def default_layer(model: MambaModel, *, seed: int, progress: bool = False) -> int:
-    """The bottleneck on a few pairs drawn for the purpose, for experiments that are given no data."""
-    data = IOIDataset.generate(model.tokenizer, DEFAULT_PAIRS, seed=seed, templates="all")
-    return bottleneck(model, data, progress=progress)
+    """The bottleneck on a few of the paper's pairs, for experiments that are given no data."""
+    return bottleneck(model, default_pairs(model, seed), progress=progress)
+
+
+def default_pairs(model: MambaModel, seed: int) -> PromptPairs:
+    """The paper's pairs that the bottleneck is found on where no others are given: 40 of all templates, both ways."""
+    return generate("ioi", model.tokenizer, 2 * DEFAULT_PAIRS, seed=seed, templates="all", symmetric=True)

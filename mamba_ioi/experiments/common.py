@@ -39,7 +39,7 @@ def check_data(model: CausalLM, data: PromptPairs, *, aligned: str | None = None
             differ from row to row.
     """
     if not isinstance(data, PromptPairs):
-        raise ValueError(f"the data are PromptPairs, such as an IOIDataset, not {type(data).__name__}")
+        raise ValueError(f"the data are PromptPairs, not {type(data).__name__}")
     if len(data) == 0:
         raise ValueError("the dataset has no rows; at least one is needed")
     check_fit(model, data)
@@ -47,7 +47,7 @@ def check_data(model: CausalLM, data: PromptPairs, *, aligned: str | None = None
     if aligned is not None and labels is None:
         raise ValueError(
             f"{aligned} needs prompts whose marks and last token stand at the same positions, and these differ from "
-            f"row to row: go by marks=[...], or select rows that agree (of an IOIDataset: templates='aligned')"
+            f"row to row: go by marks=[...], or take rows that agree (of the task ioi: templates='aligned')"
         )
     return labels
 

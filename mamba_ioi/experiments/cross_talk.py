@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..checks import real_number
 from ..interventions.patch import Resample
@@ -16,7 +13,6 @@ from ..interventions.readout import Readout
 from ..interventions.sweep import sweep
 from ..models.model import MambaModel
 from ..result import Result
-from ..tasks.ioi import CORRUPTIONS, TEMPLATES, IOIDataset
 from ..tasks.pairs import PromptPairs
 from .common import best_run, candidate_scores, check_data, mean_with_interval, rows_by_group
 
@@ -36,7 +32,7 @@ def cross_talk(model: MambaModel, data: PromptPairs, target: float = 0.9, *, pro
     Args:
         model: a Mamba.
         data: pairs of prompts; they need not be aligned. A kind is a (template, corruption) where the data have both
-            groups, else a label of their first group. `balanced_pairs` draws the same number of IOI pairs of each kind.
+            groups, else a label of their first group. `balanced_pairs` draws as many of the paper's pairs of each kind.
         target: the accuracy to exceed, from 0 to below 1.
         progress: show a bar.
 
@@ -91,35 +87,3 @@ def _restore_layers(model: MambaModel, data: PromptPairs, target: float) -> list
         if accuracy > target or not resampled:
             return steps
         choices = [[other for other in resampled if other != layer] for layer in resampled]
-
-
-def balanced_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    n_pairs: int,
-    *,
-    seed: int = 27,
-    templates: Sequence[str] = TEMPLATES,
-    corruptions: Sequence[str] = CORRUPTIONS,
-) -> IOIDataset:
-    """``n_pairs`` pairs of every (template, corruption), in both directions: the first of each that the seed draws.
-
-    Args:
-        tokenizer: as for `IOIDataset.generate`.
-        n_pairs: pairs of each kind.
-        seed: of the draw.
-        templates: which templates.
-        corruptions: which corruptions.
-
-    Raises:
-        ValueError: as `IOIDataset.generate`.
-    """
-    kinds = [(template, corruption) for template in templates for corruption in corruptions]
-    draws = 2 * n_pairs * len(kinds)
-    while True:
-        data = IOIDataset.generate(tokenizer, draws, seed=seed, templates=templates, corruptions=corruptions)
-        drawn = list(zip(data.templates[:draws], data.corruptions[:draws], strict=True))
-        rows = [[row for row, other in enumerate(drawn) if other == kind][:n_pairs] for kind in kinds]
-        if all(len(found) == n_pairs for found in rows):
-            chosen = torch.tensor(rows).flatten()
-            return data[torch.cat([chosen, chosen + draws])]
-        draws *= 2

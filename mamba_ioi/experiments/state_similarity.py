@@ -7,25 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..checks import listed
 from ..interventions.run import cache
 from ..models.model import MambaModel
 from ..remote.requests import ask
 from ..result import Result
-from ..tasks.ioi import BOS, TEMPLATES, IOIDataset
-from ..tasks.names import NAMES
-from .bottleneck import default_layer
-from .common import check_layer
+from ..tasks.ioi_prompts import with_bos
+from ..tasks.pairs import PromptPairs
+from .bottleneck import bottleneck, default_layer
+from .common import check_data, check_layer
 
 
 def state_similarity(
     model: MambaModel,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | PromptPairs,
     layer: int | None = None,
     *,
     seed: int = 27,
@@ -40,8 +39,9 @@ def state_similarity(
 
     Args:
         model: a Mamba with a tokenizer.
-        prompts: texts of any kind and length, each run alone; ``<|endoftext|>`` is put in front, as in the data.
-        layer: the layer; the model's bottleneck on a few pairs drawn with ``seed`` if None.
+        prompts: texts of any kind and length, each run alone; ``<|endoftext|>`` is put in front, as in the paper's
+            data. Of pairs, the clean prompts, in their own tokens.
+        layer: the layer; if None the model's bottleneck, on those pairs or on a few drawn with ``seed``.
         seed: of those pairs.
         progress: show a bar.
 
@@ -55,20 +55,38 @@ def state_similarity(
     model.require_mamba("state similarities")
     if model.tokenizer is None:
         raise ValueError(f"{model.model_id} has no tokenizer, which state_similarity needs to read prompts")
-    texts = listed([prompts] if isinstance(prompts, str) else prompts)
-    if not texts or not all(isinstance(text, str) and text for text in texts) or len(set(texts)) < len(texts):
-        raise ValueError(f"prompts are one or more different texts that are not empty, not {prompts!r}")
-    layer = default_layer(model, seed=seed, progress=progress) if layer is None else check_layer(model, layer)
+    chosen = _prompts(model, prompts)
+    if layer is not None:
+        layer = check_layer(model, layer)
+    elif isinstance(prompts, PromptPairs):
+        layer = bottleneck(model, prompts, progress=progress)
+    else:
+        layer = default_layer(model, seed=seed, progress=progress)
     parts = []
-    for text in tqdm(texts, desc="state similarity", disable=not progress):
-        ids, _ = model.to_tokens(with_bos(model.tokenizer, text))
+    for text, ids in tqdm(chosen.items(), desc="state similarity", disable=not progress):
         similarity = ask(model, contribution_similarity, ids, layer)["similarity"].cpu().numpy()
         tokens = np.array([model.tokenizer.decode([token]) for token in ids[0].tolist()])
         i, j = (index.ravel() for index in np.indices(similarity.shape))
         columns = {"prompt": text, "i": i, "j": j, "similarity": similarity.ravel()}
         parts.append(pd.DataFrame(columns | {"label_i": tokens[i], "label_j": tokens[j]}))
     table = pd.concat(parts, ignore_index=True)
-    return Result.create("state_similarity", table, model=model, arguments={"layer": layer, "prompts": texts})
+    return Result.create("state_similarity", table, model=model, arguments={"layer": layer, "prompts": list(chosen)})
+
+
+def _prompts(model: MambaModel, prompts: str | Sequence[str] | PromptPairs) -> dict[str, Int[Tensor, "1 L"]]:
+    """The tokens of each prompt, by its text; of pairs, each different clean prompt once."""
+    if isinstance(prompts, PromptPairs):
+        check_data(model, prompts)
+        found: dict[str, Tensor] = {}
+        for ids, last in zip(prompts.clean_tokens, prompts.last_position.tolist(), strict=True):
+            own = ids[: last + 1]
+            shown = own[1:] if own[0] == model.tokenizer.bos_token_id else own
+            found.setdefault(model.tokenizer.decode(shown.tolist()), model.to_tokens(own[None])[0])
+        return found
+    texts = listed([prompts] if isinstance(prompts, str) else prompts)
+    if not texts or not all(isinstance(text, str) and text for text in texts) or len(set(texts)) < len(texts):
+        raise ValueError(f"prompts are one or more different texts that are not empty, not {prompts!r}")
+    return {text: model.to_tokens(with_bos(model.tokenizer, text))[0] for text in texts}
 
 
 def contribution_similarity(model: MambaModel, ids: Tensor, layer: int) -> dict[str, Float[Tensor, "L L"]]:
@@ -79,33 +97,3 @@ def contribution_similarity(model: MambaModel, ids: Tensor, layer: int) -> dict[
     lengths = torch.outer(contributions.norm(dim=1), states.norm(dim=1))
     products = contributions @ states.T
     return {"similarity": torch.where(lengths > 0, products / lengths.where(lengths > 0, 1.0), 0.0)}
-
-
-def with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text with the token in front with which every prompt of `IOIDataset` begins.
-
-    Raises:
-        ValueError: if the tokenizer has neither ``<|endoftext|>`` nor a BOS token of its own.
-    """
-    bos = BOS if BOS in tokenizer.get_vocab() else tokenizer.bos_token
-    if bos is None:
-        raise ValueError(f"the tokenizer has neither {BOS} nor a BOS token of its own, with which every prompt begins")
-    return text if text.startswith(str(bos)) else f"{bos}{text}"
-
-
-def example_prompts(tokenizer: PreTrainedTokenizerBase, *, seed: int = 27) -> list[str]:
-    """Prompts for Figure 7: two drawn by the seed, and one whose names are several tokens each, if there are such.
-
-    Raises:
-        ValueError: as `IOIDataset.generate`.
-    """
-    drawn = IOIDataset.generate(tokenizer, 2, seed=seed, templates=[TEMPLATES[3]], symmetric=False).clean_text
-    long = []
-    for name in NAMES:
-        ids = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
-        if len(ids) > 1 and tokenizer.unk_token_id not in ids:
-            long.append(name)
-    if len(long) < 3:
-        return drawn
-    one, other, third = long[:: len(long) // 3][:3]
-    return [*drawn, f"Friends {one}, {other} and {third} went to the store. {one} and {other} gave a drink to"]

@@ -146,7 +146,7 @@ def name_positions(positions: Sequence[int], labels: Sequence[str] | None = None
 
     Args:
         positions: ascending.
-        labels: the name of every position (`IOIDataset.position_labels`); their numbers if not given.
+        labels: the name of every position (`PromptPairs.position_labels`); their numbers if not given.
     """
     names = [labels[p] if labels else str(p) for p in positions]
     slots = [int(name[1:]) if re.fullmatch(r"n\d", name) else np.nan for name in names]

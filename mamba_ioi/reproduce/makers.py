@@ -111,7 +111,7 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
     """
     from ..experiments.common import check_layer
     from ..models.model import load_model
-    from ..tasks.ioi import IOIDataset
+    from ..tasks import generate
 
     model = load_model(settings.model, device=settings.device, dtype=settings.dtype, remote=settings.remote)
     model.memory = settings.memory
@@ -120,7 +120,7 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
     if any(CATALOGUE[figure].draws for figure in figures):
         if model.tokenizer is None:
             raise ValueError(f"{settings.model} has no tokenizer, which is needed to draw prompts")
-        IOIDataset.generate(model.tokenizer, 1, seed=settings.seed, templates="all")
+        generate("ioi", model.tokenizer, 1, seed=settings.seed, templates="all")
     return model, [figure for figure in figures if model.has_scans or not CATALOGUE[figure].needs_mamba]
 
 
