@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mamba_ioi.circuits import Graph, eap, exact_effects, rank_correlation
+from mamba_ioi import PromptPairs
+from mamba_ioi.circuits import Graph, acdc, eap, exact_effects, minimal_circuit, rank_correlation, to_mib, top_k
 from mamba_ioi.circuits.eap import Attributed, attribute, attributed
 from mamba_ioi.circuits.forward import record
 from mamba_ioi.circuits.pairs import Pairs
@@ -216,6 +217,128 @@ def test_half_precision_follows(data: IOIDataset) -> None:
     full = eap(wrap(module, TOKENIZER, model_id="full"), data, steps=2, absolute=False)
     half = eap(wrap(module.to(torch.bfloat16), TOKENIZER, model_id="half"), data, steps=2, absolute=False)
     assert rank_correlation(full, half) > 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Marks
+# ---------------------------------------------------------------------------------------------------------------------
+
+MARKS = ["n5", "n4+1", "some", "last"]
+
+
+@pytest.fixture(scope="module")
+def uneven() -> PromptPairs:
+    """Rows of different lengths; one mark is not in every row."""
+    data = IOIDataset.generate(TOKENIZER, 6, seed=2, templates="all")
+    assert data.position_labels is None and len(data.last_position.unique()) > 1
+    some = data.last_position - 2
+    some[::3] = -1
+    return replace(data, marks={"some": some})
+
+
+@pytest.fixture(scope="module")
+def double() -> MambaModel:
+    return wrap(random_mamba(seed=2, vocab_size=len(TOKENIZER)).double(), TOKENIZER, model_id="double")
+
+
+@pytest.mark.parametrize("variant", ["standard", "paper"])
+@pytest.mark.parametrize("fine", [False, True])
+def test_marks_gather_each_rows_own_positions(double, uneven: PromptPairs, variant: str, fine: bool) -> None:
+    """Against each row alone, scored by position; and over its marks and the rest, an edge has its whole score."""
+    arguments = {"steps": 2, "variant": variant, "fine": fine}
+    found = eap(double, uneven, positional=True, marks=MARKS, **arguments)
+    table = found.table
+    assert list(table.columns) == ["src", "dst", "mark", "score"]
+    assert table["mark"].tolist()[:5] == [*MARKS, "other"] and found.meta["arguments"]["marks"] == MARKS
+    graph = Graph(3, fine)
+    expected = torch.zeros(len(graph.pairs), len(MARKS) + 1, dtype=torch.float64)
+    for row in range(len(uneven)):
+        one = uneven[row]
+        alone = torch.tensor(eap(double, one, positional=True, **arguments).table["score"].to_numpy())
+        alone = alone.view(len(graph.pairs), -1)
+        rest = set(range(alone.shape[1]))
+        for number, mark in enumerate(MARKS):
+            if (at := int(one.positions_of(mark))) >= 0:
+                expected[:, number] += alone[:, at] / len(uneven)
+                rest -= {at}
+        expected[:, -1] += alone[:, sorted(rest)].sum(1) / len(uneven)
+    scores = torch.tensor(table["score"].to_numpy()).view_as(expected)
+    assert (scores.abs().amax(0) > 1e-4).all()
+    torch.testing.assert_close(scores, expected, rtol=0, atol=2e-6)  # transformers' RMSNorm computes in float32
+    whole = torch.tensor(eap(double, uneven, **arguments).table["score"].to_numpy())
+    torch.testing.assert_close(scores.sum(1), whole, rtol=0, atol=1e-12)
+
+
+def test_marks_are_exact_in_a_linear_model(linear: MambaModel, uneven: PromptPairs) -> None:
+    """Against runs by hand of each row, with one edge cut at the row's own position."""
+    table = eap(linear, uneven, steps=1, marks=MARKS).table.set_index(["src", "dst", "mark"])["score"]
+    module, effects = linear._module, {}
+    for row in range(len(uneven)):
+        one = uneven[row]
+        length = int(one.last_position) + 1
+        clean, corrupt = (tokens[:, :length] for tokens in (one.clean_tokens, one.corrupt_tokens))
+        there = plain_circuits.mamba_run(module, corrupt, one.last_position)
+        here = plain_circuits.mamba_run(module, clean, one.last_position)
+        for src, dst in (("embed", "0"), ("0", "2"), ("embed", "output"), ("1", "output")):
+            for mark in MARKS:
+                if (at := int(one.positions_of(mark))) >= 0:
+                    cut = {(src, dst, at)}
+                    run = plain_circuits.mamba_run(module, clean, one.last_position, there, cut, positional=True)
+                    change = plain_circuits.nld(run, here, there, one) - plain_circuits.nld(here, here, there, one)
+                    effects[src, dst, mark] = effects.get((src, dst, mark), 0) + change.item() / len(uneven)
+    assert max(map(abs, effects.values())) > 1e-2
+    for edge, effect in effects.items():
+        assert table[edge] == pytest.approx(effect, abs=1e-5), edge
+
+
+def test_aligned_rows_score_alike_by_marks_and_positions(model: MambaModel, data: IOIDataset) -> None:
+    by_mark = eap(model, data, marks=["n1", "n4+1", "last"]).table
+    by_position = eap(model, data, positional=True).table
+    for mark in ("n1", "n4+1", "last"):
+        at = int(data.positions_of(mark)[0])
+        one = by_mark[by_mark["mark"] == mark]["score"].to_numpy()
+        other = by_position[by_position["position"] == at]["score"].to_numpy()
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=1e-6)
+
+
+def test_scores_by_marks_are_drawn_and_compared_and_no_circuits(model: MambaModel, uneven, data, tmp_path) -> None:
+    found = eap(model, uneven, steps=1, marks=["n1", "last"])
+    panels = [axes.get_title() for axes in found.plot().axes if axes.get_title()]
+    assert panels == ["n1", "last", "other"]
+    assert rank_correlation(found, eap(model, uneven, steps=1, marks=["last", "n1"])) == pytest.approx(1)
+    with pytest.raises(ValueError, match="share 0 edges"):
+        rank_correlation(found, eap(model, data, steps=1))
+    empty = minimal_circuit(model, data, eap(model, data, steps=1))
+    for use in (
+        lambda: minimal_circuit(model, uneven, found),
+        lambda: top_k(found, 3),
+        lambda: to_mib(tmp_path / "circuit.json", empty, d_model=16, scores=found),
+    ):
+        with pytest.raises(ValueError, match="these scores are kept apart by marks, and a circuit's edges are not"):
+            use()
+    with pytest.raises(ValueError, match="a circuit is a Circuit, not Result; minimal_circuit makes one of scores"):
+        acdc(model, uneven, found)
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        (["n6"], "the data have no mark 'n6'; they have 'last', 'n1'"),
+        (["n1", "n1+2", "n2"], r"row 0: the marks 'n1\+2' and 'n2' both stand at position"),
+        (["n1", "other"], "the data have no mark 'other'"),
+        ([], "at least one, each once"),
+        (["n1", "n1"], "at least one, each once"),
+        (["last+1"], r"row 0 of mark 'last\+1'"),
+    ],
+)
+def test_marks_that_do_not_fit(model: MambaModel, uneven: PromptPairs, marks: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eap(model, uneven, marks=marks)
+
+
+def test_a_mark_called_as_the_rest_is_refused(model: MambaModel, data: IOIDataset) -> None:
+    with pytest.raises(ValueError, match="'other' is what positions at no mark are called"):
+        eap(model, replace(data, marks={"other": data.last_position - 1}), marks=["other"])
 
 
 def test_what_does_not_fit_is_refused(model: MambaModel, data: IOIDataset) -> None:

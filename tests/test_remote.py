@@ -229,8 +229,9 @@ def test_texts_are_padded_on_the_right(there: MambaModel, local: MambaModel) -> 
         lambda model, data: experiments.name_steering(model, 1, n_pairs=200, n_test=3, progress=False),
         lambda model, data: circuits.eap(model, data, steps=2, fine=True),
         lambda model, data: circuits.eap(model, data, steps=2, variant="paper", positional=True),
+        lambda model, data: circuits.eap(model, data, steps=2, fine=True, marks=["n1", "n4+1", "last"]),
     ],
-    ids=["fig4", "fig10", "fig8", "fig6", "fig5", "fig7", "fig9", "eap", "eap_paper"],
+    ids=["fig4", "fig10", "fig8", "fig6", "fig5", "fig7", "fig9", "eap", "eap_paper", "eap_marks"],
 )
 def test_experiments_agree_with_local_ones(experiment, there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
     found, expected = experiment(there, data), experiment(local, data)

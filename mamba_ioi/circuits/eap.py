@@ -24,6 +24,12 @@ layers nothing is interpolated on its own, so coarse scores are the same with an
 four slices' scores of a layer sum to that of ``conv -> ssm``; ``in -> skip`` and ``skip -> out`` are one value, and
 score the same.
 
+With positions, the sum over positions is not taken: (i -> j, p) has the share of position p. With marks it is taken by
+places: (i -> j, mark) has, of each row, the share of the position where the mark stands in that row, and (i -> j,
+``other``) the shares of all positions at none of the marks; a row without a mark adds nothing to it. So the scores of
+an edge over its marks and ``other`` sum to its score without positions, and rows need not be aligned. Of an edge inside
+a layer, the position is that of the destination's value (see `Graph`).
+
 A batch costs a forward each for the clean and the corrupt run, and a forward and a backward a step; a Mamba's begin
 at the position where the prompts part, before which every difference is zero. As each gradient arrives it is
 contracted with the sources' differences: no [src, dst, D] tensor is ever held.
@@ -31,7 +37,7 @@ contracted with the sources' differences: no [src, dst, D] tensor is ever held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import pandas as pd
@@ -64,6 +70,7 @@ def eap(
     *,
     steps: int = 5,
     positional: bool = False,
+    marks: Sequence[str] | str | None = None,
     variant: Literal["standard", "paper"] = "standard",
     fine: bool = False,
     ssm: str = "conv",
@@ -76,9 +83,12 @@ def eap(
 
     Args:
         model: a model from `load_model`; with ``fine`` a Mamba.
-        data: pairs of prompts; aligned ones if ``positional``.
+        data: pairs of prompts; aligned ones if ``positional``, unless ``marks`` are given.
         steps: how many points between clean and corrupt run the gradients are taken at; 1 is plain EAP.
         positional: keep positions apart: a score for (src, dst, position).
+        marks: keep places apart instead of positions, each row's own: marks of the data, ``last``, or so many tokens
+            after or before one, ``n1+1``. No two of them may stand at one position. Such scores are to be looked at:
+            circuits are made of positions, or of edges without.
         variant: ``standard`` or ``paper``: what is interpolated, and whether gradients pass through the patch. See this
             module's text.
         fine: score also the edges inside layers: conv slices, SSM and skip.
@@ -90,12 +100,14 @@ def eap(
 
     Returns:
         A Result with one row an edge: src, dst, position (-1 if not positional), score: an estimate of the metric's
-        change when the edge is resampled, averaged over rows. ``meta["graph"]`` says which graph was scored.
+        change when the edge is resampled, averaged over rows. ``meta["graph"]`` says which graph was scored. By marks,
+        the column ``mark`` takes the place of ``position``, and each edge has a row for each mark and for ``other``.
 
     Raises:
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
-            are kept; for an unknown variant, less than one step or ``ssm="states"``; on a server whose sandbox has no
-            gradients; for a model that carries edits or hooks, or whose layers read more than the residual stream.
+            are kept; for marks that are unknown or stand at one position; for an unknown variant, less than one step or
+            ``ssm="states"``; on a server whose sandbox has no gradients; for a model that carries edits or hooks, or
+            whose layers read more than the residual stream.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -106,9 +118,10 @@ def eap(
         require_fine(model)
     require_gradients(model, "edge attribution patching")
     model.require_stream("circuits", edges=True)
-    pairs = Pairs.of(model, data, positional=positional, metric=metric)
-    graph = Graph(model.n_layers, fine, pairs.length if positional else None)
-    total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
+    by_position = positional and marks is None
+    pairs = Pairs.of(model, data, positional=by_position, marks=marks, metric=metric)
+    graph = Graph(model.n_layers, fine, pairs.length if by_position else None)
+    total = torch.zeros(len(graph.pairs), len(pairs.marks) or graph.width, dtype=torch.float64)
     row = backward_bytes(model, pairs.length - int(pairs.start[0]))
     rows = fitting_rows(model, row, MOST_ROWS) if batch_rows is None else batch_rows
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
@@ -121,11 +134,12 @@ def eap(
                 bar.update(steps)
     if not total.isfinite().all():
         raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
-    arguments = {"steps": steps, "positional": positional, "variant": variant, "fine": fine, "absolute": absolute}
-    arguments["metric"] = metric_name(pairs.metric)
+    arguments = {"steps": steps, "positional": bool(positional or pairs.marks), "variant": variant, "fine": fine}
+    arguments |= {"absolute": absolute, "metric": metric_name(pairs.metric)}
+    arguments |= {"marks": pairs.marks[:-1]} if pairs.marks else {}
     return Result.create(
         "eap",
-        score_table(graph, total),
+        score_table(graph, total, pairs.marks),
         model=model,
         arguments=arguments,
         graph=graph.stored(),
@@ -133,9 +147,15 @@ def eap(
     )
 
 
-def score_table(graph: Graph, scores: Float[Tensor, "n_pairs width"]) -> pd.DataFrame:
-    """The scores as a tidy table: src, dst, position (-1 if edges are not kept apart by position), score."""
-    return edge_table(graph.edges()).assign(score=scores.flatten().tolist())
+def score_table(graph: Graph, scores: Float[Tensor, "n_pairs width"], marks: Sequence[str] = ()) -> pd.DataFrame:
+    """The scores as a tidy table: src, dst, position (-1 if edges are not kept apart by position), score.
+
+    With ``marks``, these are what the columns of ``scores`` are of, and ``mark`` takes the place of ``position``.
+    """
+    if not marks:
+        return edge_table(graph.edges()).assign(score=scores.flatten().tolist())
+    rows = [(src, dst, mark) for src, dst in graph.pairs for mark in marks]
+    return pd.DataFrame(rows, columns=["src", "dst", "mark"]).assign(score=scores.flatten().tolist())
 
 
 def table_of(scores: Result | pd.DataFrame) -> pd.DataFrame:
@@ -161,7 +181,7 @@ def attributed_batch(
     note: Callable[[], object] | None,
 ) -> dict[str, Float[Tensor, "n_pairs width"]]:
     """A batch's share of the ``scores``, which are over ``n_rows`` rows; here or on a server that has gradients."""
-    total = torch.zeros(len(graph.pairs), graph.width, dtype=torch.float64)
+    total = torch.zeros(len(graph.pairs), len(batch.marks) or graph.width, dtype=torch.float64)
     parts = []
     for part in batch.to(model.device).batches(len(batch)):
         begins = beginning(model, part.clean, int(part.start[0]))
@@ -188,13 +208,14 @@ def attribute(
     alpha: float,
     variant: str,
 ) -> Float[Tensor, "n_pairs width"]:
-    """One step's scores, at the positions from where the runs begin: one forward, one backward.
+    """One step's scores, at the positions from where the runs begin, or at the marks: one forward, one backward.
 
     ``weights`` turn each row's metric (of NLD, its logit difference) into its share.
     """
-    live = variant == "paper"
-    visitor = Attributed(graph, alpha, corrupt, None if live else clean)
-    with torch.enable_grad(), model.trace(batch.clean[:, corrupt.begins.position :]):
+    begin, live = corrupt.begins.position, variant == "paper"
+    places = None if batch.places is None else batch.places[:, begin:]
+    visitor = Attributed(graph, alpha, corrupt, None if live else clean, places, len(batch.marks))
+    with torch.enable_grad(), model.trace(batch.clean[:, begin:]):
         scores = attributed(model, visitor, batch, weights).save()  # pyright: ignore[reportAttributeAccessIssue]
     return scores.double().cpu()
 
@@ -216,12 +237,24 @@ class Attributed(Pass):
         corrupt: the corrupt run.
         clean: the clean run, for sources that are constant (`standard`); None takes them from this run, in which every
             edge is patched with weight alpha (`paper`).
+        places: the number of each position's place, ``[B, L]``, of the positions that run; None to keep apart positions
+            if the graph does.
+        n_places: how many places there are.
     """
 
-    def __init__(self, graph: Graph, alpha: float, corrupt: Run, clean: Run | None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        alpha: float,
+        corrupt: Run,
+        clean: Run | None,
+        places: Tensor | None = None,
+        n_places: int = 0,
+    ) -> None:
         Pass.__init__(self, corrupt.begins)
         self.graph, self.alpha, self.corrupt, self.clean = graph, alpha, corrupt, clean
-        self.width = 1 if graph.length is None else corrupt.sources[0].shape[1]
+        self.places = places
+        self.width = n_places or (1 if graph.length is None else corrupt.sources[0].shape[1])
         self.scores = corrupt.sources[0].new_zeros(len(graph.pairs), self.width)
         self.differences: list[Tensor] = []
         self.base = corrupt.sources[0]
@@ -236,12 +269,12 @@ class Attributed(Pass):
 
     def into(self, layer, resid):
         value = resid.clone() if self.clean is not None else torch.lerp(resid, self.base, self.alpha)
-        start, width = self.graph.into(layer).start, self.width
+        start, width, places = self.graph.into(layer).start, self.width, self.places
         scores, differences = self.scores, self.differences
 
         def contract(gradient: Tensor) -> None:
             for source in range(layer + 1):
-                scores[start + source] += by_position(gradient * differences[source], width)
+                scores[start + source] += by_place(gradient * differences[source], width, places)
 
         value.register_hook(contract)
         return value
@@ -255,11 +288,11 @@ class Attributed(Pass):
         if not self.graph.fine or site.name != "skip":
             return
         gate: Tensor = model.layers[layer].mixer.gate
-        start, width, scores = self.graph.inside(layer).start, self.width, self.scores
+        start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
         d_gate = self.corrupt.inner[layer]["gate"] - self.here(layer, "gate", gate)
 
         def contract(gradient: Tensor) -> None:
-            score = by_position(gradient * d_gate, width)
+            score = by_place(gradient * d_gate, width, places)
             scores[start + SKIP] += score
             scores[start + SKIP_OUT] += score
 
@@ -272,13 +305,13 @@ class Attributed(Pass):
 
     def conv(self, layer: int, conv: ConvStages) -> None:
         """Score the edges into the conv's taps, and from them into the scan."""
-        start, width, scores = self.graph.inside(layer).start, self.width, self.scores
+        start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
         convolved, weight = conv.peek("conv"), conv.weight.detach()
         d_input = self.corrupt.inner[layer]["conv_input"] - self.here(layer, "conv_input", conv.x.transpose(1, 2))
 
         def contract(gradient: Tensor) -> None:
             terms = conv_terms(d_input.transpose(1, 2), weight)
-            by_slice = by_position(gradient[..., None] * terms, width, keep=-1)
+            by_slice = by_place(gradient[..., None] * terms, width, places, keep=-1)
             scores[start : start + SLICE.stop] += by_slice
             scores[start + SSM] += by_slice.sum(0)
 
@@ -286,12 +319,12 @@ class Attributed(Pass):
 
     def scan(self, layer: int, scan: ScanStages) -> None:
         """Score the edge out of the scan."""
-        start, width, scores = self.graph.inside(layer).start, self.width, self.scores
+        start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
         output = scan.peek("ssm_output")
         d_output = self.corrupt.inner[layer]["ssm_output"] - self.here(layer, "ssm_output", output)
 
         def contract(gradient: Tensor) -> None:
-            scores[start + SSM_OUT] += by_position(gradient * d_output, width)
+            scores[start + SSM_OUT] += by_place(gradient * d_output, width, places)
 
         output.register_hook(contract)
 
@@ -304,9 +337,14 @@ class Attributed(Pass):
         self.differences.append((self.corrupt.sources[source] - here).detach())
 
 
-def by_position(products: Tensor, width: int, keep: int | None = None) -> Tensor:
-    """Products [B, L, X] summed to [width]: over all, or all but L. With ``keep=-1``, [B, L, X, K] to [K, width]."""
+def by_place(products: Tensor, width: int, places: Tensor | None, keep: int | None = None) -> Tensor:
+    """Products [B, L, X] summed to [width]: over all, over all but L, or by the number of each position's place [B, L].
+
+    With ``keep=-1``, [B, L, X, K] to [K, width].
+    """
     products = products.to(torch.promote_types(products.dtype, torch.float32))
     if keep is not None:
-        return torch.stack([by_position(products[..., k], width) for k in range(products.shape[keep])])
+        return torch.stack([by_place(products[..., k], width, places) for k in range(products.shape[keep])])
+    if places is not None:
+        return products.new_zeros(width).index_add(0, places.flatten(), products.sum(2).flatten())
     return products.sum((0, 2)) if width > 1 else products.sum()[None]

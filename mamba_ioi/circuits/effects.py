@@ -76,7 +76,7 @@ def exact_effects(
 
 
 def rank_correlation(one: Result | pd.DataFrame, other: Result | pd.DataFrame) -> float:
-    """Spearman's correlation of two tables of scores, over the edges that both have.
+    """Spearman's correlation of two tables of scores, over the edges that both have; by marks, at the same marks.
 
     Raises:
         ValueError: if they share less than two edges.
@@ -117,6 +117,5 @@ def _edges(edges: Circuit | Sequence) -> list[tuple]:
 
 def _scores(scores: Result | pd.DataFrame) -> pd.DataFrame:
     table = table_of(scores)
-    if "position" not in table:
-        table = table.assign(position=-1)
-    return table.set_index(KEY)[["score"]]
+    table = table.assign(**{name: rest for name, rest in (("position", -1), ("mark", "")) if name not in table})
+    return table.set_index([*KEY, "mark"])[["score"]]

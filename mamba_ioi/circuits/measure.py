@@ -12,7 +12,7 @@ from ..checks import whole_number
 from ..memory import FLOAT, budget, fitting_rows, forward_bytes, inner_width, state_bytes, stream_bytes
 from ..metrics import accuracy, kl_divergence
 from ..remote.requests import ask
-from ..result import bootstrap_interval
+from ..result import Result, bootstrap_interval
 from ..tasks.pairs import Metric, PromptPairs
 from .circuit import Circuit
 from .forward import Run, beginning, record, require_fine
@@ -230,7 +230,8 @@ def reference_bytes(model, graph: Graph, length: int) -> int:
 def graph_for(circuit: Circuit, data: PromptPairs, model, ssm: str | None = None) -> Graph:
     """The circuit's graph, with as many positions as the prompts have, and ``ssm`` as given or else its own."""
     if not isinstance(circuit, Circuit):
-        raise ValueError(f"a circuit is a Circuit, not {type(circuit).__name__}")
+        hint = "; minimal_circuit makes one of scores" if isinstance(circuit, Result) else ""
+        raise ValueError(f"a circuit is a Circuit, not {type(circuit).__name__}{hint}")
     ssm = circuit.ssm if ssm is None else ssm
     if circuit.length is None:
         return Graph(circuit.n_layers, circuit.fine, None, ssm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import whole_number
+from ..experiments.common import check_places
 from ..interventions.batches import divergence_index
 from ..metrics import logit_diff, measure, scale
 from ..tasks import generate
@@ -17,6 +18,8 @@ from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 HELD_OUT_SEED = 28
 HELD_OUT_PAIRS = 100
+OTHER = "other"
+"""What the positions are called that are at none of the marks."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Pairs:
         order: the dataset's row that each one is, ``[B]``.
         metric: what is measured, as `PromptPairs` has it.
         data: the dataset, where the metric is a callable, which sees its rows.
+        marks: the names of the places that edges are kept apart by, where these are marks; `OTHER` is the last.
+        places: each position's number among ``marks``, ``[B, L]``; None without marks.
     """
 
     clean: Int[Tensor, "B L"]
@@ -47,17 +52,34 @@ class Pairs:
     order: Int[Tensor, "B"]
     metric: Metric = "nld"
     data: PromptPairs | None = None
+    marks: tuple[str, ...] = ()
+    places: Int[Tensor, "B L"] | None = None
 
     @classmethod
-    def of(cls, model, data: PromptPairs, *, positional: bool = False, metric: Metric | None = None) -> Pairs:
+    def of(
+        cls,
+        model,
+        data: PromptPairs,
+        *,
+        positional: bool = False,
+        marks: Sequence[str] | None = None,
+        metric: Metric | None = None,
+    ) -> Pairs:
         """The dataset's rows, on the model's device, those that begin earlier first.
 
         Padding after the longest prompt's last token is cut off.
 
+        Args:
+            model: the model that runs them.
+            data: the dataset.
+            positional: whether edges are kept apart by position, for which rows are aligned.
+            marks: the marks that edges are kept apart by instead.
+            metric: what is measured; the dataset's own if None.
+
         Raises:
             ValueError: if there are no rows, a token is outside the model's vocabulary, the metric is unknown, or a
-                callable where the model runs on a server, or edges are to be kept apart by position and the prompts are
-                not aligned.
+                callable where the model runs on a server; if edges are to be kept apart by position and the prompts are
+                not aligned, or by marks that are unknown or stand at one position.
         """
         if not isinstance(data, PromptPairs):
             raise ValueError(f"the data are PromptPairs, not {type(data).__name__}")
@@ -79,6 +101,9 @@ class Pairs:
         order = torch.argsort(start, stable=True)
         rows = data.answers, data.corrupt_answers, data.candidates, start, torch.arange(len(last))
         found = cls(clean, corrupt, last, *rows, metric, data if callable(metric) else None)
+        if marks is not None:
+            names, places = mark_places(data, marks, length)
+            found = replace(found, marks=names, places=places)
         return found[order].to(model.device)
 
     def __len__(self) -> int:
@@ -97,8 +122,8 @@ class Pairs:
         return replace(self, **{name: column[rows] for name, column in self._columns().items()})
 
     def _columns(self) -> dict[str, Tensor]:
-        names = (name for name in self.__dataclass_fields__ if name not in ("metric", "data"))
-        return {name: getattr(self, name) for name in names}
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: column for name, column in columns.items() if isinstance(column, Tensor)}
 
     def chunks(self, rows: int) -> Iterator[Pairs]:
         """The pairs in order, at most ``rows`` at a time."""
@@ -140,6 +165,35 @@ class Pairs:
             assert self.data is not None
             return scored(self.metric, logits, self.data[self.order])
         return measure(self.metric, logits, self.answers, self.corrupt_answers, self.candidates)
+
+
+def mark_places(
+    data: PromptPairs, marks: Sequence[str], length: int
+) -> tuple[tuple[str, ...], Int[Tensor, "B {length}"]]:
+    """The names of places, the marks and `OTHER`; and each position's number among them.
+
+    Raises:
+        ValueError: for a mark that is unknown, named twice or called `OTHER`, or two that stand at one position in a
+            row, where it could not be said of which of them the position's share is.
+    """
+    names = tuple(str(name) for name in check_places(data, None, marks))
+    if OTHER in names:
+        raise ValueError(f"{OTHER!r} is what positions at no mark are called; give that mark another name")
+    places = torch.full((len(data), length), len(names), device=data.last_position.device)
+    for number, name in enumerate(names):
+        positions = data.positions_of(name)
+        rows = (positions >= 0).nonzero()[:, 0]
+        taken = places[rows, positions[rows]]
+        if (taken < len(names)).any():
+            row, other = next(
+                (row, one) for row, one in zip(rows.tolist(), taken.tolist(), strict=True) if one < len(names)
+            )
+            raise ValueError(
+                f"row {row}: the marks {names[other]!r} and {name!r} both stand at position {int(positions[row])}, and "
+                f"its share of an edge's score is one mark's; leave one of them out"
+            )
+        places[rows, positions[rows]] = number
+    return (*names, OTHER), places
 
 
 def held_out(model, data: PromptPairs | None) -> PromptPairs:

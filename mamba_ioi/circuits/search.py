@@ -33,9 +33,14 @@ def scored_graph(
     Its ``ssm`` is as given; if None, as the scores' result has it, or ``conv``.
 
     Raises:
-        ValueError: if the table lacks a column, or is not the scores of every edge of one graph.
+        ValueError: if the table lacks a column, is by marks, or is not the scores of every edge of one graph.
     """
     table = table_of(scores)
+    if "mark" in table:
+        raise ValueError(
+            "these scores are kept apart by marks, and a circuit's edges are not: score edges without marks, or with "
+            "positional=True on aligned rows"
+        )
     missing = {"src", "dst", "score"} - set(table.columns)
     if missing:
         raise ValueError(f"scores are a table with src, dst, position, score; {', '.join(sorted(missing))} is missing")

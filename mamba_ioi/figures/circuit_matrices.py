@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from mamba_ioi.figures.circuit_graph import circuit_note
 from mamba_ioi.figures.circuit_layout import in_order
 from mamba_ioi.figures.heatmap import DIVERGING, Scale, draw_cells
-from mamba_ioi.figures.style import GREY, new_figure, paper_style, require, set_heading
+from mamba_ioi.figures.style import GREY, PlainFigure, literal, new_figure, paper_style, require, set_heading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,7 @@ CLAMPED_SHARE = 0.05
 """Where clamped colours stop, as a share of the largest magnitude: the paper's are chosen by hand for its one model."""
 PARTS = {"conv[0]": "0", "conv[-1]": "−1", "conv[-2]": "−2", "conv[-3]": "−3", "skip": "skip", "ssm": "ssm"}
 NONE = "#EDEDED"
+MARKS_A_ROW = 5
 PRESENCE = Normalize(0, 1.25)
 
 
@@ -32,8 +33,8 @@ PRESENCE = Normalize(0, 1.25)
 def circuit_matrices(result: Result) -> Figure:
     """Source × destination: which edges the circuit has, every edge's attribution, its effect, and both clamped.
 
-    Attribution and effect are changes of the mean NLD when an edge is resampled, estimated by gradients and measured:
-    red is needed. Edges without a number are light grey.
+    Attribution and effect are changes of the mean NLD (or of another metric) when an edge is resampled, estimated by
+    gradients and measured: red is needed. Edges without a number are light grey.
 
     Args:
         result: columns src, dst, kept, score (of EAP), and effect (the measured drop of the mean NLD; NaN where an
@@ -53,7 +54,7 @@ def circuit_matrices(result: Result) -> Figure:
     for blank in axes[1:, 0]:
         _agreement(blank, table)
     for row, (name, values) in zip(axes, panels, strict=True):
-        _whole_and_clamped(figure, row[1:], table, values, nodes, name)
+        _whole_and_clamped(figure, row[1:], table, values, nodes, name, _change(result))
     set_heading(figure, result, "The minimal circuit, attributions and effects", circuit_note(result))
     return figure
 
@@ -62,35 +63,72 @@ def circuit_matrices(result: Result) -> Figure:
 def edge_scores(result: Result) -> Figure:
     """Source × destination: every edge's score, and the same clamped. Red is needed; with positions, scores are summed.
 
+    Scores by marks have a panel for each mark, and one for the positions at none, with one colour scale.
+
     Args:
-        result: columns src, dst, score, as `circuits.eap` and `circuits.exact_effects` have them; edges inside layers
-            are left out.
+        result: columns src, dst, score, and mark if they are by marks, as `circuits.eap` and `circuits.exact_effects`
+            have them; edges inside layers are left out.
     """
     require(result, "src", "dst", "score")
     inside = result.table["src"].str.contains(".", regex=False) | result.table["dst"].str.contains(".", regex=False)
-    table = result.table[~inside].groupby(["src", "dst"], as_index=False)["score"].sum()
+    table = result.table[~inside]
     nodes = in_order(set(table["src"]) | set(table["dst"]))
     side = max(2.5, 0.115 * len(nodes) + 0.55)
-    figure = new_figure((side + 0.75) * 2, side + 1.05)
     exact = result.meta["experiment"] == "exact_effects"
-    _whole_and_clamped(
-        figure, figure.subplots(1, 2), table, table["score"], nodes, "effect" if exact else "attribution"
-    )
-    rows = result.meta.get("n_rows")
     heading = "Effects of resampling each edge" if exact else "Edge attribution patching"
+    if "mark" in table:
+        figure, heading = _by_marks(table, nodes, side, _change(result)), f"{heading}, by mark"
+    else:
+        table = table.groupby(["src", "dst"], as_index=False)["score"].sum()
+        figure = new_figure((side + 0.75) * 2, side + 1.05)
+        name = "effect" if exact else "attribution"
+        _whole_and_clamped(figure, figure.subplots(1, 2), table, table["score"], nodes, name, _change(result))
+    rows = result.meta.get("n_rows")
     set_heading(figure, result, heading, "" if rows is None else f"n = {rows}")
     return figure
 
 
+def _change(result: Result) -> str:
+    """What scores are changes of, for a colour bar."""
+    metric = result.meta.get("arguments", {}).get("metric", "nld")
+    return "change of NLD" if metric == "nld" else f"change of {literal(metric)}"
+
+
+def _by_marks(table: pd.DataFrame, nodes: list[str], side: float, change: str) -> PlainFigure:
+    """A panel a mark, in the table's order."""
+    panels = list(table.groupby("mark", sort=False))
+    across = min(len(panels), MARKS_A_ROW)
+    down = -(-len(panels) // across)
+    figure = new_figure((side + 0.1) * across + 0.9, (side + 0.35) * down + 0.5)
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    scale = Scale.symmetric(table["score"].to_numpy(), change, float("inf"))
+    for number, (axis, (mark, panel)) in enumerate(zip(axes, panels, strict=False)):
+        _matrix(axis, panel, panel["score"], nodes, scale.norm, DIVERGING, literal(mark))
+        if number % across:
+            axis.set_ylabel("")
+        if number + across < len(panels):
+            axis.set_xlabel("")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    scale.bar(figure, list(axes), fraction=0.02, pad=0.01, aspect=30)
+    return figure
+
+
 def _whole_and_clamped(
-    figure: Figure, axes: Sequence[Axes], table: pd.DataFrame, values: pd.Series, nodes: list[str], name: str
+    figure: Figure,
+    axes: Sequence[Axes],
+    table: pd.DataFrame,
+    values: pd.Series,
+    nodes: list[str],
+    name: str,
+    change: str,
 ) -> None:
     """Two panels: values with colours up to the largest, and up to a small share of it."""
     largest = float(values.abs().max()) or 1.0
     clamped = f"{name.split(':')[0]}, clamped to ±{CLAMPED_SHARE:.0%} of the largest"
     for axis, bound, title in zip(axes, (largest, CLAMPED_SHARE * largest), (name, clamped), strict=True):
-        scale = Scale.symmetric(values.to_numpy(), "change of NLD", bound)
-        plain = Scale(scale.norm, "change of NLD", scale.extend)
+        scale = Scale.symmetric(values.to_numpy(), change, bound)
+        plain = Scale(scale.norm, change, scale.extend)
         _matrix(axis, table, values, nodes, plain.norm, DIVERGING, title)
         plain.bar(figure, [axis], fraction=0.046, pad=0.02)
 
@@ -160,7 +198,7 @@ def layer_parts(result: Result) -> Figure:
             axis.set_yticks([])
         if extend:
             bar = figure.colorbar(axis.collections[0], ax=axis, extend=extend, fraction=0.06, pad=0.03)
-            bar.set_label("drop of NLD")
+            bar.set_label(_change(result).replace("change", "drop"))
             bar.outline.set_visible(False)
     threshold = result.meta.get("circuit", {}).get("threshold")
     note = circuit_note(result) + (f", threshold {threshold:g}" if threshold is not None else "")

@@ -120,10 +120,10 @@ def compare_scores(scores: Result) -> pd.DataFrame:
         10, of the best 188 with their 188, and the rank correlation with the effects that their ACDC run measured.
 
     Raises:
-        ValueError: if the scores are not of a model with 48 layers, or keep positions apart.
+        ValueError: if the scores are not of a model with 48 layers, or keep positions or marks apart.
     """
     table = scores.table
-    if scores.meta.get("n_layers") != N_LAYERS or (table.position >= 0).any():
+    if scores.meta.get("n_layers") != N_LAYERS or "mark" in table or (table.position >= 0).any():
         raise ValueError("the authors' scores are those of mamba-370m: 48 layers, without positions")
     coarse = table[~table.src.str.contains(".", regex=False) & ~table.dst.str.contains(".", regex=False)]
     mine = Result(coarse, scores.meta)
