@@ -16,6 +16,7 @@ _FIGURES, _REPORT = "mamba_ioi.figures", "mamba_ioi.report"
 _EFFECT = "1: the answer follows the corrupt prompt all the way; 0: not at all"
 _EFFECTS = ("corruption", "layer", "position", "label", "effect", "low", "high", "n")
 _SCORES = ("accuracy", "accuracy_low", "accuracy_high", "probability", "low", "high", "n")
+_MARKS = [*(mark for slot in range(1, 6) for mark in (f"n{slot}", f"n{slot}+1")), "last-1", "last"]
 _OF_EACH = "10 of each corruption"
 _HELD_OUT = 100
 """How many pairs the authors judge a circuit on, beside those that it was found on (App. D)."""
@@ -125,6 +126,22 @@ ROWS = (
         drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
         paper=_OF_EACH,
         decides={"bottleneck": f"{_REPORT}.layers:resampled"},
+    ),
+    Row(
+        figure="fig4_marks",
+        experiment="resample_ablation_marks",
+        label="Figure 4 (marks)",
+        shows="which layer inputs matter, by name, over all four templates",
+        reading="As Figure 4, but columns are marks, each row's own: the five names, the token after each (n1+1), and "
+        f"the last two tokens; so templates whose names stand elsewhere go into one map ({_EFFECT}).",
+        columns=("corruption", "layer", "mark", "effect", "low", "high", "n"),
+        function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
+        drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
+        paper="none: left to future work",
+        templates="all",
+        needs_names=True,
+        arguments={"marks": _MARKS},
+        decides={"bottleneck": f"{_REPORT}.layers:resampled_by_mark"},
     ),
     Row(
         figure="fig5",

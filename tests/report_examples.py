@@ -33,7 +33,7 @@ def result(figure: str, rows: pd.DataFrame | list[dict], model: str = TINY, **me
     asked |= {"pairs": row.pairs} if row.pairs else {}
     asked |= {"seed": 27} if row.draws else {}
     asked |= {"layer": None} if row.takes_layer else {}
-    experiment = row.experiment.removesuffix("_h").removesuffix("_out_proj")
+    experiment = row.experiment.removesuffix("_h").removesuffix("_out_proj").removesuffix("_marks")
     made = Result.create(
         experiment,
         pd.DataFrame(rows),
@@ -62,6 +62,18 @@ def fig4(peaks: Mapping[int, float], model: str = TINY) -> Result:
     return result(
         "fig4", cells(lambda layer, after, _: peaks[layer] if after == 0 else 0.0, {"layer": list(peaks)}), model
     )
+
+
+def fig4_marks(peaks: Mapping[int, float], model: str = TINY) -> Result:
+    """Each layer's peak is at the name that the corruption changes."""
+    names = dict(zip(CORRUPTIONS, ("n1", "n2", "n3", "n5", "n4"), strict=True))
+    marks = CATALOGUE["fig4_marks"].arguments["marks"]
+    rows = [
+        {"corruption": corruption, "layer": layer, "mark": mark, "effect": peak if mark == name else 0.0}
+        for (corruption, name), (layer, peak), mark in itertools.product(names.items(), peaks.items(), marks)
+    ]
+    rows = [row | {"low": row["effect"] - 0.01, "high": row["effect"] + 0.02, "n": 30} for row in rows]
+    return result("fig4_marks", rows, model, arguments={"marks": marks})
 
 
 def scores(value: float, accuracy: float | None = None, spread: float = 0.03) -> dict:
@@ -197,6 +209,7 @@ def as_the_paper_says(model: str = TINY) -> dict[str, Result]:
         "fig2": result("fig2", ModelSizes.of(sizes).table(), model),
         "fig3": result("fig3", residual_edges(4), model),
         "fig4": fig4({0: 0.9, layer: 0.8, **dict.fromkeys(others, 0.1)}, model),
+        "fig4_marks": fig4_marks({0: 0.9, layer: 0.8, **dict.fromkeys(others, 0.1)}, model),
         "fig5": fig5({-1: 0.96, 0: 0.1, layer: 0.5, **dict.fromkeys(others, 0.9)}, model),
         "fig5_greedy": greedy([0.96] * (layers // 2 + 1) + [0.5] * (layers - layers // 2), layers // 2, model),
         "fig6": fig6([[layer]] * 15 + [[layer, 2]] * 5, model=model),

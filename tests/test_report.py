@@ -79,6 +79,8 @@ def test_results_as_in_the_paper_bear_every_claim_out(model: str) -> None:
         ("bottleneck", made.fig4({0: 0.9, 1: 0.3, 2: 0.1}), False, "No layer stands out"),
         ("bottleneck", made.fig4({0: 0.9}), None, "no layer besides layer 0"),
         ("bottleneck", made.fig4({0: 0.2, 1: 0.8}), True, "Layer 1 stands out"),
+        ("bottleneck", made.fig4_marks({0: 0.9, 1: 0.8, 2: 0.1}), True, "Layer 1 stands out"),
+        ("bottleneck", made.fig4_marks({0: 0.9, 1: 0.8, 2: 0.5}), False, "No layer stands out; layer 1 comes first"),
         ("bottleneck", made.fig5({-1: 0.9, 0: 0.1, 1: 0.5, 2: 0.8}), True, "can spare layer 1 least"),
         ("bottleneck", made.fig5({-1: 0.9, 0: 0.1, 1: 0.5, 2: 0.52}), False, "does not set layer 1 apart"),
         ("bottleneck", made.fig5({-1: 0.9, 0: 0.1, 1: 0.88, 2: 0.9}), False, "does not set layer 1 apart"),
@@ -453,7 +455,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         left = [figure for figure in CATALOGUE if figure not in ("fig4", "fig5")]
         assert f"mamba-ioi reproduce --only {','.join(left)}" in text
         assert all(f"{CATALOGUE[figure].label} ({figure})" in text for figure in left)
-        assert "for it: Figure 4, Figure 5; not there: Figure 6" in text and "Figure 10, Appendix D.2" in text
+        assert "for it: Figure 4, Figure 5; not there: Figure 4 (marks), Figure 6" in text
+        assert "Figure 10, Appendix D.2" in text
     with pytest.raises(ValueError, match="holds no results of mamba-ioi reproduce"):
         write_report(tmp_path / "results")
 

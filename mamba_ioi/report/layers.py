@@ -53,12 +53,21 @@ def task(results: Results, paper: dict[str, Any] | None) -> Finding:
 
 def resampled(results: Results, paper: dict[str, Any] | None) -> Finding:
     """Figure 4: how far each layer's input moves the answer."""
-    result = results["fig4"]
+    return _resampled("fig4", results, paper)
+
+
+def resampled_by_mark(results: Results, paper: dict[str, Any] | None) -> Finding:
+    """Figure 4 by marks, over all templates: likewise; the paper has no numbers of it."""
+    return _resampled("fig4_marks", results, None)
+
+
+def _resampled(figure: str, results: Results, paper: dict[str, Any] | None) -> Finding:
+    result = results[figure]
     peaks = peaks_by(result.table, "layer")
     means = peaks.groupby("layer")["effect"].mean()
     others = means.drop(0, errors="ignore").sort_values(ascending=False, kind="stable")
     if others.empty:
-        return Finding("fig4", None, "The model has no layer besides layer 0, which is set aside.")
+        return Finding(figure, None, "The model has no layer besides layer 0, which is set aside.")
     layer, corruptions = int(others.index[0]), peaks["corruption"].unique()
     contest = peaks[peaks["layer"] != 0]
     leaders = contest.loc[contest.groupby("corruption")["effect"].idxmax(), "layer"]
@@ -82,12 +91,18 @@ def resampled(results: Results, paper: dict[str, Any] | None) -> Finding:
     numbers = (
         Number("the layer", layer, paper=(paper or {}).get("bottleneck")),
         *(
-            Number(f"layer {layer}, {row.corruption}, at {row.label}", row.effect, row.low, row.high, int(row.n))
+            Number(
+                f"layer {layer}, {row.corruption}, at {getattr(row, 'label', None) or row.mark}",
+                row.effect,
+                row.low,
+                row.high,
+                int(row.n),
+            )
             for row in own.itertuples()
         ),
     )
     more = tuple(Number(f"layer {index}, mean peak", value) for index, value in means.items())
-    return Finding("fig4", holds, sentence, rule, numbers, more)
+    return Finding(figure, holds, sentence, rule, numbers, more)
 
 
 def removed(results: Results, paper: dict[str, Any] | None) -> Finding:
