@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .interventions.generation import generate
     from .interventions.patch import Patch
     from .interventions.run import cache, run
+    from .interventions.token_to_token import hidden_attention, token_contributions
     from .models.model import MambaModel, load_model, planted
     from .result import Result
     from .tasks import PromptPairs
@@ -28,12 +29,14 @@ __all__ = [
     "circuits",
     "experiments",
     "generate",
+    "hidden_attention",
     "load_model",
     "metrics",
     "planted",
     "reference",
     "run",
     "tasks",
+    "token_contributions",
 ]
 
 _HOMES = {
@@ -45,9 +48,11 @@ _HOMES = {
     "bottleneck": "experiments",
     "cache": "interventions.run",
     "generate": "interventions.generation",
+    "hidden_attention": "interventions.token_to_token",
     "load_model": "models.model",
     "planted": "models.model",
     "run": "interventions.run",
+    "token_contributions": "interventions.token_to_token",
 }
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from .mixing import Units
 from .s6_scan import (
     compute_dtype,
     discretize_A,
@@ -54,10 +55,21 @@ class S6Stages(ScanStages):
         """What the states follow from, but for A: ``ssm_input`` and ``delta`` ``[B, L, E]``, ``B`` ``[B, L, N]``."""
         return {"ssm_input": self.x, "delta": self.peek("delta"), "B": self.B.clone()}
 
-    def next_state(self, h: Tensor, inflow: dict[str, Tensor], t: int) -> Float[Tensor, "B E N"]:
-        """The state after position ``t`` of a run with that `inflow`, from the state before it."""
-        delta, B = inflow["delta"][:, t], inflow["B"][:, t]
-        return discretize_A(delta, self.A.to(h)) * h + discretize_B(delta, B) * inflow["ssm_input"][:, t, :, None]
+    @staticmethod
+    def decay(delta: Float[Tensor, "B E"], A: Float[Tensor, "E N"]) -> Float[Tensor, "B E N"]:
+        """``A_bar`` at one position."""
+        return discretize_A(delta, A)
+
+    @staticmethod
+    def written(
+        x: Float[Tensor, "B E"], delta: Float[Tensor, "B E"], B: Float[Tensor, "B N"]
+    ) -> Float[Tensor, "B E N"]:
+        """``write`` at one position."""
+        return discretize_B(delta, B) * x[..., None]
+
+    def by_unit(self) -> Units:
+        """The scan by channels."""
+        return Units(self.peek("delta"), self.peek("A"), self.B[:, :, None], self.C[:, :, None], self.x[..., None])
 
     def read(self, h: Float[Tensor, "*runs B E N"], t: int) -> Float[Tensor, "*runs B E"]:
         """``y`` at a position of this run, were its states those."""

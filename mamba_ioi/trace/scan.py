@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .mixing import Units
 from .s6_scan import PatchFn
 from .stages import Handed, Stages, cast
 from .state import LayerState
@@ -57,6 +58,21 @@ class ScanStages(Stages):
 
     def next_state(self, h: Tensor, inflow: dict[str, Tensor], t: int) -> Tensor:
         """The state after position ``t`` of a run with that `inflow`, from the state before it."""
+        delta, B, x = (inflow[name][:, t] for name in ("delta", "B", "ssm_input"))
+        return self.decay(delta, self.A.to(h)) * h + self.written(x, delta, B)
+
+    @staticmethod
+    def decay(delta: Tensor, A: Tensor) -> Tensor:
+        """``A_bar`` at one position, as it multiplies a state."""
+        raise NotImplementedError
+
+    @staticmethod
+    def written(x: Tensor, delta: Tensor, B: Tensor) -> Tensor:
+        """``write`` at one position, from what `inflow` has there."""
+        raise NotImplementedError
+
+    def by_unit(self) -> Units:
+        """The scan by its units: channels, or heads."""
         raise NotImplementedError
 
     def read(self, h: Tensor, t: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from .mixing import Units
 from .s6_scan import compute_dtype
 from .scan import ScanStages
 from .ssd_scan import held_ssd, ssd_outputs, ssd_read_out, ssd_scan, ssd_states
@@ -59,11 +60,24 @@ class SSDStages(ScanStages):
         """What the states follow from, but for A: ``ssm_input`` [B,L,E], ``delta`` [B,L,H], ``B`` [B,L,G,N]."""
         return {"ssm_input": self.x, "delta": self.peek("delta"), "B": self.B.clone()}
 
-    def next_state(self, h: Tensor, inflow: dict[str, Tensor], t: int) -> Float[Tensor, "B H P N"]:
-        """The state after position ``t`` of a run with that `inflow`, from the state before it."""
-        delta, B = inflow["delta"][:, t], by_head(inflow["B"][:, t], self.heads[0])
-        x = inflow["ssm_input"][:, t].unflatten(-1, self.heads) * delta[..., None]
-        return torch.exp(delta * self.A.to(h))[..., None, None] * h + x[..., None] * B[:, :, None, :]
+    @staticmethod
+    def decay(delta: Float[Tensor, "B H"], A: Float[Tensor, "H"]) -> Float[Tensor, "B H 1 1"]:
+        """``A_bar`` at one position."""
+        return torch.exp(delta * A)[..., None, None]
+
+    @staticmethod
+    def written(
+        x: Float[Tensor, "B E"], delta: Float[Tensor, "B H"], B: Float[Tensor, "B G N"]
+    ) -> Float[Tensor, "B H P N"]:
+        """``write`` at one position."""
+        heads = delta.shape[-1]
+        flow = x.unflatten(-1, (heads, -1)) * delta[..., None]
+        return flow[..., None] * by_head(B, heads)[:, :, None, :]
+
+    def by_unit(self) -> Units:
+        """The scan by heads."""
+        B, C = (by_head(tensor, self.heads[0]) for tensor in (self.B, self.C))
+        return Units(self.peek("delta"), self.peek("A")[:, None], B, C, self._by_head(self.x))
 
     def read(self, h: Float[Tensor, "*runs B H P N"], t: int) -> Float[Tensor, "*runs B E"]:
         """``y`` at a position of this run, were its states those."""
