@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import circuits, experiments, metrics, reference, tasks
     from .experiments import bottleneck
+    from .interventions.cut import Cut
     from .interventions.generation import generate
     from .interventions.patch import Patch
     from .interventions.run import cache, run
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "Cut",
     "IOIDataset",
     "MambaModel",
     "Patch",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Cut": "interventions.cut",
     "IOIDataset": "tasks.ioi",
     "MambaModel": "models.model",
     "Patch": "interventions.patch",

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-from mamba_ioi import cache, hidden_attention, token_contributions
+from mamba_ioi import Cut, Patch, cache, generate, hidden_attention, run, token_contributions
+from mamba_ioi.interventions.readout import Readout
+from mamba_ioi.interventions.sweep import Resample, sweep
 from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.trace import mixing
 
@@ -46,6 +48,11 @@ def model(request) -> MambaModel:
 def exact(model):
     """The same weights in float64, for forwards by hand."""
     return copy.deepcopy(model._module).double()
+
+
+@pytest.fixture(scope="module")
+def source() -> Tensor:
+    return torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +200,202 @@ class TestContributions:
         found = token_contributions(model, ids, LAYER)
         assert found.isfinite().all()
         torch.testing.assert_close(found.sum(2), cache(model, ids, [("out_proj", LAYER)])["out_proj", LAYER], **ROUNDED)
+
+
+def cut_edits(layer: int, pairs: Tensor, new: Tensor | None = None, taps: Tensor | None = None) -> dict:
+    """Edits of `forward_by_hand` that cut pairs ``[B, t, s]`` in a layer, one contribution at a time.
+
+    Args:
+        layer: the layer.
+        pairs: which targets and sources.
+        new: the writes that take the place of those cut; none if None.
+        taps: the conv's terms that take their place; None leaves them as they are.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(name):
+        def keep(value):
+            seen[name] = value
+            return value
+
+        return keep
+
+    def y(value):
+        A_bar, write, C, value = seen["A_bar"], seen["write"], seen["C"], value.clone()
+        length, heads = value.shape[1], write.shape[2]
+        if write.dim() == 5:
+            A_bar, C = A_bar[..., None, None], C[:, :, torch.arange(heads) // (heads // C.shape[2])][:, :, :, None]
+        else:
+            C = C[:, :, None]
+        for t in range(length):
+            for s in range(t + 1):
+                carried = (0 if new is None else new[:, s]) - write[:, s]
+                for r in range(s + 1, t + 1):
+                    carried = A_bar[:, r] * carried
+                value[:, t] += pairs[:, t, s, None] * (C[:, t] * carried).sum(-1).flatten(1)
+        return value
+
+    def conv_slice(value):
+        value = value.clone()
+        for t in range(value.shape[1]):
+            for back in range(min(4, t + 1)):
+                at = pairs[:, t, t - back, None]
+                value[:, t, :, -1 - back] = torch.where(at, taps[:, t, :, -1 - back], value[:, t, :, -1 - back])
+        return value
+
+    edits = {(name, layer): see(name) for name in ("A_bar", "write", "C")} | {("y", layer): y}
+    return edits | ({} if taps is None else {("conv_slice", layer): conv_slice})
+
+
+def pair_mask(sources, targets, rows: int = 3, length: int = 9) -> Tensor:
+    """Which pairs [B, t, s] a cut names; positions common to all rows, or each row's own."""
+    mask = torch.zeros(rows, length, length, dtype=torch.bool)
+    for row in range(rows):
+        for s in sources[row] if isinstance(sources, Tensor) else sources:
+            for t in targets[row] if isinstance(targets, Tensor) else targets:
+                if int(s) != -1 and int(t) != -1:
+                    mask[row, int(t), int(s)] = True
+    return mask
+
+
+OWN = torch.tensor([[0, 2], [3, -1], [1, 5]]), torch.tensor([[8], [6], [4]])
+PLACES = {"one": ([2], [7]), "lists": ([1, 3, 6], [3, 5, 8]), "all": (range(9), range(9)), "own": OWN}
+
+
+def logits_by_hand(exact, ids, edits) -> Tensor:
+    with torch.no_grad():
+        return forward_by_hand(exact, ids, edits)["hook_logits"].float()
+
+
+class TestCut:
+    @pytest.mark.parametrize("kind", PLACES)
+    @pytest.mark.parametrize("resample", [False, True])
+    @pytest.mark.parametrize("conv", [False, True])
+    def test_by_hand(self, model, exact, ids, source, kind, resample, conv):
+        sources, targets = PLACES[kind]
+        there = by_hand(exact, source)
+        taps = None if not conv else there["conv_slice"] * resample
+        edits = cut_edits(LAYER, pair_mask(sources, targets), there["write"] if resample else None, taps)
+        cut = Cut(LAYER, sources, targets, resample=resample, conv=conv)
+        found = run(model, ids, [cut], positions="all", source=source if resample else None)
+        torch.testing.assert_close(found, logits_by_hand(exact, ids, edits), **ROUNDED)
+        plain = run(model, ids, positions="all")
+        assert (found[:, 8] - plain[:, 8]).abs().max() > 1e-4
+
+    @pytest.mark.parametrize("resample", [False, True])
+    def test_several_layers_beside_patches(self, model, exact, ids, source, resample):
+        """A cut in two layers, with values patched at sites before and after the scan's output, and states held."""
+        new = by_hand(exact, source)["write"] if resample else None
+        mask = pair_mask([1, 3], [6, 8])
+        edits = cut_edits(1, mask, new) | cut_edits(2, mask, by_hand(exact, source, 2)["write"] if resample else None)
+        C = edits["C", 1]
+
+        def doubled(value):
+            value = value.clone()
+            value[:, 7] = 0.2
+            return C(value)
+
+        def input_there(value):
+            value = value.clone()
+            value[:, 3] = 0.5
+            return value
+
+        edits |= {("C", 1): doubled, ("ssm_input", 1): input_there}
+        patches = [Patch("C", 1, 0.2, [7]), Patch("ssm_input", 1, 0.5, [3])]
+        changes = [*patches, Cut([1, 2], [1, 3], [6, -1], resample=resample)]
+        expected = logits_by_hand(exact, ids, edits)
+        found = run(model, ids, changes, positions="all", source=source if resample else None)
+        torch.testing.assert_close(found, expected, **ROUNDED)
+
+    def test_a_held_state_forgets(self, model, ids):
+        """What sources before a replaced state gave has no way past it; what came after has."""
+        held = Patch("h", LAYER, 0.3, [4])
+        plain = run(model, ids, [held])
+        torch.testing.assert_close(run(model, ids, [held, Cut(LAYER, [0, 2, 4], -1)]), plain, rtol=0, atol=1e-6)
+        assert (run(model, ids, [held, Cut(LAYER, 5, -1)]) - plain).abs().max() > 1e-4
+        assert (run(model, ids, [Cut(LAYER, [0, 2, 4], -1)]) - run(model, ids)).abs().max() > 1e-4
+
+    def test_everything_cut_leaves_nothing(self, model, ids):
+        y = cache(model, ids, [("y", LAYER)], patches=[Cut(LAYER, range(9), [4, 7])])["y", LAYER]
+        plain = cache(model, ids, [("y", LAYER)])["y", LAYER]
+        torch.testing.assert_close(y[:, [4, 7]], torch.zeros_like(y[:, [4, 7]]), rtol=0, atol=1e-6)
+        others = [0, 1, 2, 3, 5, 6, 8]
+        assert torch.equal(y[:, others], plain[:, others])
+
+    def test_states_stay(self, model, ids):
+        at = [("h", LAYER)]
+        cut = cache(model, ids, at, patches=[Cut(LAYER, [1, 2], [5])])
+        assert torch.equal(cut["h", LAYER], cache(model, ids, at)["h", LAYER])
+
+    def test_own_writes_change_nothing(self, model, ids):
+        cut = Cut([0, 1, 2], range(9), range(9), resample=True, conv=True)
+        torch.testing.assert_close(run(model, ids, [cut], source=ids), run(model, ids), rtol=0, atol=1e-5)
+
+    def test_memory_changes_nothing(self, ids, source):
+        model = copy.deepcopy(MODELS["mamba2"])
+        cut = Cut(LAYER, *OWN, resample=True)
+        whole = run(model, ids, [cut], source=source)
+        model.memory = 1
+        torch.testing.assert_close(run(model, ids, [cut], source=source), whole, rtol=0, atol=1e-6)
+
+    def test_sweeps(self, model, ids, source):
+        """As a run of each, wherever the sources are before the position that a patched run starts at."""
+        source = torch.cat([ids[:, :2], source[:, 2:]], 1)
+        last, every = torch.tensor([8, 7, 8]), torch.arange(61).expand(3, -1)
+        answers = torch.arange(3)
+        readout = Readout(every, last, answers, answers + 3, every)
+        kinds = ({}, {"resample": True}, {"conv": True}, {"resample": True, "conv": True})
+        cuts = [[Cut(1, [1, 3], [6, 7, 8], **kind)] for kind in kinds]
+        cuts += [[Cut([0, 2], *OWN, **kind)] for kind in kinds]
+        cuts += [[Cut([0, 1], 2, -1), Patch("h", 1, 0.3, [4]), Patch("C", 1, 0.2, [7])]]
+        cuts += [[Cut([0, 1], 2, -1), Patch("h", 2, 0.3, [4])], [], [Cut(1, [1, 8], 8), Cut(1, 1, 7)]]
+        found = sweep(model, ids, cuts, readout, source=source)
+        for changes, logits in zip(cuts, found, strict=True):
+            expected = run(model, ids, changes, positions=last, source=source)
+            torch.testing.assert_close(logits, expected, **ROUNDED)
+        both = sweep(model, ids, [[Resample("ssm_input", 0, [3]), Cut(1, 3, 8, resample=True)]], readout, source=source)
+        there = cache(model, source, [("ssm_input", 0)])["ssm_input", 0]
+        changes = [Patch("ssm_input", 0, there[:, [3]], [3]), Cut(1, 3, 8, resample=True)]
+        torch.testing.assert_close(both[0], run(model, ids, changes, positions=last, source=source), **ROUNDED)
+
+    def test_a_sweep_starts_at_the_first_target(self, ids, monkeypatch):
+        from mamba_ioi.interventions import sweep as module
+
+        begun, run_batch = [], module.run_batch
+        monkeypatch.setattr(
+            module, "run_batch", lambda model, batch: begun.append(batch.start) or run_batch(model, batch)
+        )
+        last, every = torch.full((3,), 8), torch.arange(61).expand(3, -1)
+        readout = Readout(every, last, torch.arange(3), torch.arange(3) + 3, every)
+        sweep(MODELS["mamba"], ids, [[Cut(1, [3, 5], [2, 6, 8])]], readout)
+        assert begun == [6]
+
+    def test_generate(self, model, ids):
+        """What is cut from the prompt's targets lasts through what follows from them."""
+        patches = [Cut([0, 1], [1, 2, 4], [5, 7, 8])]
+        found = generate(model, ids, 3, patches=patches)
+        text = ids
+        for _ in range(3):
+            text = torch.cat([text, run(model, text, patches).argmax(-1, keepdim=True)], 1)
+        assert torch.equal(found, text)
+
+    def test_refused(self, model, ids, source):
+        for cut, sentence in (
+            (Cut(1, [5, 6], [2, 4]), r"no target at or after any source: sources \[5, 6\], targets \[2, 4\]"),
+            (Cut(1, torch.tensor([[5], [-1], [8]]), 4), "no target at or after any source, in any row"),
+            (Cut(3, 1, 2), "needs a layer from 0 to 2, not 3"),
+            (Cut([], 1, 2), "at least one layer, each once"),
+            (Cut([1, 1], 1, 2), "at least one layer, each once"),
+            (Cut(1, 9, 2), r"sources \[9\] of a prompt with 9 positions"),
+            (Cut(1, 1, [2, -7]), "targets .* name one position twice"),
+            (Cut(1, 1, 2, resample=True), "needs source tokens"),
+            (Cut(1, 1, 2, conv=1), "conv of a cut is True or False"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                run(model, ids, [cut])
+        with pytest.raises(ValueError, match="take source 2 from target 6"):
+            run(model, ids, [Cut(1, [2, 3], [6]), Cut(1, [1, 2], [5, 6])])
+        with pytest.raises(ValueError, match="source tokens have the shape of tokens"):
+            run(model, ids, [Cut(1, 1, 2, resample=True)], source=source[:, :4])
+        with pytest.raises(ValueError, match="needs source tokens"):
+            generate(model, ids, 1, patches=[Cut(1, 1, 2, resample=True)])

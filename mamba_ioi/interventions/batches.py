@@ -5,7 +5,7 @@ What runs inside a trace here uses torch alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,9 @@ class Item:
             tap = -1 if change.tap is None else change.tap
             own = isinstance(change.positions, Tensor)  # told apart first: lists of lists and of numbers do not compare
             positions = change.positions.tolist() if isinstance(change.positions, Tensor) else change.positions or []
-            found[change.layer or 0].append((change.site.name, own, positions, tap, id(change.value)))
+            cut = change.sources.tolist() if isinstance(change.sources, Tensor) else change.sources or []
+            value = "cut" if cut and change.value is not None else str(id(change.value))  # a cut leaves nothing
+            found[change.layer or 0].append((change.site.name, own, positions, tap, value, cut))
         return found
 
 
@@ -122,6 +124,8 @@ class Batch:
         states: what the base run left behind in each layer before ``start``; None at the first position.
         values: the source run's values by (layer, site, position), ``[prompts, ...]``.
         last: the position to read in each row, counted from ``start``.
+        carried: of each entry's cuts, by their place among its item's changes, what the sources before ``start`` give
+            to the state there.
     """
 
     start: int
@@ -131,6 +135,7 @@ class Batch:
     states: list[LayerState] | None
     values: SourceValues
     last: Tensor
+    carried: Sequence[Mapping[int, Tensor]] = ()
 
 
 class Joining(Patched):
@@ -138,9 +143,9 @@ class Joining(Patched):
 
     def __init__(self, batch: Batch) -> None:
         placed = (
-            Placed(change, entry.rows, entry.item.rows)
-            for entry in batch.entries
-            for change in entry.item.changes
+            Placed(change, entry.rows, entry.item.rows, carried.get(index))
+            for entry, carried in zip(batch.entries, batch.carried, strict=True)
+            for index, change in enumerate(entry.item.changes)
             if (change.layer or 0) >= entry.layer  # the rows come from others that have those below already
         )
         Patched.__init__(self, by_layer(placed), {}, states=batch.states, start=batch.start, source=batch.values)

@@ -18,6 +18,7 @@ from ..remote.requests import ask
 from ..trace.change import Prefix
 from ..trace.state import LayerState
 from ..trace.walk import walk
+from .cut import Cut
 from .patch import Patch, resolve
 from .plan import Plan, unembed
 from .run import Tokens, row_parts, run
@@ -31,7 +32,7 @@ def generate(
     tokens: Tokens,
     max_new_tokens: int,
     *,
-    patches: Sequence[Patch] = (),
+    patches: Sequence[Patch | Cut] = (),
     new_patches: Sequence[Patch] = (),
 ) -> Int[Tensor, "B M"]:
     """The prompts and the tokens that follow, each the most likely one; an end-of-text token does not end them.
@@ -45,7 +46,7 @@ def generate(
         model: a Mamba from `load_model`.
         tokens: token ids ``[B, L]``, a text, or texts of one length in tokens.
         max_new_tokens: how many tokens to add (T).
-        patches: what to change while the prompt is read.
+        patches: what to change while the prompt is read; a `Cut` acts on its targets there.
         new_patches: what to change while the new tokens are read, one at a time. The last of them is not read, so the
             positions are L to L + T - 2, counted from 0 as in the whole text; None is all of them, and ``h_start`` is
             the state before the token. A callable sees the site at one position, ``[B, 1, ...]``.

@@ -6,7 +6,7 @@ What runs inside a trace here uses torch alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..trace.anatomy import output_logits
-from ..trace.change import Change, Patched, Placed
+from ..trace.change import Change, Patched, Placed, SourceValues
 from ..trace.location import StageSite
 from ..trace.sites import SITES, owner
 from ..trace.state import LayerState
 from ..trace.touched import hooks, refuse_hooked_output
 from ..trace.walk import leave_out, logits_at, walk
-from .patch import Patch, SiteRef, check_patch
+from .cut import Cut, check_cut, refuse_twice
+from .patch import Patch, SiteRef, check_patch, resolve
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
@@ -36,6 +37,7 @@ class Plan:
         last: the last layer that has to run; the model's output is needed where it equals the number of layers.
         keep: the positions of each row to keep of what is read, ``[B, k]``; None for all of them.
         whole: whether the prompts run as they are to the end, since the model carries edits or hooks.
+        source: the source run's values of these rows that changes take.
     """
 
     changes: list[Change]
@@ -43,6 +45,7 @@ class Plan:
     last: int
     keep: Tensor | None = None
     whole: bool = False
+    source: SourceValues = field(default_factory=dict)
 
     @property
     def calls(self) -> bool:
@@ -59,21 +62,29 @@ class Plan:
         reads: dict[int | None, dict[str, list]] = {}
         for ref in self.reads:
             reads.setdefault(ref.layer, {}).setdefault(ref.site.name, []).append((ref.key, ref.position))
-        return kind(by_layer(map(Placed, self.changes)), reads, self.keep, states)
+        return kind(by_layer(map(Placed, self.changes)), reads, self.keep, states, source=self.source)
 
     @classmethod
     def make(
         cls,
         model: MambaModel,
         ids: Tensor,
-        patches: Sequence[Patch],
+        patches: Sequence[Patch | Cut],
         refs: Sequence[SiteRef],
         keep: Tensor | None = None,
+        *,
+        resampled: bool = False,
     ) -> Plan:
-        """Check the patches against the model and the prompt."""
-        if isinstance(patches, Patch) or not all(isinstance(patch, Patch) for patch in patches):
+        """Check the patches against the model and the prompt; ``resampled``: there are source prompts for cuts."""
+        if isinstance(patches, Patch | Cut) or not all(isinstance(patch, Patch | Cut) for patch in patches):
             raise ValueError(f"patches are a list whose entries are Patch, not this {type(patches).__name__}")
-        changes = [check_patch(model, ids, patch) for patch in patches]
+        changes: list[Change] = []
+        for patch in patches:
+            if isinstance(patch, Cut):
+                changes += check_cut(model, ids, patch, resampled=resampled)
+            else:
+                changes.append(check_patch(model, ids, patch))
+        refuse_twice(changes)
         outside = any(ref.site.name in ("norm", "logits") for ref in refs)
         whole = bool(model._edits) or any(hooks(model))
         to_the_end = outside or whole or not refs or not model.all_scans
@@ -115,6 +126,16 @@ def read_sites(model, ids: Int[Tensor, "B L"], plan: Plan) -> dict[str, Tensor]:
     with torch.no_grad(), model.trace(ids):
         found = forward(model, plan, None)[0].save()
     return found
+
+
+def source_values(model, source: Int[Tensor, "B L"], keys: Iterable[tuple[int, str, int]]) -> SourceValues:
+    """The source run's values by (layer, site, position)."""
+    aliases = {key: f"blocks.{key[0]}.hook_{key[1]}.{key[2]}" for key in sorted(keys)}
+    if not aliases:
+        return {}
+    plan = Plan.make(model, source, (), [resolve(model, alias) for alias in aliases.values()])
+    found = read_sites(model, source, plan)
+    return {key: found[alias] for key, alias in aliases.items()}
 
 
 def read_logits(model, ids: Int[Tensor, "B L"], plan: Plan, read: Int[Tensor, "B"] | None) -> Tensor:

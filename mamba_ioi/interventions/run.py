@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float, Int
@@ -11,8 +12,9 @@ from torch import Tensor
 from ..checks import whole_number
 from ..memory import fitting_rows, forward_bytes, site_bytes
 from ..trace.sites import SITES
+from .cut import Cut
 from .patch import Patch, SiteRef, resolve
-from .plan import Plan, read_logits, read_sites
+from .plan import Plan, read_logits, read_sites, source_values
 from .positions import kept_positions, read_positions, refuse_ends, refuse_padding
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def cache(
     tokens: Tokens,
     sites: Iterable[str | tuple[str, int]],
     *,
-    patches: Sequence[Patch] = (),
+    patches: Sequence[Patch | Cut] = (),
     positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None,
     batch_rows: int | None = None,
 ) -> ActivationCache:
@@ -86,7 +88,7 @@ def cache(
     refuse_ends(last, [positions])
     refuse_padding(last, named if keep is None else keep)
     plan = Plan.make(model, ids, patches, refs, keep)
-    refuse_ends(last, [patch.positions for patch in patches])
+    refuse_ends(last, named_positions(patches))
     shared = {ref.key for ref in refs if "B" not in ref.site.shape}
     found: dict[str, Tensor] = {}
     for part in row_parts(model, ids, plan, batch_rows, logits=plan.last == model.n_layers):
@@ -98,9 +100,10 @@ def cache(
 def run(
     model: MambaModel,
     tokens: Tokens,
-    patches: Sequence[Patch] = (),
+    patches: Sequence[Patch | Cut] = (),
     *,
     positions: Int[Tensor, "B"] | Literal["all"] | None = None,
+    source: Tokens | None = None,
 ) -> Float[Tensor, "B V"] | Float[Tensor, "B L V"]:
     """The logits of one patched run; as many rows run at once as ``model.memory`` allows, and no result depends on it.
 
@@ -110,6 +113,7 @@ def run(
         patches: what to change, in any order; at one site they apply in the order given.
         positions: where to read: None for the last column (of texts: each text's own last token), a LongTensor
             ``[B]`` for one position a row, ``"all"`` for logits ``[B, L, V]``.
+        source: the prompts that a `Cut` with ``resample=True`` takes the writes of, row for row and of one shape.
 
     Raises:
         ValueError: for a patch at an unknown site, layer or position, or with a value that does not fit; for a position
@@ -119,14 +123,39 @@ def run(
     read = read_positions(ids, last if positions is None else positions)
     refuse_ends(last, [None if read is None else positions])
     refuse_padding(last, [] if read is None else read[:, None])
-    plan = Plan.make(model, ids, patches, ())
-    refuse_ends(last, [patch.positions for patch in patches])
+    other = source_tokens(model, ids, source)
+    plan = Plan.make(model, ids, patches, (), resampled=other is not None)
+    refuse_ends(last, named_positions(patches))
+    keys = {key for change in plan.changes for key in change.resampled(ids.shape[1])}
     logits = None
     for part in row_parts(model, ids, plan, None, logits=read is None):
-        value = read_logits(model, ids[part], plan.rows(part, len(ids)), None if read is None else read[part])
+        own = plan.rows(part, len(ids))
+        if other is not None:
+            own = replace(own, source=source_values(model, other[part], keys))
+        value = read_logits(model, ids[part], own, None if read is None else read[part])
         logits = _joined(logits, value, part, len(ids))
     assert logits is not None  # there is at least one row
     return logits
+
+
+def named_positions(patches: Sequence[Patch | Cut]) -> list:
+    """The positions that patches and cuts were given, of each reader."""
+    lists = ([one.sources, one.targets] if isinstance(one, Cut) else [one.positions] for one in patches)
+    return [positions for some in lists for positions in some]
+
+
+def source_tokens(model: MambaModel, ids: Int[Tensor, "B L"], source: Tokens | None) -> Int[Tensor, "B L"] | None:
+    """The source prompts' token ids, row for row.
+
+    Raises:
+        ValueError: if their shape is not that of the prompts.
+    """
+    if source is None:
+        return None
+    found, _ = model.to_tokens(source)
+    if found.shape != ids.shape:
+        raise ValueError(f"source tokens have the shape of tokens, {tuple(ids.shape)}, not {tuple(found.shape)}")
+    return found
 
 
 def row_parts(model: MambaModel, ids: Int[Tensor, "B L"], plan: Plan, rows: int | None, *, logits: bool) -> list[slice]:

@@ -28,16 +28,18 @@ from tqdm.auto import tqdm
 from ..memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
 from ..models.model import CausalLM
 from ..remote.requests import ask
-from ..trace.change import Change, SourceValues
+from ..trace.change import Change, Placed, SourceValues
+from ..trace.cut import NAMES, carry, mask
 from ..trace.s6_scan import compute_dtype
 from ..trace.state import LayerState
 from ..trace.touched import refuse_touched
 from .batches import Batch, Item, divergence_index, entries, first_changed, row_positions, run_batch, run_prefix
+from .cut import Cut, check_cut, refuse_twice
 from .patch import Patch, Resample, SiteRef, check_patch, resolve
-from .plan import Plan, forward, read_sites
+from .plan import Plan, forward, source_values
 from .positions import read_positions
 from .readout import Readout, picked
-from .run import cache, run
+from .run import cache, run, source_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ REQUEST_ROWS = 4096
 def sweep(
     model: CausalLM,
     tokens: Int[Tensor, "B L"],
-    interventions: Sequence[Sequence[Patch | Resample]],
+    interventions: Sequence[Sequence[Patch | Resample | Cut]],
     readout: Readout,
     *,
     source: Int[Tensor, "B L"] | None = None,
@@ -65,7 +67,8 @@ def sweep(
         interventions: each one a set of changes made together, at sites inside the layers or ``embed``; ``[]`` is the
             plain run. A tensor's first dimension counts the rows of ``tokens`` (or is 1).
         readout: which logits to return.
-        source: the prompts that `Resample` takes its values from, row for row with ``tokens``.
+        source: the prompts that `Resample` and a `Cut` with ``resample=True`` take values from, row for row with
+            ``tokens``.
         description: the progress bar's title; no bar if None.
 
     Returns:
@@ -77,16 +80,11 @@ def sweep(
             that carries edits or hooks.
     """
     tokens, _ = model.to_tokens(tokens)
-    if source is not None:
-        source, _ = model.to_tokens(source)
-        if source.shape != tokens.shape:
-            raise ValueError(
-                f"source tokens have the shape of tokens, {tuple(tokens.shape)}, not {tuple(source.shape)}"
-            )
+    source = source_tokens(model, tokens, source)
     readout.check(tokens, model.vocab_size)
     if not model.all_scans:
         return _plain_runs(model, tokens, source, interventions, readout, description)
-    checked = [[_change(model, tokens, change, source) for change in changes] for changes in interventions]
+    checked = [_changes(model, tokens, changes, source) for changes in interventions]
     model.require_stream("sweeps")
     limits = Budget.of(model, tokens.shape[1])
     read = readout.read
@@ -105,7 +103,7 @@ def _plain_runs(
     model: CausalLM,
     tokens: Int[Tensor, "B L"],
     source: Int[Tensor, "B L"] | None,
-    interventions: Sequence[Sequence[Patch | Resample]],
+    interventions: Sequence[Sequence[Patch | Resample | Cut]],
     readout: Readout,
     description: str | None,
 ) -> Float[Tensor, "I B K"]:
@@ -116,6 +114,9 @@ def _plain_runs(
     for changes in tqdm(interventions, desc=description, unit="run", disable=description is None):
         patches = []
         for change in changes:
+            if isinstance(change, Cut):
+                model.require_mamba("cuts")
+                continue
             checked = _checked(model, tokens, change, source)
             if checked.value is None and source is not None:
                 ref = SiteRef(checked.site, checked.layer)
@@ -175,6 +176,20 @@ class Budget:
 # ---------------------------------------------------------------------------------------------------------------------
 # What to change
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _changes(
+    model: CausalLM, tokens: Tensor, given: Sequence[Patch | Resample | Cut], source: Tensor | None
+) -> list[Change]:
+    """What an intervention changes, inside layers."""
+    found: list[Change] = []
+    for one in given:
+        if isinstance(one, Cut):
+            found += check_cut(model, tokens, one, resampled=source is not None)
+        else:
+            found.append(_change(model, tokens, one, source))
+    refuse_twice(found)
+    return found
 
 
 def _change(model: CausalLM, tokens: Tensor, change: Patch | Resample, source: Tensor | None) -> Change:
@@ -305,7 +320,8 @@ def run_items(
     Returns:
         ``plain``: the unpatched run's logits [B, K]; ``logits``: those of the items' rows one after another [rows, K].
     """
-    base = BaseRun(model, prompts)
+    cut = {change.layer or 0 for item in items for change in item.changes if change.sources is not None}
+    base = BaseRun(model, prompts, sorted(cut))
     found = [base.plain[:0].cpu()]
     runs = [list(together) for _, together in groupby(items, key=lambda item: item.start)]
     values: SourceValues = {}
@@ -320,10 +336,11 @@ def run_items(
 class BaseRun:
     """The base run of some prompts, kept as far as patched runs start from it."""
 
-    def __init__(self, model: CausalLM, prompts: Prompts) -> None:
+    def __init__(self, model: CausalLM, prompts: Prompts, cut: Sequence[int] = ()) -> None:
         self.model = model
         tokens = prompts.tokens.to(model.device)
         refs = [resolve(model, "resid_pre", layer) for layer in range(model.n_layers)]
+        refs += [resolve(model, name, layer) for layer in cut for name in (*NAMES, "A")]
         plan = Plan([], refs, model.n_layers)
         where = read_positions(tokens, prompts.last)
         with torch.no_grad(), model.trace(tokens):
@@ -331,7 +348,8 @@ class BaseRun:
         found, logits = outcome
         self.prompts = prompts.to(logits.device)  # in a server's sandbox this is not where the model is
         self.plain = picked(logits, self.prompts.read).to(compute_dtype(logits.dtype))
-        self.resid = [found[ref.key] for ref in refs]
+        self.resid = [found[ref.key] for ref in refs[: model.n_layers]]
+        self.inflow = {layer: {name: found[f"blocks.{layer}.hook_{name}"] for name in (*NAMES, "A")} for layer in cut}
         self.position = 0  # the states are those before this position
         self.states: list[LayerState] | None = None
 
@@ -350,14 +368,7 @@ class BaseRun:
     def wanted(self, items: Sequence[Item]) -> set[tuple[int, str, int]]:
         """Every (layer, site, position) that items resample, from where they start on."""
         length = self.prompts.tokens.shape[1]
-        return {
-            (change.layer or 0, change.site.name, p)
-            for item in items
-            for change in item.changes
-            if change.value is None
-            for p in change.everywhere(length)
-            if p >= item.start
-        }
+        return {key for item in items for change in item.changes for key in change.resampled(length, item.start)}
 
     def source_values(self, runs: Sequence[Sequence[Item]], room: int) -> SourceValues:
         """The source run's values that the first of the runs want, and those after it as far as there is room."""
@@ -373,10 +384,24 @@ class BaseRun:
             if keys and room < 0:
                 break
             keys |= more
-        aliases = {key: f"blocks.{key[0]}.hook_{key[1]}.{key[2]}" for key in sorted(keys)}
-        plan = Plan.make(self.model, source, (), [resolve(self.model, alias) for alias in aliases.values()])
-        found = read_sites(self.model, source, plan)
-        return {key: found[alias] for key, alias in aliases.items()}
+        return source_values(self.model, source, keys)
+
+    def carried(self, item: Item, values: SourceValues) -> dict[int, Tensor]:
+        """Of an item's cuts, by their place among its changes, what the sources before its start give to the state."""
+        found = {}
+        for index, change in enumerate(item.changes):
+            if change.sources is None:
+                continue
+            base = self.inflow[change.layer or 0]
+            dtype, A = compute_dtype(base["A"].dtype), base["A"]
+            inflow = {name: base[name][item.rows, : item.start].to(dtype) for name in NAMES}
+            (kind,) = (one for one in self.model.operations(change.layer).values() if one.KIND == "scan")
+            sources = mask(change.sources, item.rows, len(item.rows), 0, item.start, A.device)
+            new = Placed(change).new_writes(kind, item.rows, values, dtype)
+            state = carry(kind, inflow, A.to(dtype), sources, new)
+            if state is not None:
+                found[index] = state
+        return found
 
     def _advance(self, position: int) -> None:
         """Bring the base run's states to those before ``position``."""
@@ -397,6 +422,7 @@ class BaseRun:
             states=self.states,
             values=values,
             last=self.prompts.last[rows] - start,
+            carried=[self.carried(entry.item, values) for entry in order],
         )
         dummy = self.prompts.tokens[:1, start:]
         model = self.model

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .cut import NAMES, New, cut_outputs, mask
 from .location import StageSite, open_stages
 from .sites import SiteInfo, owner
 from .stages import cast
@@ -34,6 +35,8 @@ class Change:
             source run's value.
         positions: those of all rows, or each row's own, ``[B, k]`` with -1 for none; None for all of them.
         tap: of the conv's terms the one that changes, counted from the end; None: no tap is told apart.
+        sources: of a cut (at ``y``), the positions whose writes are replaced in the outputs at ``positions``, by zeros
+            or (``value`` None) by the source run's: those of all rows, or each row's own; None: no cut.
     """
 
     layer: int | None
@@ -41,13 +44,17 @@ class Change:
     value: Tensor | Callable[[Tensor], Tensor | float] | None
     positions: list[int] | Int[Tensor, "B k"] | None
     tap: int | None
+    sources: list[int] | Int[Tensor, "B k"] | None = None
 
     def rows(self, part: slice, batch: int) -> Change:
         """The same change for some of the rows."""
-        value, positions = self.value, self.positions
-        if isinstance(value, Tensor) and self.site.shape[0] == "B" and len(value) == batch:
+        value, own = self.value, {}
+        if isinstance(value, Tensor) and value.dim() and self.site.shape[0] == "B" and len(value) == batch:
             value = value[part]
-        return replace(self, value=value, positions=positions[part] if isinstance(positions, Tensor) else positions)
+        for name in ("positions", "sources"):
+            places = getattr(self, name)
+            own[name] = places[part] if isinstance(places, Tensor) else places
+        return replace(self, value=value, **own)
 
     def to(self, device: torch.device) -> Change:
         """The same on a device."""
@@ -59,6 +66,17 @@ class Change:
             return sorted(set(self.positions.flatten().tolist()) - {-1})
         return range(length) if self.positions is None else self.positions
 
+    def resampled(self, length: int, start: int = 0) -> set[tuple[int, str, int]]:
+        """The (layer, site, position) of the source run that the change takes values from, in a run from ``start``."""
+        layer = self.layer or 0
+        if self.value is not None:
+            return set()
+        if self.sources is not None:
+            return {
+                (layer, name, p) for name in NAMES for p in replace(self, positions=self.sources).everywhere(length)
+            }
+        return {(layer, self.site.name, p) for p in self.everywhere(length) if p >= start}
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -68,11 +86,13 @@ class Placed:
         change: the change.
         rows: the rows' place in the batch.
         prompts: which prompts they are; None where the batch's rows are the prompts.
+        carried: of a cut, what the sources before the run give to the state that it begins with, ``[R, ...]``.
     """
 
     change: Change
     rows: slice = field(default_factory=lambda: slice(None))
     prompts: Int[Tensor, "R"] | None = None
+    carried: Tensor | None = None
 
     def new_values(self, target: Tensor, start: int, source: SourceValues) -> Iterator[tuple[Any, Any, Tensor]]:
         """(which rows, at which positions, new value) wherever the rows change.
@@ -131,6 +151,28 @@ class Placed:
             )
         return cast(value, there)
 
+    def cut(self, scan: Any, start: int, source: SourceValues) -> None:
+        """Make a cut in an open scan of positions from ``start`` on."""
+        count, length = len(range(*self.rows.indices(scan.x.shape[0]))), scan.x.shape[1]
+        prompts = slice(None) if self.prompts is None else self.prompts
+        at = [
+            mask(places, prompts, count, start, length, scan.x.device)
+            for places in (self.change.sources, self.change.positions)
+        ]
+        new = self.new_writes(type(scan), prompts, source, scan.dtype)
+        cut_outputs(scan, self.rows, *at, lambda t: new(start + t), self.carried)
+
+    def new_writes(self, kind: Any, prompts, source: SourceValues, dtype: torch.dtype) -> New:
+        """Of a cut, what takes the place of the writes at a position."""
+        if self.change.value is not None:
+            return lambda position: 0.0
+        layer = self.change.layer or 0
+
+        def write(position: int) -> Tensor:
+            return kind.written(*(source[layer, name, position][prompts].to(dtype) for name in NAMES))
+
+        return write
+
     def source_value(self, position: int, prompts, source: SourceValues) -> Tensor:
         """The source run's value at a position, ``[R, ...]``."""
         change = self.change
@@ -145,6 +187,9 @@ def change_site(envoy, site: SiteInfo, changes: Sequence[Placed], start: int = 0
         return
     value = getattr(envoy, site.attribute)
     for one in changes:
+        if one.change.sources is not None:
+            one.cut(open_stages(envoy, getattr(type(envoy), site.attribute).stages), start, source)
+            continue
         target = value[one.rows] if one.change.tap is None else value[one.rows][..., one.change.tap]
         for rows, at, new in one.new_values(target, start, source):
             where = (rows, at) if site.by_position else ...

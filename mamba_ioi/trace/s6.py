@@ -71,9 +71,21 @@ class S6Stages(ScanStages):
         """The scan by channels."""
         return Units(self.peek("delta"), self.peek("A"), self.B[:, :, None], self.C[:, :, None], self.x[..., None])
 
-    def read(self, h: Float[Tensor, "*runs B E N"], t: int) -> Float[Tensor, "*runs B E"]:
+    def decay_at(self, t: int) -> Float[Tensor, "B E N"]:
+        A_bar = self._known("A_bar")
+        return self.decay(self._value("delta")[:, t], self._value("A")) if A_bar is None else A_bar[:, t]
+
+    def write_at(self, t: int) -> Float[Tensor, "B E N"]:
+        write, B_bar = self._known("write"), self._known("B_bar")
+        if write is not None:
+            return write[:, t]
+        if B_bar is not None:
+            return B_bar[:, t] * self.x[:, t, :, None]
+        return self.written(self.x[:, t], self._value("delta")[:, t], self.B[:, t])
+
+    def read(self, h: Float[Tensor, "*runs B E N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*runs B E"]:
         """``y`` at a position of this run, were its states those."""
-        C = self.C[:, t].unflatten(0, (-1, h.shape[-3]))
+        C = self.C[rows, t].unflatten(0, (-1, h.shape[-3]))
         return torch.matmul(h, C[..., None]).squeeze(-1)
 
     def result(self) -> Tensor | tuple[Tensor, Tensor]:

@@ -75,8 +75,16 @@ class ScanStages(Stages):
         """The scan by its units: channels, or heads."""
         raise NotImplementedError
 
-    def read(self, h: Tensor, t: int) -> Tensor:
-        """``y`` at a position of this run, were its states those (of one run or of several in front)."""
+    def decay_at(self, t: int) -> Tensor:
+        """``A_bar`` at a position of this run, as it multiplies a state."""
+        raise NotImplementedError
+
+    def write_at(self, t: int) -> Tensor:
+        """``write`` at a position of this run."""
+        raise NotImplementedError
+
+    def read(self, h: Tensor, t: int, rows: slice = slice(None)) -> Tensor:
+        """``y`` of some rows at a position of this run, were their states those (of several runs, in front)."""
         raise NotImplementedError
 
     def go_on_from(self, state: LayerState) -> None:
@@ -122,7 +130,8 @@ class ScanStages(Stages):
 
     def _edited(self, name: str, before: Tensor | None, after: Tensor, copy: Tensor | None) -> None:
         if name != "h":
-            self.last = None
+            if self.ORDER.index(name) < self.ORDER.index("y"):
+                self.last = None
             return Stages._edited(self, name, before, after, copy)
         known = copy if before is None else before
         held, changed = after.clone(), known != after

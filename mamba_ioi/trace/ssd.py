@@ -79,9 +79,23 @@ class SSDStages(ScanStages):
         B, C = (by_head(tensor, self.heads[0]) for tensor in (self.B, self.C))
         return Units(self.peek("delta"), self.peek("A")[:, None], B, C, self._by_head(self.x))
 
-    def read(self, h: Float[Tensor, "*runs B H P N"], t: int) -> Float[Tensor, "*runs B E"]:
+    def decay_at(self, t: int) -> Float[Tensor, "B H 1 1"]:
+        A_bar = self._known("A_bar")
+        if A_bar is not None:
+            return A_bar[:, t, :, None, None]
+        return self.decay(self._value("delta")[:, t], self._value("A"))
+
+    def write_at(self, t: int) -> Float[Tensor, "B H P N"]:
+        write, B_bar = self._known("write"), self._known("B_bar")
+        if write is not None:
+            return write[:, t]
+        if B_bar is not None:
+            return B_bar[:, t, :, None] * self._by_head(self.x)[:, t, ..., None]
+        return self.written(self.x[:, t], self._value("delta")[:, t], self.B[:, t])
+
+    def read(self, h: Float[Tensor, "*runs B H P N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*runs B E"]:
         """``y`` at a position of this run, were its states those."""
-        C = by_head(self.C[:, t], self.heads[0]).unflatten(0, (-1, h.shape[-4]))
+        C = by_head(self.C[rows, t], self.heads[0]).unflatten(0, (-1, h.shape[-4]))
         return torch.matmul(h, C[..., None]).squeeze(-1).flatten(-2)
 
     def result(self) -> Tensor | tuple[Tensor, Tensor]:

@@ -1,0 +1,163 @@
+"""Cuts between tokens inside a scan: `Cut`, checked against the model and its prompts, as changes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..checks import integers
+from ..trace.change import Change
+from .patch import resolve
+from .positions import own_positions
+
+if TYPE_CHECKING:
+    from ..models.model import MambaModel
+
+Places = int | Sequence[int] | Int[Tensor, "B k"]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Take what some positions give to others out of a layer's scan.
+
+    Of ``y_t = sum over s <= t of C_t (A_bar_(s+1) ... A_bar_t) w_s``, with the writes ``w_s = B_bar_s x_s``, the terms
+    from the sources are taken out of the targets' y, or with ``resample`` those of the source run's writes take their
+    place; delta and C stay the run's own, ``D x`` is never cut, and the y of other positions and all states stay as
+    they are (of Mamba: arXiv 2505.24244).
+
+    Sources are positions of writes: a token that the conv reads through its tap -1 is written one position later.
+
+    Attributes:
+        layer: the layer, counted from 0, or several of them; each has a scan.
+        sources: the positions s: one, a list (negative: from the end), or each row's own, a LongTensor ``[B, k]``
+            counted from 0, -1 for none.
+        targets: the positions t, likewise. A source after a target gives it nothing.
+        resample: put what the source run (``source=`` of `run` and `sweep`) writes in the place of what is cut.
+        conv: cut the taps of the conv that reach from a source to a target too (the terms in ``conv_slice``; of a
+            position that is source and target, tap 0). Then delta, B, C and x of the target follow.
+    """
+
+    layer: int | Sequence[int]
+    sources: Places
+    targets: Places
+    resample: bool = False
+    conv: bool = False
+
+    def __init__(
+        self,
+        layer: int | Sequence[int],
+        sources: Places,
+        targets: Places,
+        *,
+        resample: bool = False,
+        conv: bool = False,
+    ) -> None:
+        given = {"layer": layer, "sources": sources, "targets": targets, "resample": resample, "conv": conv}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+
+
+def check_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, *, resampled: bool) -> list[Change]:
+    """The changes that a cut makes, or a sentence that says what would be right.
+
+    Args:
+        model: the model.
+        ids: the prompts.
+        cut: the cut.
+        resampled: whether there are source prompts.
+    """
+    for name in ("resample", "conv"):
+        if not isinstance(getattr(cut, name), bool):
+            raise ValueError(f"{name} of a cut is True or False, not {getattr(cut, name)!r}")
+    if cut.resample and not resampled:
+        raise ValueError("a cut with resample=True needs source tokens: give source= to run or sweep")
+    layers = integers(cut.layer, "layer")
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"a cut names at least one layer, each once, not {cut.layer!r}")
+    sites = {layer: resolve(model, "y", layer).site for layer in layers}
+    length = ids.shape[1]
+    sources, targets = (_places(ids, getattr(cut, name), name) for name in ("sources", "targets"))
+    if isinstance(sources, Tensor) or isinstance(targets, Tensor):
+        sources, targets = (_of_rows(places, len(ids)) for places in (sources, targets))
+        if not (reach := _reached(sources, targets)).any():
+            raise ValueError("a cut has no target at or after any source, in any row")
+        targets = targets.where(reach, -1)
+    else:
+        first = min(sources)
+        kept = [t for t in targets if t >= first]
+        if not kept:
+            raise ValueError(f"a cut has no target at or after any source: sources {sources}, targets {targets}")
+        sources, targets = [s for s in sources if s <= max(kept)], kept
+    value = None if cut.resample else torch.zeros(())
+    changes = []
+    for layer in layers:
+        if cut.conv:
+            for back in range(min(model.d_conv, length)):
+                at = _reading(sources, targets, back)
+                if at is not None:
+                    zeros = value if value is None else value.expand(1, 1, 1)
+                    changes.append(Change(layer, model.layer_sites(layer)["conv_slice"], zeros, at, -1 - back))
+        changes.append(Change(layer, sites[layer], value, targets, None, sources))
+    return changes
+
+
+def refuse_twice(changes: Sequence[Change]) -> None:
+    """Refuse cuts of one run that cut the same source from the same target.
+
+    Raises:
+        ValueError: if two do.
+    """
+    cuts = [change for change in changes if change.sources is not None]
+    for index, one in enumerate(cuts):
+        for other in cuts[:index]:
+            if one.layer == other.layer and (pair := _shared(one, other)):
+                raise ValueError(
+                    f"two cuts of layer {one.layer} take source {pair[0]} from target {pair[1]}: cut it once"
+                )
+
+
+def _shared(one: Change, other: Change) -> tuple[int, int] | None:
+    """A source and a target that both cut, in some row."""
+    rows = max([len(p) for c in (one, other) for p in (c.positions, c.sources) if isinstance(p, Tensor)], default=1)
+    found = [[_of_rows(places, rows).tolist() for places in (c.sources, c.positions)] for c in (one, other)]
+    for row in range(rows):
+        (s, t), (s2, t2) = ([set(places[row]) - {-1} for places in both] for both in found)
+        if pairs := [(source, target) for source in s & s2 for target in t & t2 if source <= target]:
+            return min(pairs)
+    return None
+
+
+def _places(ids: Int[Tensor, "B L"], given, name: str) -> list[int] | Int[Tensor, "B k"]:
+    """The positions, counted from 0; each row's own as a tensor."""
+    if (own := own_positions(ids, given)) is not None:
+        return own
+    positions, length = integers(given), ids.shape[1]
+    if not positions or not all(-length <= p < length for p in positions):
+        raise ValueError(f"{name} {positions} of a prompt with {length} positions: use 0 to {length - 1}")
+    positions = sorted(p % length for p in positions)
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"{name} {positions} name one position twice")
+    return positions
+
+
+def _of_rows(places, rows: int) -> Int[Tensor, "B k"]:
+    """The same as each row's own."""
+    return places if isinstance(places, Tensor) else torch.tensor(places).expand(rows, -1)
+
+
+def _reached(sources: Int[Tensor, "B k"], targets: Int[Tensor, "B t"]) -> Tensor:
+    """Which targets have a source at or before them."""
+    return ((sources[:, None] >= 0) & (sources[:, None] <= targets[:, :, None])).any(2)
+
+
+def _reading(sources, targets, back: int) -> list[int] | Int[Tensor, "B t"] | None:
+    """The targets that read a source through the tap so many positions back; None if there is none."""
+    if isinstance(targets, Tensor):
+        there = ((sources[:, None] >= 0) & (sources[:, None] == targets[:, :, None] - back)).any(2)
+        return targets.where(there, -1) if there.any() else None
+    return [t for t in targets if t - back in sources] or None
