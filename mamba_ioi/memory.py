@@ -81,5 +81,5 @@ def state_bytes(model) -> int:
 
 
 def inner_width(model) -> int:
-    """The width inside a block: d_inner, or four times d_model where the model is no Mamba."""
-    return model.d_inner if model.has_scans else 4 * model.d_model
+    """The width inside a block: the conv's channels, or four times d_model where the model is no Mamba."""
+    return model.d_channels if model.has_scans else 4 * model.d_model

@@ -131,7 +131,8 @@ class Run:
         sources: what embed and each layer add to the residual stream, n_layers + 1 times ``[B, L, D]``.
         inner: for each layer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (in_proj's conv
             branch) and ``gate``; for the edge conv -> ssm also ``conv`` and ``ssm_output``, or what the states follow
-            from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``. Empty if not asked for.
+            from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``. Of a Mamba-2 ``conv_input`` and ``conv`` are
+            ``[B, L, X]``, ``delta`` ``[B, L, H]`` and ``B`` ``[B, L, G, N]``. Empty if not asked for.
         logits: at each row's read position, ``[B, V]``.
     """
 

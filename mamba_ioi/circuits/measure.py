@@ -223,7 +223,7 @@ def reference_bytes(model, graph: Graph, length: int) -> int:
     """What is held of a prompt: sources of the corrupt and of a base run, inner values, states where runs begin."""
     inner = FLOAT * model.n_layers * length * 4 * inner_width(model) if graph.fine else 0
     if graph.fine and graph.ssm == "states":  # B beside gate, conv_input, ssm_input and delta
-        inner += FLOAT * model.n_layers * length * model.d_state
+        inner += FLOAT * model.n_layers * length * model.sizes().get("G", 1) * model.d_state
     return 2 * stream_bytes(model, length) + inner + state_bytes(model)
 
 

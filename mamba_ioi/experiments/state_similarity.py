@@ -32,10 +32,10 @@ def state_similarity(
 ) -> Result:
     """The cosine of each token's contribution to the state with the state after each token.
 
-    Token i adds B_bar_i x_i [E, N] to the state (the paper's equation 5); h_j [E, N] is the state after token j. Both
-    are compared as vectors of E N entries, for all i and j: where i > j the token is not in the state yet, and what
-    similarity there is comes from tokens before it (paper, Section 4.2 and Figure 7). A contribution or state of
-    length 0 has similarity 0.
+    Token i adds B_bar_i x_i [E, N] to the state, the site ``write`` (the paper's equation 5); h_j [E, N] is the state
+    after token j. Both are compared as vectors of E N entries (of a Mamba-2 [H, P, N], which are as many), for all i
+    and j: where i > j the token is not in the state yet, and what similarity there is comes from tokens before it
+    (paper, Section 4.2 and Figure 7). A contribution or state of length 0 has similarity 0.
 
     Args:
         model: a Mamba with a tokenizer.
@@ -90,10 +90,9 @@ def _prompts(model: MambaModel, prompts: str | Sequence[str] | PromptPairs) -> d
 
 
 def contribution_similarity(model: MambaModel, ids: Tensor, layer: int) -> dict[str, Float[Tensor, "L L"]]:
-    """``similarity``: the cosine of B_bar_i x_i (rows) with h_j (columns) of one prompt [1, L]."""
-    found = cache(model, ids, [("ssm_input", layer), ("B_bar", layer), ("h", layer)])
-    x, B_bar, h = (found[name, layer][0].double() for name in ("ssm_input", "B_bar", "h"))
-    contributions, states = (B_bar * x[..., None]).flatten(1), h.flatten(1)
+    """``similarity``: the cosine of what each token writes (rows) with h_j (columns) of one prompt [1, L]."""
+    found = cache(model, ids, [("write", layer), ("h", layer)])
+    contributions, states = (found[name, layer][0].double().flatten(1) for name in ("write", "h"))
     lengths = torch.outer(contributions.norm(dim=1), states.norm(dim=1))
     products = contributions @ states.T
     return {"similarity": torch.where(lengths > 0, products / lengths.where(lengths > 0, 1.0), 0.0)}

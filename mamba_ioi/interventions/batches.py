@@ -54,12 +54,11 @@ class Item:
         """What changes at each layer, comparable with another item's of the same rows."""
         found: list[list[tuple]] = [[] for _ in range(n_layers)]
         for change in self.changes:
-            tap = -1 if change.tap is None else change.tap
             own = isinstance(change.positions, Tensor)  # told apart first: lists of lists and of numbers do not compare
             positions = change.positions.tolist() if isinstance(change.positions, Tensor) else change.positions or []
             cut = change.sources.tolist() if isinstance(change.sources, Tensor) else change.sources or []
             value = "cut" if cut and change.value is not None else str(id(change.value))  # a cut leaves nothing
-            found[change.layer or 0].append((change.site.name, own, positions, tap, value, cut))
+            found[change.layer or 0].append((change.site.name, own, positions, str(change.part), value, cut))
         return found
 
 

@@ -101,8 +101,8 @@ def check_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, *, resampled
                 at = _reading(sources, targets, back)
                 if at is not None:
                     zeros = value if value is None else value.expand(1, 1, 1)
-                    changes.append(Change(layer, model.layer_sites(layer)["conv_slice"], zeros, at, -1 - back))
-        changes.append(Change(layer, sites[layer], value, targets, None, sources))
+                    changes.append(Change(layer, model.layer_sites(layer)["conv_slice"], zeros, at, (-1 - back,)))
+        changes.append(Change(layer, sites[layer], value, targets, (), sources))
     return changes
 
 

@@ -61,10 +61,10 @@ def generate(
         raise ValueError(f"generation needs prompts of one length, not of {lengths} tokens: generate them one by one")
     new = whole_number(max_new_tokens, "max_new_tokens", least=1)
     plan = Plan.make(model, ids, patches, ())
-    if not model.all_scans:
-        return _anew(model, ids, new, patches, new_patches)
     if isinstance(new_patches, Patch) or not all(isinstance(patch, Patch) for patch in new_patches):
         raise ValueError(f"new_patches are a list whose entries are Patch, not this {type(new_patches).__name__}")
+    if not model.all_scans:
+        return _anew(model, ids, new, patches, new_patches)
     first = ids.shape[1]
     later: list[list[Patch]] = [[] for _ in range(new - 1)]
     for patch in new_patches:
@@ -81,7 +81,7 @@ def generate(
 
 
 def _anew(
-    model: MambaModel, ids: Int[Tensor, "B L"], new: int, patches: Sequence[Patch], new_patches: Sequence[Patch]
+    model: MambaModel, ids: Int[Tensor, "B L"], new: int, patches: Sequence[Patch | Cut], new_patches: Sequence[Patch]
 ) -> Int[Tensor, "B M"]:
     """`generate` where positions leave more than a state behind: the growing text is run anew at every step."""
     first, stop = ids.shape[1], ids.shape[1] + new - 1
@@ -93,15 +93,22 @@ def _anew(
     return ids
 
 
-def _within(model: MambaModel, patch: Patch, length: int) -> Patch:
+def _within(model: MambaModel, patch: Patch | Cut, length: int) -> Patch | Cut:
     """A patch of the prompt, in a longer text."""
+    if isinstance(patch, Cut):
+        sources, targets = (_from_start(places, length) for places in (patch.sources, patch.targets))
+        return dataclasses.replace(patch, sources=sources, targets=targets)
     ref = resolve(model, patch.site, patch.layer)
     if not ref.site.by_position or ref.position is not None:
         return patch
-    positions = list(range(length)) if patch.positions is None else patch.positions
-    if not isinstance(positions, Tensor):
-        positions = [position % length for position in integers(positions)]
+    positions = list(range(length)) if patch.positions is None else _from_start(patch.positions, length)
     return dataclasses.replace(patch, positions=positions)
+
+
+def _from_start(positions, length: int):
+    """The positions of a prompt, counted from its start; each row's own, which are, as they stand."""
+    own = getattr(positions, "ndim", 0) == 2
+    return positions if own else [position % length for position in integers(positions)]
 
 
 def _moved(patch: Patch, position: int) -> Patch:

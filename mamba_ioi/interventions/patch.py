@@ -52,8 +52,9 @@ class Patch:
         site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
         layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
         value: a number, or a tensor or numpy array broadcastable to the site at those positions:
-            ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; under an
-            alias with a position the position's dimension may be left out). Or a callable that is given a copy of what
+            ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; with
+            ``channels``, as many of them as there are; under an alias with a position the position's dimension may be
+            left out). Or a callable that is given a copy of what
             is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
             ``[B, 1, E, N]``, with the state as it has become.
         positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Or each
@@ -62,6 +63,8 @@ class Patch:
             Patched states (``h``) hold at their positions and the states after them follow.
         slice: for ``conv_slice``, the one tap to change: -3, -2, -1 or 0. The term at *output* position p that comes
             from ``in_proj`` at p + slice is replaced.
+        channels: where x, B and C pass through one conv (in a Mamba-2), the channels to change: ``"x"``, ``"B"`` or
+            ``"C"`` of ``in_proj``, ``conv_slice`` or ``conv``; None for all of them.
     """
 
     site: str
@@ -69,6 +72,7 @@ class Patch:
     value: Tensor | float | Callable[[Tensor], Tensor | float]
     positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
     slice: int | None = None
+    channels: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Resample:
     layer: int | None
     positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
     slice: int | None = None
+    channels: str | None = None
 
 
 def resolve(model: MambaModel, site: str | tuple[str, int], layer: int | None = None) -> SiteRef:
@@ -142,7 +147,7 @@ def check_patch(model: MambaModel, ids: Int[Tensor, "B L"], patch: Patch | Resam
         positions = [p % length for p in positions]
         if len(set(positions)) < len(positions):
             raise ValueError(f"positions {positions} name one position twice")
-    tap = None
+    part = () if patch.channels is None else (some_channels(model, site, patch.channels),)
     if patch.slice is not None:
         taps = range(1 - model.d_conv, 1) if model.has_scans else range(0)
         tap = integer(patch.slice)
@@ -150,10 +155,13 @@ def check_patch(model: MambaModel, ids: Int[Tensor, "B L"], patch: Patch | Resam
             raise ValueError(
                 f"slice={patch.slice} at the site {site.name!r}: slices are {list(taps)}, at the site 'conv_slice'"
             )
-        tap -= 1
+        part = (*(part or (slice(None),)), tap - 1)
+    elif part and site.name == "conv_slice":
+        part = (*part, slice(None))
     count = length if positions is None else positions.shape[1] if isinstance(positions, Tensor) else len(positions)
     letters = {"B": batch, "L": count, **model.sizes()}
-    shape = [letters[letter] for letter in site.shape[: -1 if tap is not None else None]]
+    whole = [letters[letter] for letter in site.shape]
+    shape = list(torch.empty(whole, device="meta")[(..., *part)].shape)
     value = _patch_value(patch.value) if isinstance(patch, Patch) else None
     if isinstance(value, Tensor):
         if ref.position is not None and value.dim() == len(shape) - 1:
@@ -167,7 +175,26 @@ def check_patch(model: MambaModel, ids: Int[Tensor, "B L"], patch: Patch | Resam
                 f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
             )
         value = value.reshape((1,) * (len(shape) - value.dim()) + value.shape)
-    return Change(ref.layer, site, value, positions, tap)
+    return Change(ref.layer, site, value, positions, part)
+
+
+def some_channels(model: MambaModel, site: SiteInfo, channels: str) -> slice:
+    """Where the channels of x, B or C are among those of the conv.
+
+    Raises:
+        ValueError: for another word, or a site whose channels are not those of a conv that x, B and C pass through.
+    """
+    sizes = model.sizes()
+    if "X" not in site.shape:
+        raise ValueError(
+            f"channels={channels!r} at the site {site.name!r} of {model.model_id}: those of x, B and C are told apart "
+            "in a Mamba-2, at in_proj, conv_slice and conv"
+        )
+    shared = sizes["G"] * sizes["N"]
+    ends = {"x": (0, sizes["E"]), "B": (sizes["E"], sizes["E"] + shared), "C": (sizes["E"] + shared, sizes["X"])}
+    if not isinstance(channels, str) or channels not in ends:
+        raise ValueError(f"channels are one of {', '.join(ends)}, or None for all of them, not {channels!r}")
+    return slice(*ends[channels])
 
 
 def _patch_value(given) -> Tensor | Callable:

@@ -163,7 +163,7 @@ class Budget:
     @classmethod
     def of(cls, model: CausalLM, length: int) -> Budget:
         """Divide the memory: 0.4 for what is held of the prompts, as much for the forward, the rest for values."""
-        inputs = 8 * model.n_layers * length * model.d_inner
+        inputs = 8 * model.n_layers * length * model.d_channels
         held = 2 * stream_bytes(model, length) + state_bytes(model) + inputs
         return cls(
             prompts=fitting_rows(model, held, MOST_ROWS, share=0.4),
@@ -395,7 +395,7 @@ class BaseRun:
             base = self.inflow[change.layer or 0]
             dtype, A = compute_dtype(base["A"].dtype), base["A"]
             inflow = {name: base[name][item.rows, : item.start].to(dtype) for name in NAMES}
-            (kind,) = (one for one in self.model.operations(change.layer).values() if one.KIND == "scan")
+            (kind,) = (one for one in self.model.operations(change.layer or 0).values() if one.KIND == "scan")
             sources = mask(change.sources, item.rows, len(item.rows), 0, item.start, A.device)
             new = Placed(change).new_writes(kind, item.rows, values, dtype)
             state = carry(kind, inflow, A.to(dtype), sources, new)

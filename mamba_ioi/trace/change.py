@@ -34,7 +34,8 @@ class Change:
         value: a tensor of the site's number of dimensions, each full or 1; a callable of what is there; or None for the
             source run's value.
         positions: those of all rows, or each row's own, ``[B, k]`` with -1 for none; None for all of them.
-        tap: of the conv's terms the one that changes, counted from the end; None: no tap is told apart.
+        part: which part of the value changes, an index of its last dimensions: one of the conv's terms, or the
+            channels of x, B or C; ``()`` for all of it.
         sources: of a cut (at ``y``), the positions whose writes are replaced in the outputs at ``positions``, by zeros
             or (``value`` None) by the source run's: those of all rows, or each row's own; None: no cut.
     """
@@ -43,7 +44,7 @@ class Change:
     site: SiteInfo
     value: Tensor | Callable[[Tensor], Tensor | float] | None
     positions: list[int] | Int[Tensor, "B k"] | None
-    tap: int | None
+    part: tuple[slice | int, ...] = ()
     sources: list[int] | Int[Tensor, "B k"] | None = None
 
     def rows(self, part: slice, batch: int) -> Change:
@@ -177,7 +178,7 @@ class Placed:
         """The source run's value at a position, ``[R, ...]``."""
         change = self.change
         value = source[change.layer or 0, change.site.name, position][prompts]
-        return value if change.tap is None else value[..., change.tap]
+        return value[(..., *change.part)]
 
 
 def change_site(envoy, site: SiteInfo, changes: Sequence[Placed], start: int = 0, source: SourceValues = {}) -> None:  # noqa: B006
@@ -190,7 +191,7 @@ def change_site(envoy, site: SiteInfo, changes: Sequence[Placed], start: int = 0
         if one.change.sources is not None:
             one.cut(open_stages(envoy, getattr(type(envoy), site.attribute).stages), start, source)
             continue
-        target = value[one.rows] if one.change.tap is None else value[one.rows][..., one.change.tap]
+        target = value[one.rows][(..., *one.change.part)]
         for rows, at, new in one.new_values(target, start, source):
             where = (rows, at) if site.by_position else ...
             target[where] = cast(new, target[where])
