@@ -41,6 +41,12 @@ SIZES = {
     "d_conv": 4,
     "vocab_size": 50280,
 }
+SSD_SIZES = {name: size for name, size in SIZES.items() if name != "dt_rank"} | {
+    "d_state": 128,
+    "n_heads": 32,
+    "head_dim": 64,
+    "n_groups": 1,
+}
 
 
 def make(experiment: str, rows: list[tuple], columns: str, n_layers: int = 8, **extra) -> Result:
@@ -145,8 +151,8 @@ def sizes() -> Result:
     return make("faithfulness", rows, "ranking fraction faithfulness", cpr=areas, cmd=areas, n_rows=40)
 
 
-def diagram(experiment: str) -> Result:
-    table = residual_edges(4) if experiment == "residual_graph" else ModelSizes.of(SIZES).table()
+def diagram(experiment: str, sizes: dict[str, int] = SIZES) -> Result:
+    table = residual_edges(4) if experiment == "residual_graph" else ModelSizes.of(sizes).table()
     return Result.create(experiment, table, model=SimpleNamespace(model_id="tiny"), arguments={})
 
 
@@ -461,32 +467,58 @@ def test_name_pca_shows_every_mean_by_slot_and_a_few_names():
 
 
 class TestDiagrams:
+    @pytest.mark.parametrize("sizes", [SIZES, SSD_SIZES], ids=["mamba", "mamba2"])
     @pytest.mark.parametrize("experiment", ["architecture", "residual_graph", "ssm_internals"])
-    def test_no_two_texts_overlap_and_none_leaves_the_page(self, experiment):
-        figure = diagram(experiment).plot()
+    def test_no_two_texts_overlap_and_none_leaves_the_page(self, experiment, sizes):
+        figure = diagram(experiment, sizes).plot()
         boxes = extents(figure, figure.axes[0].texts)
         for one, other in combinations(boxes, 2):
             assert not one.overlaps(other)
         assert_inside(figure, boxes)
 
-    def test_every_site_of_the_contract_is_in_figure_2_or_12(self):
+    @pytest.mark.parametrize("sizes", [SIZES, SSD_SIZES], ids=["mamba", "mamba2"])
+    def test_every_site_of_the_contract_is_in_figure_2_or_12(self, sizes):
         shown = set()
         for experiment in ("architecture", "ssm_internals"):
-            shown |= {text.get_text() for text in diagram(experiment).plot().axes[0].texts}
+            shown |= {text.get_text() for text in diagram(experiment, sizes).plot().axes[0].texts}
         sites = (
-            "embed resid_pre layer_input normalized_input skip in_proj conv conv_slice ssm_input A delta_1 delta_2 B C "
+            "embed resid_pre layer_input normalized_input skip in_proj conv conv_slice ssm_input A delta_2 B C "
             "delta A_bar B_bar h y ssm_output after_skip out_proj resid_post norm logits"
         )
         assert set(sites.split()) <= shown
+        assert ("delta_1" in shown) == (sizes is SIZES)
+
+    @pytest.mark.parametrize("name", ["tiny", "tiny-mamba2"])
+    def test_the_shape_beside_each_site_is_the_sites(self, name):
+        """Against the table of sites, where the conv's four taps are a letter."""
+        model = mamba_ioi.load_model(name)
+        sizes = ModelSizes.of(model)
+        known, seen = model.known_sites(), set()
+        for draw in (figures.architecture, figures.ssm_internals):
+            texts = [text.get_text() for text in draw(sizes).axes[0].texts]
+            for site, shape in pairwise(texts):
+                if site in known and shape.startswith("["):
+                    assert shape.replace(", 4]", ", K]") == f"[{', '.join(known[site].shape)}]", site
+                    seen.add(site)
+        assert seen == known.keys() - {"write", "h_start"}
 
     def test_sizes_are_the_models(self):
         texts = " ".join(text.get_text() for text in figures.architecture(SIZES).axes[0].texts)
         for part in ("1024 → 4096", "2048 → 1024", "[B, L, E, 4]", "layers i+1 … 47", "V (vocabulary) = 50280"):
             assert part in texts
         assert "(2048 → 96)" in " ".join(text.get_text() for text in figures.ssm_internals(SIZES).axes[0].texts)
+        texts = " ".join(text.get_text() for text in figures.architecture(SSD_SIZES).axes[0].texts)
+        for part in ("1024 → 4384", "2048 → 1024", "[B, L, X, 4]", "X = E + 2 G N = 2304"):
+            assert part in texts
+        texts = " ".join(text.get_text() for text in figures.ssm_internals(SSD_SIZES).axes[0].texts)
+        assert "(2304 → 2048 + 128 + 128)" in texts and "x_proj" not in texts and "dt_proj" not in texts
 
     def test_sizes_from_attributes_and_what_is_missing(self):
         assert ModelSizes.of(SimpleNamespace(**SIZES)) == ModelSizes.of(SIZES)
+        table = ModelSizes.of(mamba_ioi.load_model("tiny-mamba2")).table().set_index("size").value
+        assert table.n_heads * table.head_dim == table.d_inner and "dt_rank" not in table
+        with pytest.raises(ValueError, match="missing: head_dim"):
+            ModelSizes.of(SIZES | {"n_heads": 3, "n_groups": 1})
         with pytest.raises(ValueError, match="missing: d_conv"):
             figures.architecture({name: size for name, size in SIZES.items() if name != "d_conv"})
 

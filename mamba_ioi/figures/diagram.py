@@ -29,37 +29,47 @@ MONO_ADVANCE = 8 * 0.602 / 72
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a Mamba that its diagrams state; letters as in the contract: D, E, N, R, V."""
+    """The sizes of a Mamba, or of a Mamba-2, that its diagrams state.
+
+    A Mamba has dt_rank, a Mamba-2 n_heads, head_dim and n_groups.
+    """
 
     n_layers: int
     d_model: int
     d_inner: int
     d_state: int
-    dt_rank: int
     d_conv: int
     vocab_size: int
+    dt_rank: int | None = None
+    n_heads: int | None = None
+    head_dim: int | None = None
+    n_groups: int | None = None
 
     @classmethod
     def of(cls, source: ModelSizes | Mapping[str, int] | object) -> ModelSizes:
-        """From a mapping, or from any object with attributes, of (at least) the seven names.
+        """From a mapping, or from any object with attributes, of (at least) a Mamba's or a Mamba-2's names.
 
         Raises:
             ValueError: a name is missing.
         """
         if isinstance(source, cls):
             return source
-        values = dict(source) if isinstance(source, Mapping) else {}
-        names = [field.name for field in fields(cls)]
-        values |= {name: getattr(source, name) for name in names if hasattr(source, name)}
-        if missing := [name for name in names if values.get(name) is None]:
+        values = {field.name: _size(source, field.name) for field in fields(cls)}
+        names = [name for name in values if name not in (_SSD if values["n_heads"] is None else _S6)]
+        if missing := [name for name in names if values[name] is None]:
             raise ValueError(
                 f"a diagram of the model needs the sizes {', '.join(names)}; missing: {', '.join(missing)}"
             )
-        return cls(**{name: int(values[name]) for name in names})
+        return cls(**{name: int(size) for name, size in values.items() if name in names and size is not None})
+
+    @property
+    def n_channels(self) -> int:
+        """How many channels the conv has: E, or in a Mamba-2 X = E + 2 G N."""
+        return self.d_inner + 2 * (self.n_groups or 0) * self.d_state
 
     def table(self) -> pd.DataFrame:
         """Columns size, value: the table of a Result of the experiments `architecture` and `ssm_internals`."""
-        sizes = asdict(self)
+        sizes = {name: value for name, value in asdict(self).items() if value is not None}
         return pd.DataFrame({"size": list(sizes), "value": list(sizes.values())})
 
     @classmethod
@@ -74,13 +84,38 @@ class ModelSizes:
         return [
             f"layers = {self.n_layers}",
             f"D (d_model) = {self.d_model}",
-            f"E (d_inner) = {self.d_inner}",
-            f"N (d_state) = {self.d_state}",
-            f"R (dt_rank) = {self.dt_rank}",
+            *self.inner_lines[:-1],
             f"d_conv = {self.d_conv}",
             f"V (vocabulary) = {self.vocab_size}",
-            "B batch, L positions",
+            self.inner_lines[-1],
         ]
+
+    @property
+    def inner_lines(self) -> list[str]:
+        """The same of the letters inside a mixer."""
+        if self.n_heads is None:
+            own = [f"E (d_inner) = {self.d_inner}", f"N (d_state) = {self.d_state}", f"R (dt_rank) = {self.dt_rank}"]
+        else:
+            own = [
+                f"E (d_inner) = H P = {self.d_inner}",
+                f"H (heads) = {self.n_heads}, P (head_dim) = {self.head_dim}",
+                f"N (d_state) = {self.d_state}, G (groups) = {self.n_groups}",
+                f"X = E + 2 G N = {self.n_channels}",
+            ]
+        return [*own, "B batch, L positions"]
+
+
+_S6, _SSD = ("dt_rank",), ("n_heads", "head_dim", "n_groups")
+
+
+def _size(source: Mapping[str, int] | object, name: str) -> int | None:
+    """A size by its name; None if there is none, or the model says that its family has none."""
+    if isinstance(source, Mapping):
+        return source.get(name)
+    try:
+        return getattr(source, name, None)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
