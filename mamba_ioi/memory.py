@@ -63,8 +63,12 @@ def site_bytes(model, site: SiteInfo, length: int) -> int:
 
 
 def backward_bytes(model, length: int) -> int:
-    """What one row of a forward pass keeps for the backward pass, which computes the states anew."""
-    kept = model.n_layers * length * (4 * model.d_model + 16 * inner_width(model))
+    """What one row of a forward pass keeps for the backward pass, which computes the states anew.
+
+    The scan of a Mamba-2 keeps nothing but what it is given.
+    """
+    inner = (6 if "H" in model.sizes() else 16) * inner_width(model)
+    kept = model.n_layers * length * (4 * model.d_model + inner)
     return forward_bytes(model, length) + FLOAT * kept
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from mamba_ioi.models.model import MambaModel, wrap
 
@@ -42,6 +42,27 @@ def random_mamba(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> 
     """A small Mamba with random weights, none of them at a value that would hide a mistake."""
     sizes = {"vocab_size": 61, "hidden_size": 12, "num_hidden_layers": 3, "state_size": 4, "time_step_rank": 3} | sizes
     return randomized(MambaForCausalLM(MambaConfig(**sizes)), seed).to(dtype)
+
+
+def random_mamba2(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> Mamba2ForCausalLM:
+    """Likewise a Mamba-2: groups of heads, chunks shorter than the prompts, limits of the time step at both ends."""
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 12,
+        "num_hidden_layers": 3,
+        "state_size": 4,
+        "num_heads": 6,
+        "head_dim": 4,
+        "n_groups": 2,
+        "chunk_size": 3,
+        "time_step_limit": (0.5, 2.0),
+        "tie_word_embeddings": False,
+    } | sizes
+    return randomized(Mamba2ForCausalLM(Mamba2Config(**sizes)), seed).to(dtype)
+
+
+RANDOM = {"mamba": random_mamba, "mamba2": random_mamba2}
+"""A model of random weights, by family."""
 
 
 def randomized(module: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

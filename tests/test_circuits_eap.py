@@ -17,7 +17,7 @@ from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain_circuits
-from .conftest import random_mamba
+from .conftest import RANDOM, random_mamba
 from .plain import NAMES, prompt_tokenizer
 
 TOKENIZER = prompt_tokenizer(NAMES)
@@ -28,9 +28,9 @@ def data() -> IOIDataset:
     return IOIDataset.generate(TOKENIZER, 4, seed=27)
 
 
-@pytest.fixture(scope="module")
-def model() -> MambaModel:
-    return wrap(random_mamba(seed=2, vocab_size=len(TOKENIZER)), TOKENIZER, model_id="random")
+@pytest.fixture(scope="module", params=RANDOM)
+def model(request: pytest.FixtureRequest) -> MambaModel:
+    return wrap(RANDOM[request.param](seed=2, vocab_size=len(TOKENIZER)), TOKENIZER, model_id="random")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from mamba_ioi.models.model import MambaModel, wrap
 
 from . import plain as hooks
 from . import plain_circuits as plain
-from .conftest import random_mamba
+from .conftest import RANDOM, random_mamba
 
 N, LENGTH, ROWS, VOCAB = 3, 7, 4, 61
 STATES = [Graph(N, True, None, "states"), Graph(N, True, LENGTH, "states")]
@@ -25,9 +25,9 @@ TOKENS = torch.randint(0, VOCAB, (2, ROWS, LENGTH), generator=torch.Generator().
 LAST = torch.full((ROWS,), LENGTH - 1)
 
 
-@pytest.fixture(scope="module")
-def model() -> MambaModel:
-    return wrap(random_mamba(seed=2), None, model_id="random")
+@pytest.fixture(scope="module", params=RANDOM)
+def model(request: pytest.FixtureRequest) -> MambaModel:
+    return wrap(RANDOM[request.param](seed=2), None, model_id="random")
 
 
 def cuts(graph: Graph, most: int) -> list[set]:
@@ -79,7 +79,7 @@ def test_the_unembedding_is_one_product_of_all_rows(model: MambaModel, monkeypat
 
 @pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES], ids=str)
 def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
-    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
+    run, graph = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm), graph.on(model)
     generator = torch.Generator().manual_seed(1)
     masks = (
         torch.rand(6, len(graph.pairs), graph.width, generator=generator) < torch.linspace(0.3, 0.8, 6)[:, None, None]
@@ -103,11 +103,12 @@ def test_each_row_its_own_circuit(model: MambaModel, graph: Graph) -> None:
 
 @pytest.mark.parametrize("graph", STATES, ids=str)
 @pytest.mark.parametrize("which", ["kept", "read"])
-def test_states_are_mixed_as_hooks_mix_them(model: MambaModel, graph: Graph, which: str) -> None:
+def test_states_are_mixed_as_hooks_mix_them(graph: Graph, which: str) -> None:
     """A share of the live state at each position, another in each row; C, D x and what comes before stay live.
 
     `kept` mixes the state that goes on, `read` what is read of it alone.
     """
+    model = wrap(random_mamba(seed=2), None, model_id="random")
     layer, module = 1, model._module
     run = record(model, TOKENS[1], LAST, fine=True, ssm="states")
     weights = torch.rand(3, ROWS, graph.width, generator=torch.Generator().manual_seed(7))
@@ -178,9 +179,10 @@ def test_runs_begin_where_the_prompts_part(model: MambaModel, graph: Graph, part
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", RANDOM)
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
-def test_candidates_go_on_from_a_known_circuit(graph: Graph) -> None:
-    model = wrap(random_mamba(seed=2), None, model_id="random")
+def test_candidates_go_on_from_a_known_circuit(graph: Graph, family: str) -> None:
+    model = wrap(RANDOM[family](seed=2), None, model_id="random")
     run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(len(graph.pairs), graph.width, generator=generator) < 0.7

@@ -27,7 +27,7 @@ from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain_circuits
-from .conftest import random_mamba
+from .conftest import RANDOM
 from .plain import NAMES, prompt_tokenizer
 
 TOKENIZER = prompt_tokenizer(NAMES)
@@ -38,16 +38,17 @@ def data() -> IOIDataset:
     return IOIDataset.generate(TOKENIZER, 4, seed=27)
 
 
-@pytest.fixture(scope="module")
-def model() -> MambaModel:
-    return wrap(random_mamba(seed=2, vocab_size=len(TOKENIZER)), TOKENIZER, model_id="random")
+@pytest.fixture(scope="module", params=RANDOM)
+def model(request: pytest.FixtureRequest) -> MambaModel:
+    return wrap(RANDOM[request.param](seed=2, vocab_size=len(TOKENIZER)), TOKENIZER, model_id="random")
 
 
-def drawn(seed: int) -> dict[str, int]:
+def drawn(seed: int, family: str = "mamba") -> dict:
     """A planted model's arguments, drawn at random."""
     rng = random.Random(seed)
     n_layers = rng.randint(2, 6)
     return {
+        "family": family,
         "n_layers": n_layers,
         "layer": rng.randrange(n_layers),
         "slice": rng.choice((0, -1, -2, -3)),
@@ -56,9 +57,9 @@ def drawn(seed: int) -> dict[str, int]:
     }
 
 
-@pytest.fixture(scope="module", params=[11, 12, 13, 14])
+@pytest.fixture(scope="module", params=[(11,), (12,), (13,), (14,), (15, "mamba2"), (16, "mamba2")], ids=str)
 def planted(request: pytest.FixtureRequest) -> tuple[MambaModel, IOIDataset]:
-    model = mamba_ioi.planted(**drawn(request.param))
+    model = mamba_ioi.planted(**drawn(*request.param))
     return model, IOIDataset.generate(model.tokenizer, 10, seed=27)
 
 
@@ -220,10 +221,12 @@ def one_by_one(model: MambaModel, data: IOIDataset, graph: Graph, threshold: flo
         run = plain_circuits.mamba_run(module, data.clean_tokens, last, corrupt, cut, ssm=graph.ssm)
         return plain_circuits.nld(run, clean, corrupt, data).mean().item()
 
+    direct = graph.direct_step and graph.ssm == "conv"
     order: list[tuple[str, str]] = [(str(src), "output") for src in (2, 1, 0, "embed")]
     for layer in (2, 1, 0):
         node = str(layer)
         if graph.fine:
+            order += [(f"{node}.ssm", node)] if direct else []
             order += [(f"{node}.conv", f"{node}.ssm"), (node, f"{node}.skip")]
             order += [(node, f"{node}.conv[{s}]") for s in (0, -1, -2, -3)]
         order += [(str(src), node) for src in (*range(layer - 1, -1, -1), "embed")]
@@ -235,7 +238,8 @@ def one_by_one(model: MambaModel, data: IOIDataset, graph: Graph, threshold: flo
             kept, now = kept - {edge}, after
     if graph.fine:
         for layer in ("0", "1", "2"):
-            kept -= {(f"{layer}.ssm", layer)} if (f"{layer}.conv", f"{layer}.ssm") not in kept else set()
+            cut = not direct and (f"{layer}.conv", f"{layer}.ssm") not in kept
+            kept -= {(f"{layer}.ssm", layer)} if cut else set()
             kept -= {(f"{layer}.skip", layer)} if (layer, f"{layer}.skip") not in kept else set()
     return set(graph.edges(graph.prune(graph.mask(kept))))
 
@@ -248,7 +252,7 @@ def test_exact_acdc_is_the_sequential_algorithm(
     model: MambaModel, data: IOIDataset, fine: bool, threshold: float, ssm: str
 ) -> None:
     found = acdc(model, data, None, threshold, fine, exact=True, ssm=ssm, batch_rows=40)
-    graph = Graph(3, fine, None, ssm)
+    graph = Graph(3, fine, None, ssm).on(model)
     expected = one_by_one(model, data, graph, threshold)
     assert set(found.edges) == expected and 0 < len(expected) < len(graph)
 

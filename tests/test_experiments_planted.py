@@ -36,14 +36,20 @@ def planted(**arguments) -> MambaModel:
     return model
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2])
+@pytest.fixture(
+    scope="module",
+    params=[("mamba", 0), ("mamba", -1), ("mamba", -2), ("mamba2", -1), ("mamba2", -2)],
+    ids=lambda param: f"{param[0]}{param[1]}",
+)
 def model(request: pytest.FixtureRequest) -> MambaModel:
-    draw = random.Random(f"planted {request.param}")
+    family, tap = request.param
+    draw = random.Random(f"planted {-tap}" if family == "mamba" else f"{family} {-tap}")
     n_layers = draw.randint(3, 5)
     return planted(
+        family=family,
         n_layers=n_layers,
         layer=draw.randrange(1, n_layers),
-        slice=(0, -1, -2)[request.param],
+        slice=tap,
         n_names=draw.randint(6, 9),
         seed=draw.randrange(10**6),
     )

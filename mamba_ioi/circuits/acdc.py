@@ -103,19 +103,20 @@ def acdc(
         "metric": metric_name(evaluator.pairs.metric),
     }
     kind = graph.n_layers, graph.fine, graph.length
-    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, graph.ssm)
+    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, graph.ssm, graph.direct_step)
 
 
 def steps(graph: Graph) -> list[list[int]]:
     """The edges by the node they are tested at, backwards from the output; indices in ``graph.pairs``.
 
-    What need not be tested (``skip -> out``, and ``ssm -> out`` unless positions are kept apart) is in no step.
+    What need not be tested is in no step: ``skip -> out``, and ``ssm -> out`` where it is one with ``conv -> ssm``, as
+    it is unless positions are kept apart, or the time step stays live where the conv's output is cut.
     """
     groups = [list(range(len(graph.pairs)))[graph.into(graph.n_layers)][::-1]]
     for layer in reversed(range(graph.n_layers)):
         if graph.fine:
             start = graph.inside(layer).start
-            if graph.length is not None:
+            if graph.length is not None or (graph.direct_step and graph.ssm == "conv"):
                 groups.append([start + SSM_OUT])
             groups.append([start + SSM, start + SKIP])
             groups.append([start + k for k in range(SLICE.start, SLICE.stop)][::-1])

@@ -36,6 +36,7 @@ class Circuit:
             `kept` and `effect` of ACDC, which also lists the edges that were dropped).
         meta: how the circuit was found.
         ssm: what a fine circuit's edges conv -> ssm carry, ``conv`` or ``states`` (see `Graph`).
+        direct_step: whether the layers' time steps come from their inputs and not out of their convs (see `Graph`).
 
     Raises:
         ValueError: if an edge is not in the graph, or ``ssm`` is neither.
@@ -50,6 +51,7 @@ class Circuit:
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     meta: dict[str, Any] = field(default_factory=dict)
     ssm: str = "conv"
+    direct_step: bool = False
 
     def __post_init__(self) -> None:
         graph = self.graph
@@ -68,13 +70,13 @@ class Circuit:
         """
         edges = list(edges)
         graph = Graph.of(model.n_layers, edges)
-        known = {"fine": graph.fine, "length": graph.length, **known}
+        known = {"fine": graph.fine, "length": graph.length, "direct_step": graph.on(model).direct_step, **known}
         return cls(tuple(edges), model.n_layers, **known)
 
     @property
     def graph(self) -> Graph:
         """The graph that the edges are from."""
-        return Graph(self.n_layers, self.fine, self.length, self.ssm)
+        return Graph(self.n_layers, self.fine, self.length, self.ssm, self.direct_step)
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -129,6 +131,7 @@ class Circuit:
             "fine": self.fine,
             "length": self.length,
             "ssm": self.ssm,
+            "direct_step": self.direct_step,
             "accuracy": self.accuracy,
             "nld": self.nld,
             "edges": [list(edge) for edge in self.edges],
@@ -170,6 +173,7 @@ class Circuit:
                 table=_frame(stored["table"]),
                 meta=stored["meta"],
                 ssm=stored["ssm"] if stored["format_version"] > 1 else "conv",
+                direct_step=stored.get("direct_step", False),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no complete circuit: {error}") from error

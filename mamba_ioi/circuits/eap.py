@@ -48,7 +48,7 @@ from tqdm.auto import tqdm
 
 from ..checks import whole_number
 from ..interventions.attribution import frozen
-from ..memory import backward_bytes, fitting_rows
+from ..memory import backward_bytes, fitting_rows, state_bytes
 from ..remote.requests import ask, require_gradients
 from ..result import Result
 from ..tasks.pairs import Metric, PromptPairs, metric_name
@@ -120,9 +120,9 @@ def eap(
     model.require_stream("circuits", edges=True)
     by_position = positional and marks is None
     pairs = Pairs.of(model, data, positional=by_position, marks=marks, metric=metric)
-    graph = Graph(model.n_layers, fine, pairs.length if by_position else None)
+    graph = Graph(model.n_layers, fine, pairs.length if by_position else None).on(model)
     total = torch.zeros(len(graph.pairs), len(pairs.marks) or graph.width, dtype=torch.float64)
-    row = backward_bytes(model, pairs.length - int(pairs.start[0]))
+    row = backward_bytes(model, pairs.length - int(pairs.start[0])) + 2 * state_bytes(model)  # where runs begin
     rows = fitting_rows(model, row, MOST_ROWS) if batch_rows is None else batch_rows
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
     batches = list(pairs.chunks(rows))

@@ -50,7 +50,7 @@ def exact_effects(
         ``meta["graph"]`` and ``meta["arguments"]`` hold ``ssm``.
     """
     length = Pairs.of(model, data, positional=True).length if positional else None
-    graph = Graph(model.n_layers, fine, length, ssm)
+    graph = Graph(model.n_layers, fine, length, ssm).on(model)
     evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     whole = torch.ones(len(graph.pairs), graph.width, dtype=torch.bool)
     before = evaluator.measure(whole[None]).score.double().mean()

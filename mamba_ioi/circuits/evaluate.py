@@ -187,6 +187,7 @@ def faithfulness(
         raise ValueError(f"fractions increase, from above 0 to at most 1; they are {fractions}")
     note_precisions(model, scores)
     graph, values = scored_graph(scores, model.n_layers, ssm)
+    graph = graph.on(model)
     data = held_out(model, data)
     evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     rows: list[dict] = []

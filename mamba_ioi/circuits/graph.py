@@ -29,6 +29,9 @@ What the edge ``39.conv -> 39.ssm`` carries, and ``39.ssm -> 39`` after it, is s
     carries what is read of the states, C h: to cut it at a position is to read the corrupt run's state there, and the
     later states stay as they are. Without positions the two edges are one.
 
+In a Mamba-2 the conv gives x, B and C, and the time step delta comes from the layer's input beside it, along no edge
+(``direct_step``): it stays live whatever is cut, but for states and outputs that are the corrupt run's themselves.
+
 Order: edges by destination (layers, then output), then source (embed, layers); a layer's eight inner edges follow those
 into it, as listed above; positions of an edge are adjacent.
 """
@@ -37,7 +40,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool
@@ -90,6 +93,7 @@ class Graph:
         fine: whether layers are split into conv slices, SSM and skip.
         length: the number of positions, if edges are kept apart by position.
         ssm: what the edge into a layer's SSM carries, ``conv`` or ``states``; without fine nodes it has no meaning.
+        direct_step: whether a layer's time step comes from its input and not out of its conv, as in a Mamba-2.
         pairs: every (src, dst), in order; n_pairs of them.
         index: where each (src, dst) stands in `pairs`.
     """
@@ -98,6 +102,7 @@ class Graph:
     fine: bool = False
     length: int | None = None
     ssm: str = "conv"
+    direct_step: bool = False
     # computed here and not by cached_property, which holds a lock: a graph travels to servers
     pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False, compare=False)
     index: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
@@ -130,6 +135,10 @@ class Graph:
         length = 1 + max(positions) if positions else None
         return cls(n_layers, fine, length)
 
+    def on(self, model) -> Graph:
+        """The same graph of this model, whose layers have their time steps from where it says."""
+        return replace(self, direct_step="H" in model.sizes())
+
     @property
     def width(self) -> int:
         """The size of a mask's second dimension: `length`, or 1 if edges are not kept apart by position."""
@@ -140,7 +149,8 @@ class Graph:
 
     def stored(self) -> dict[str, int | bool | str | None]:
         """What tells the graph, as a result's ``meta["graph"]`` holds it."""
-        return {"n_layers": self.n_layers, "fine": self.fine, "length": self.length, "ssm": self.ssm}
+        known = {"n_layers": self.n_layers, "fine": self.fine, "length": self.length, "ssm": self.ssm}
+        return known | {"direct_step": self.direct_step}
 
     def sources(self, layer: int) -> list[str]:
         """The nodes with an edge into a layer (``n_layers`` stands for the output)."""
@@ -182,7 +192,7 @@ class Graph:
         """The fine graph, and the same circuit in it, with everything inside every layer kept."""
         if self.fine:
             return self, mask
-        graph = Graph(self.n_layers, True, self.length, self.ssm)
+        graph = replace(self, fine=True)
         fine = torch.ones(len(graph.pairs), self.width, dtype=torch.bool)
         for layer in range(self.n_layers + 1):
             fine[graph.into(layer)] = mask[self.into(layer)]
@@ -216,13 +226,14 @@ class Graph:
             inner, kept = reached[self.inside(layer)], mask[self.inside(layer)]
             inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in SLICES])
             conv = (inner[SLICE] & kept[SLICE]).any(0)
+            step = arrives & self.direct_step
             inner[SKIP] = arrives
             if self.ssm == "conv":
                 inner[SSM] = conv
-                inner[SSM_OUT] = self._onwards(inner[SSM] & kept[SSM])
+                inner[SSM_OUT] = self._onwards((inner[SSM] & kept[SSM]) | step)
             else:
-                inner[SSM_OUT] = self._carried(conv, kept[SSM])
-                inner[SSM] = conv | self._shift(inner[SSM_OUT], 1)
+                inner[SSM_OUT] = self._carried(conv | step, kept[SSM])
+                inner[SSM] = conv | step | self._shift(inner[SSM_OUT], 1)
             inner[SKIP_OUT] = inner[SKIP] & kept[SKIP]
             through = (inner[SSM_OUT] & kept[SSM_OUT]) | (inner[SKIP_OUT] & kept[SKIP_OUT])
             outputs.append(through if self.ssm == "conv" else through | conv)
@@ -243,14 +254,14 @@ class Graph:
                 read = leaves[layer] & kept[SSM_OUT]
                 inner[SKIP] = leaves[layer] & kept[SKIP_OUT]
                 if self.ssm == "conv":
-                    inner[SSM] = self._backwards(read)
+                    step = inner[SSM] = self._backwards(read)
                     inner[SLICE] = inner[SSM] & kept[SSM]
                 else:
-                    carried = self._carried(read.flip(0), kept[SSM].flip(0)).flip(0)
+                    carried = step = self._carried(read.flip(0), kept[SSM].flip(0)).flip(0)
                     inner[SSM] = read | self._shift(carried, -1)
                     inner[SLICE] = carried | leaves[layer]
                 through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(SLICES)]
-                arrives = torch.stack([*through, inner[SKIP] & kept[SKIP]]).any(0)
+                arrives = torch.stack([*through, inner[SKIP] & kept[SKIP], step & self.direct_step]).any(0)
             else:
                 arrives = self._backwards(leaves[layer])
             into = self.into(layer)

@@ -99,7 +99,7 @@ class Evaluator:
         pairs = Pairs.of(model, data, positional=graph.length is not None, metric=metric)
         if graph.length is not None and graph.length != pairs.length:
             raise ValueError(f"the circuit has {graph.length} positions, the prompts have {pairs.length}")
-        self.model, self.graph, self.absolute = model, graph, absolute
+        self.model, self.graph, self.absolute = model, graph.on(model), absolute
         row = row_bytes(model, graph, pairs.length, together)
         self.batch_rows = batch_rows or fitting_rows(model, row, MOST_ROWS, share=0.5)
         self.n_rows = len(pairs)
@@ -234,8 +234,8 @@ def graph_for(circuit: Circuit, data: PromptPairs, model, ssm: str | None = None
         raise ValueError(f"a circuit is a Circuit, not {type(circuit).__name__}{hint}")
     ssm = circuit.ssm if ssm is None else ssm
     if circuit.length is None:
-        return Graph(circuit.n_layers, circuit.fine, None, ssm)
+        return Graph(circuit.n_layers, circuit.fine, None, ssm).on(model)
     length = Pairs.of(model, data, positional=True).length
     if circuit.length > length:
         raise ValueError(f"the circuit has {circuit.length} positions, the prompts have {length}")
-    return Graph(circuit.n_layers, circuit.fine, length, ssm)
+    return Graph(circuit.n_layers, circuit.fine, length, ssm).on(model)

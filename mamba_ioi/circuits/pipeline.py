@@ -148,6 +148,7 @@ def circuit_of(result: Result) -> Circuit:
         table,
         {"found_by": known["found_by"]},
         graph.get("ssm", "conv"),
+        graph.get("direct_step", False),
     )
 
 

@@ -12,7 +12,7 @@ candidate differs from a circuit whose run is known. Positions before the prompt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,7 +56,7 @@ class Resampled(Pass):
         self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
         inner = [keep[:, :, graph.inside(j)] for j in range(graph.n_layers if graph.fine else 0)]
         self.inner: list = [narrow(weights).to(device, dtype) if (weights != 1).any() else None for weights in inner]
-        anywhere = Graph(graph.n_layers, graph.fine, None, graph.ssm)
+        anywhere = replace(graph, length=None)
         used = anywhere.prune((keep != 0).amax((0, 1, 3))[:, None])
         self.live = [bool(used[graph.into(j)].any()) for j in range(graph.n_layers)]
         self.wanted = {source for mix in self.mixes[first:] for source, _ in mix.terms}
@@ -242,7 +242,7 @@ def resampled_logits(
     Raises:
         ValueError: if the weights fit neither graph nor prompts, or the corrupt run was recorded for another ``ssm``.
     """
-    weights = _weights(graph, tokens, corrupt, keep)
+    weights, graph = _weights(graph, tokens, corrupt, keep), graph.on(model)
     sources, first = (None, 0) if base is None else (base.sources, first_difference(graph, keep, base.mask))
     candidates, share = keep.shape[0], bool(model.all_scans)
     visitor = Resampled(graph, weights, corrupt, share, sources, first)
@@ -282,7 +282,7 @@ def run_circuit(
 ) -> BaseCircuit:
     """Run one circuit, for candidates that are like it in the edges into the first layers to go on from."""
     keep, read = _weights(graph, tokens, corrupt, mask[None, None]), torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
-    visitor = Kept(graph, keep, corrupt)
+    visitor = Kept(graph.on(model), keep, corrupt)
     with torch.no_grad(), model.trace(tokens[:, corrupt.begins.position :]):
         found = given(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
     return BaseCircuit(mask, found)

@@ -48,10 +48,10 @@ def scored_graph(
         n_layers = sum(table.dst == "output") // max(1, int(table.get("position", pd.Series([-1])).max()) + 1) - 1
     positions = table.position if "position" in table else pd.Series(-1, index=table.index)
     length = int(positions.max()) + 1 if len(table) and positions.max() >= 0 else None
-    if ssm is None:
-        known = scores.meta.get("graph", {}) if isinstance(scores, Result) else {}
-        ssm = str(known.get("ssm", "conv"))
-    graph = Graph(n_layers, bool(table.src.str.contains(".", regex=False).any()), length, ssm)
+    known = scores.meta.get("graph", {}) if isinstance(scores, Result) else {}
+    ssm = str(known.get("ssm", "conv")) if ssm is None else ssm
+    fine, direct_step = bool(table.src.str.contains(".", regex=False).any()), bool(known.get("direct_step", False))
+    graph = Graph(n_layers, fine, length, ssm, direct_step)
     values = torch.full((len(graph.pairs), graph.width), math.nan, dtype=torch.float64)
     for src, dst, position, score in zip(table.src, table.dst, positions, table.score, strict=True):
         if (src, dst) not in graph.index:
@@ -149,6 +149,7 @@ def minimal_circuit(
     target = accuracy
     note_precisions(model, *([scores] if isinstance(scores, Result) else []))
     graph, values = scored_graph(scores, model.n_layers, ssm)
+    graph = graph.on(model)
     evaluator = Evaluator(model, data, graph, absolute=absolute, batch_rows=batch_rows)
     order = rank(values, by, seed)
     tried: dict[int, dict[str, float]] = {}
@@ -187,4 +188,5 @@ def _circuit(graph: Graph, values: Tensor, mask: Tensor, prune: bool, meta: dict
     edges = graph.edges(kept)
     table = edge_table(edges).assign(score=values[kept].tolist())
     meta = {**meta, "pruned": int(mask.sum() - kept.sum())}
-    return Circuit(edges, graph.n_layers, graph.fine, graph.length, accuracy, nld, table, meta, graph.ssm)
+    kind = graph.n_layers, graph.fine, graph.length
+    return Circuit(edges, *kind, accuracy, nld, table, meta, graph.ssm, graph.direct_step)

@@ -156,12 +156,12 @@ class Placed:
         """Make a cut in an open scan of positions from ``start`` on."""
         count, length = len(range(*self.rows.indices(scan.x.shape[0]))), scan.x.shape[1]
         prompts = slice(None) if self.prompts is None else self.prompts
-        at = [
+        sources, targets = (
             mask(places, prompts, count, start, length, scan.x.device)
             for places in (self.change.sources, self.change.positions)
-        ]
+        )
         new = self.new_writes(type(scan), prompts, source, scan.dtype)
-        cut_outputs(scan, self.rows, *at, lambda t: new(start + t), self.carried)
+        cut_outputs(scan, self.rows, sources, targets, lambda t: new(start + t), self.carried)
 
     def new_writes(self, kind: Any, prompts, source: SourceValues, dtype: torch.dtype) -> New:
         """Of a cut, what takes the place of the writes at a position."""
