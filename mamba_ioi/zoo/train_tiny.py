@@ -84,7 +84,7 @@ FAMILIES: Mapping[str, _Family] = {
         "tiny-mamba2",
         "Mamba-2",
         "train-tiny --family mamba2",
-        "`Mamba2ForCausalLM`, 6 layers, d_model 96, d_inner 192 (12 heads of 16), 2 groups of B and C, d_state 32,\n"
+        "`Mamba2ForCausalLM`, 6 layers, d_model 96, d_inner 192 (12 heads of 16), one group of B and C, d_state 32,\n"
         "  d_conv 4, float32,",
         _mamba2,
         lambda model, tokens: model(tokens, use_cache=False).logits,
