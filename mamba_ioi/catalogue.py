@@ -349,6 +349,22 @@ ROWS = (
         takes_layer=True,
         decides={"last": f"{_REPORT}.circuit:cut"},
     ),
+    Row(
+        figure="knockout",
+        experiment="knockout",
+        label="Knockout",
+        shows="in which layers a name's write reaches the last position",
+        reading="A line for each source: 1 - NLD with what it gives to the last position taken out of one layer's scan "
+        "(1: the answer follows the corrupt prompt, 0: nothing changes).",
+        columns=(
+            *("source", "target", "layer", "effect", "low", "high"),
+            *("accuracy", "accuracy_low", "accuracy_high", "n"),
+        ),
+        function=f"{_EXPERIMENTS}.knockout:knockout",
+        drawn_by=f"{_FIGURES}.knockout:knockout",
+        arguments={"sources": ("n1+1", "n2+1", "n3+1", "n4+1", "n5+1")},
+        needs_names=True,
+    ),
 )
 """Every figure, in the paper's order."""
 

@@ -224,8 +224,21 @@ def as_the_paper_says(model: str = TINY) -> dict[str, Result]:
         "appd2": fine({-1: 0.8, 0: 0.1}, layer, model),
         "appd3": circuit("appd3", model=model),
         "sec44": sec44((0.86, 0.87), (0.84, 0.86), (40, 30), layer, model),
+        "knockout": knockout(layer, layers, model),
     }
     return {figure: found[figure] for figure in CATALOGUE}
+
+
+def knockout(layer: int, layers: int, model: str = TINY) -> Result:
+    """What two names give to the last position, in one layer's scan alone."""
+    rows = [
+        {"source": source, "target": "last", "layer": i, "effect": value, "low": value - 0.02, "high": value + 0.02}
+        | {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 1.0, "n": 160}
+        for source in ("n1+1", "n5+1")
+        for i in range(layers)
+        for value in [0.4 if i == layer else 0.0]
+    ]
+    return result("knockout", rows, model)
 
 
 def store(out: Path, results: Mapping[str, Result], pictures: bool = True) -> Path:

@@ -163,7 +163,7 @@ def test_nothing_runs_where_the_prompts_have_not_parted(small, prompts, monkeypa
 
 @pytest.mark.parametrize(("positions", "runs"), [(9, 1), (5, 2), (0, 9)])
 def test_the_source_prompts_run_once_where_their_values_fit(small, prompts, positions, runs, monkeypatch):
-    import mamba_ioi.interventions.sweep as module
+    import mamba_ioi.interventions.plan as module
 
     clean, source, last = prompts
     asked, read = [], module.read_sites

@@ -9,7 +9,22 @@ import torch
 from torch import Tensor
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-from mamba_ioi import Cut, Patch, cache, generate, hidden_attention, run, token_contributions
+from mamba_ioi import (
+    Cut,
+    IOIDataset,
+    Patch,
+    PromptPairs,
+    cache,
+    experiments,
+    generate,
+    hidden_attention,
+    load_model,
+    metrics,
+    planted,
+    run,
+    token_contributions,
+)
+from mamba_ioi.circuits import token_edges
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import Resample, sweep
 from mamba_ioi.models.model import MambaModel, wrap
@@ -399,3 +414,175 @@ class TestCut:
             run(model, ids, [Cut(1, 1, 2, resample=True)], source=source[:, :4])
         with pytest.raises(ValueError, match="needs source tokens"):
             generate(model, ids, 1, patches=[Cut(1, 1, 2, resample=True)])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> MambaModel:
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tiny) -> IOIDataset:
+    return IOIDataset.generate(tiny.tokenizer, 5)
+
+
+def effects_by_runs(model, data, cut, source=None) -> tuple[Tensor, Tensor]:
+    """1 - NLD of each row under a cut, and whether its answer is right, by runs of whole prompts."""
+    at, answers = data.last_position, (data.answers, data.corrupt_answers)
+    clean, corrupt = (run(model, ids, positions=at) for ids in (data.clean_tokens, data.corrupt_tokens))
+    logits = run(model, data.clean_tokens, [cut], positions=at, source=source)
+    nld = metrics.normalized_logit_diff(logits, clean, corrupt, *answers, absolute=False)
+    return 1 - nld, metrics.accuracy(logits, data.answers, data.candidates)
+
+
+class TestKnockout:
+    def test_as_runs_of_each(self, tiny, data):
+        found = experiments.knockout(tiny, data, ["n1+1", "n5+1"], ["last", "n5+1"], window=2, progress=False)
+        table = found.table
+        assert list(table.columns[:4]) == ["source", "target", "layer", "effect"]
+        assert len(table) == 2 * 2 * 5 and set(table.n) == {10}
+        for row in list(table.itertuples())[::3]:
+            places = (data.positions_of(mark)[:, None] for mark in (row.source, row.target))
+            effect, right = effects_by_runs(tiny, data, Cut([row.layer, row.layer + 1], *places))
+            assert row.effect == pytest.approx(effect.mean().item(), abs=1e-4)
+            assert row.accuracy == pytest.approx(right.double().mean().item())
+            assert row.low <= row.effect <= row.high
+        assert found.plot().axes and len(found.plot().axes) == 2
+
+    def test_on_planted(self):
+        """Without the write of the name that the answer is, nothing is left of it; without others', it stays."""
+        model = planted(n_layers=3, layer=1, n_names=6)
+        data = IOIDataset.generate(model.tokenizer, 6)
+        sources = [f"n{slot}+1" for slot in range(1, 6)]
+        table = experiments.knockout(model, data, [*sources, "n1"], progress=False).table
+        elsewhere = (table.layer != 1) | (table.source == "n1")
+        assert table.effect[elsewhere].abs().max() < 1e-3 and (table.accuracy[elsewhere] == 1).all()
+        assert (table.accuracy[~elsewhere] < 1).all()
+        resampled = [Cut(1, at + 1, -1, resample=True) for at in model.planted.name_positions]
+        moved = [effects_by_runs(model, data, cut, data.corrupt_tokens)[0] for cut in resampled]
+        differs = (data.clean_tokens != data.corrupt_tokens).float()[:, list(model.planted.name_positions)]
+        torch.testing.assert_close(torch.stack(moved, 1), differs, rtol=0, atol=1e-3)
+
+    def test_rows_without_a_place(self, tiny, data):
+        marks = {"some": torch.where(torch.arange(10) < 4, 6, -1), "late": torch.full((10,), 17)}
+        pairs = PromptPairs(
+            clean_tokens=data.clean_tokens,
+            corrupt_tokens=data.corrupt_tokens,
+            answers=data.answers,
+            corrupt_answers=data.corrupt_answers,
+            marks=marks,
+        )
+        table = experiments.knockout(tiny, pairs, targets=["last", "some"], layers=1, progress=False).table
+        assert table.n.tolist() == [4, 4, 10, 0] and table.source.tolist() == ["some", "some", "late", "late"]
+        assert table.effect.isna().tolist() == table.accuracy.isna().tolist() == [False, False, False, True]
+        effect, _ = effects_by_runs(tiny, pairs[:4], Cut(1, 6, 19))
+        assert table.effect[0] == pytest.approx(effect.mean().item(), abs=1e-4)
+        at = experiments.knockout(tiny, pairs, 17, layers=1, metric="logit_diff", progress=False).table
+        assert at.source.tolist() == [17] and at.n.tolist() == [10]
+
+    def test_a_callable_metric(self, tiny, data):
+        def first(logits, pairs):
+            return logits.gather(1, pairs.answers[:, None])[:, 0]
+
+        table = experiments.knockout(tiny, data, "n5+1", layers=1, metric=first, progress=False).table
+        at = data.last_position
+        plain, cut = (run(tiny, data.clean_tokens, c, positions=at) for c in ([], [Cut(1, 16, -1)]))
+        assert table.effect[0] == pytest.approx((first(plain, data) - first(cut, data)).mean().item(), abs=1e-4)
+        assert table.accuracy[0] == metrics.accuracy(cut, data.answers, data.candidates).double().mean()
+
+    def test_refused(self, tiny, data):
+        for given, sentence in (
+            ({"sources": "n9"}, "no mark 'n9'"),
+            ({"sources": 40}, "positions are whole numbers from 0 to 19"),
+            ({"sources": "n1", "window": 7}, "window must be a whole number from 1 to 6"),
+            ({"sources": "n1", "window": 2, "layers": 5}, "a window of 2 layers from layer 5 on"),
+            ({"sources": "n5", "targets": "n1"}, "in no row is a target of 'n1' at or after a source of 'n5'"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                experiments.knockout(tiny, data, progress=False, **given)
+
+
+class TestTokenEdges:
+    @pytest.mark.parametrize("family", ["mamba", "mamba2"])
+    @pytest.mark.parametrize(
+        ("layer", "slice", "seed"), [(2, -1, 0), (1, 0, 3), (3, -3, 5), (0, -2, 1)], ids=["-1", "0", "-3", "first"]
+    )
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_planted(self, family, layer, slice, seed, exact):
+        """The five names' edges into the last position of the planted layer, and no others."""
+        model = planted(n_layers=4, layer=layer, slice=slice, seed=seed, n_names=8, family=family)
+        data = IOIDataset.generate(model.tokenizer, 10)
+        result = token_edges(model, data, exact=exact, layers=[layer, (layer + 1) % 4])
+        table = result.table
+        assert list(table.columns) == ["layer", "source", "target", "score"]
+        assert len(table) == 2 * 20 * 21 / 2 and result.meta["arguments"]["exact"] == exact
+        right = (table.layer == layer) & (table.target == 19) & table.source.isin(model.planted.arrival_positions)
+        differs = (data.clean_tokens != data.corrupt_tokens).float().mean(0)
+        for row in table[right].itertuples():
+            share = differs[row.source + slice].item()  # of rows with another name there: each loses all
+            assert row.score == pytest.approx(-share, abs=1e-3 if exact else 0.1)
+        assert table.score[right].max() < -0.05
+        assert table.score[~right].abs().max() < 1e-4
+
+    @pytest.mark.parametrize(("steps", "ranks"), [(1, 0.95), (5, 0.7)])
+    def test_the_estimate_agrees_with_the_measurement(self, tiny, data, steps, ranks):
+        """Spearman's and Pearson's correlation; with more steps the order of the many small edges is told less well."""
+        measured = token_edges(tiny, data, exact=True).table.score
+        scores = token_edges(tiny, data, steps=steps).table.score
+        live = measured != 0
+        assert scores[live].rank().corr(measured[live].rank()) > ranks
+        assert scores.corr(measured) > 0.97
+
+    @pytest.mark.parametrize("metric", ["nld", "logit_diff"])
+    def test_measured_as_runs_of_each(self, tiny, data, metric):
+        table = token_edges(tiny, data, exact=True, layers=1, metric=metric).table
+        for source, target in ((16, 19), (8, 19), (16, 17), (4, 4)):
+            cut, source_tokens = Cut(1, source, target, resample=True), data.corrupt_tokens
+            effect, _ = effects_by_runs(tiny, data, cut, source_tokens)
+            if metric == "logit_diff":
+                at, answers = data.last_position, (data.answers, data.corrupt_answers)
+                plain, changed = (
+                    metrics.logit_diff(run(tiny, data.clean_tokens, c, positions=at, source=source_tokens), *answers)
+                    for c in ([], [cut])
+                )
+                effect = plain - changed
+            (score,) = table.score[(table.source == source) & (table.target == target)]
+            assert score == pytest.approx(-effect.mean().item(), abs=1e-4)
+
+    def test_each_by_hand(self, ids):
+        """One step, in float64: the gradient at y by autograd, times each edge's change by hand."""
+        module = copy.deepcopy(MODELS["mamba2"]._module).double()
+        model = wrap(module, None, model_id="random")
+        source = ids.clone()
+        source[:, 3] = (ids[:, 3] + 7) % 61
+        pairs = PromptPairs(clean_tokens=ids, corrupt_tokens=source, answers=[1, 2, 3], corrupt_answers=[4, 5, 6])
+        seen = {}
+
+        def leaf(value):
+            seen["y"] = value.detach().requires_grad_()
+            return seen["y"]
+
+        logits = forward_by_hand(module, ids, {("y", LAYER): leaf})["hook_logits"][:, -1]
+        (logits[range(3), [1, 2, 3]] - logits[range(3), [4, 5, 6]]).mean().backward()
+        here, there = by_hand(module, ids), by_hand(module, source)
+        heads, groups = here["write"].shape[2], here["C"].shape[2]
+        C, moved = here["C"][:, :, torch.arange(heads) // (heads // groups)], there["write"] - here["write"]
+        table = token_edges(model, pairs, steps=1, layers=LAYER, metric="logit_diff").table
+        gradient = seen["y"].grad.unflatten(-1, (heads, -1))
+        for row in table.itertuples():
+            carried = moved[:, row.source]
+            for r in range(row.source + 1, row.target + 1):
+                carried = here["A_bar"][:, r, :, None, None] * carried
+            expected = torch.einsum("bhp,bhpn,bhn->", gradient[:, row.target], carried, C[:, row.target]).item()
+            assert row.score == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+    def test_refused(self, tiny, data):
+        for given, sentence in (
+            ({"steps": 0}, "steps must be a whole number of at least 1"),
+            ({"layers": 6}, "needs a layer from 0 to 5, not 6"),
+            ({"layers": [1, 1]}, "layers are at least one, each once"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                token_edges(tiny, data, **given)
+        with pytest.raises(ValueError, match="need aligned prompts"):
+            token_edges(tiny, IOIDataset.generate(tiny.tokenizer, 8, templates="all"))

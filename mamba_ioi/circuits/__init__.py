@@ -12,6 +12,7 @@ from .evaluate import Evaluation, evaluate, faithfulness, last_position_only
 from .export import layer_view, to_dot, to_mib
 from .graph import Graph
 from .search import minimal_circuit, top_k
+from .token_edges import token_edges
 
 __all__ = [
     "Circuit",
@@ -29,5 +30,6 @@ __all__ = [
     "rank_correlation",
     "to_dot",
     "to_mib",
+    "token_edges",
     "top_k",
 ]

@@ -22,6 +22,7 @@ from ..tasks.pairs import PromptPairs
 from .bottleneck import bottleneck, default_layer
 from .conv_slices import conv_slices
 from .cross_talk import cross_talk
+from .knockout import knockout
 from .layer_removal import greedy_layer_removal, layer_removal
 from .name_means import NameMeans, name_means
 from .name_steering import name_pca, name_steering
@@ -39,6 +40,7 @@ __all__ = [
     "default_layer",
     "example_prompts",
     "greedy_layer_removal",
+    "knockout",
     "layer_removal",
     "name_means",
     "name_pca",

@@ -21,6 +21,7 @@ from ..result import bootstrap_interval
 from ..tasks.pairs import Metric, PromptPairs, check_fit, check_metric, scored
 
 if TYPE_CHECKING:
+    from ..interventions.cut import Cut
     from ..interventions.patch import Patch
     from ..models.model import CausalLM, MambaModel
 
@@ -140,12 +141,27 @@ def _indices(values: Sequence[int] | int, count: int, kind: str) -> list[int]:
 def resample_effects(
     model: MambaModel,
     data: PromptPairs,
-    interventions: Sequence[Sequence[Patch | Resample]],
+    interventions: Sequence[Sequence[Patch | Resample | Cut]],
     *,
     metric: Metric | None = None,
     description: str | None = None,
 ) -> Float[Tensor, "I B"]:
     """1 - NLD of each row under each intervention on its clean prompt: 0 acts as clean, 1 acts as corrupted.
+
+    See `measured_runs`.
+    """
+    return measured_runs(model, data, interventions, metric=metric, description=description)[0]
+
+
+def measured_runs(
+    model: MambaModel,
+    data: PromptPairs,
+    interventions: Sequence[Sequence[Patch | Resample | Cut]],
+    *,
+    metric: Metric | None = None,
+    description: str | None = None,
+) -> tuple[Float[Tensor, "I B"], Float[Tensor, "I B"]]:
+    """1 - NLD of each row under each intervention on its clean prompt, and whether its answer is right.
 
     Under another metric than ``nld``, what the metric loses: that of the clean run less that of the patched one.
 
@@ -164,25 +180,31 @@ def resample_effects(
         return measure(metric, run, *columns, total=run[:, -1] if readout.total else None)
 
     clean, patched = value(logits[0]), torch.stack([value(run) for run in logits[1:]])
+    small = logits[1:, :, :-1] if readout.total else logits[1:]
+    right = torch.stack([accuracy(run, readout.answers, readout.candidates) for run in small]).double()
     if metric != "nld":
-        return clean - patched
+        return clean - patched, right
     corrupt = value(sweep(model, source, [[]], readout)[0])
-    return 1 - normalized(patched, clean, corrupt, absolute=False)
+    return 1 - normalized(patched, clean, corrupt, absolute=False), right
 
 
 def _effects_of_callable(
     model: MambaModel, data: PromptPairs, interventions: Sequence, metric: Any, description: str | None
-) -> Float[Tensor, "I B"]:
-    """What a callable metric loses; it sees the logits of all tokens and rows, of so many runs as there is room for."""
+) -> tuple[Float[Tensor, "I B"], Float[Tensor, "I B"]]:
+    """What a callable metric loses, and whether answers are right.
+
+    The metric sees the logits of all tokens and rows, of so many runs as there is room for.
+    """
     whole = torch.arange(model.vocab_size).expand(len(data), -1)
     readout = Readout(whole, data.last_position, data.answers, data.corrupt_answers, data.candidates)
     room = max(1, budget(model) // (16 * whole.numel()))
-    runs, found = [[], *interventions], []
+    runs, found, right = [[], *interventions], [], []
     for start in range(0, len(runs), room):
         some = runs[start : start + room]
         logits = sweep(model, data.clean_tokens, some, readout, source=data.corrupt_tokens, description=description)
         found += [scored(metric, run, data) for run in logits]
-    return found[0] - torch.stack(found[1:])
+        right += [accuracy(run, data.answers.cpu(), data.candidates.cpu()).double() for run in logits]
+    return found[0] - torch.stack(found[1:]), torch.stack(right[1:])
 
 
 def rows_by_group(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 NAMES = ("ssm_input", "delta", "B")
-"""The sites that a write is made of, beside nothing else."""
+"""The sites that a write is made of."""
 
 New = Callable[[int], Tensor | float]
 """Position -> what takes the place of the writes there: those of each row, or 0."""

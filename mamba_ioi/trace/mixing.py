@@ -16,7 +16,7 @@ This file is shipped to remote servers: it uses torch alone.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,6 +166,31 @@ def contributions(
                 mixed = mixed * factor[where].permute(1, 2, 0)[..., None] * some.x[0, s].permute(1, 2, 0)[:, :, None]
                 mixed = mixed.flatten(0, 1)
             out[row, where, s] = (mixed.flatten(1).T @ weight).view(*mixed.shape[1:], -1)
+    return out
+
+
+def contracted(
+    units: Units,
+    targets: Sequence[int],
+    gain: Float[Tensor, "R T U P"],
+    written: Callable[[slice], Tensor],
+) -> Float[Tensor, "T L"]:
+    """``gain_t . C_t (A_bar_(s+1) ... A_bar_t) written_s``, summed over rows, channels and the state.
+
+    Args:
+        units: the scan, for its decays and C.
+        targets: positions in ascending order, each once.
+        gain: how much each channel of the output counts.
+        written: gives what is written at some positions, ``[R, S, U, (P,) N]``.
+    """
+    rows, length, count = units.delta.shape
+    out = units.delta.new_zeros(len(targets), length)
+    row = count * units.x.shape[-1] * units.B.shape[-1]
+    width = max(8, min(256, _BLOCK // (rows * row)))
+    for where, s, since, until in rectangles(units.delta, units.A, targets, width):
+        read = (since * units.C[:, list(targets[where])])[..., None, :] * gain[:, where, ..., None]
+        write = until[..., None, :] * written(s).view(rows, s.stop - s.start, *units.x.shape[2:], -1)
+        out[where, s] = torch.bmm(read.flatten(2), write.flatten(2).transpose(1, 2)).sum(0)
     return out
 
 

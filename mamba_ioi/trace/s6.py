@@ -62,9 +62,9 @@ class S6Stages(ScanStages):
 
     @staticmethod
     def written(
-        x: Float[Tensor, "B E"], delta: Float[Tensor, "B E"], B: Float[Tensor, "B N"]
-    ) -> Float[Tensor, "B E N"]:
-        """``write`` at one position."""
+        x: Float[Tensor, "*B E"], delta: Float[Tensor, "*B E"], B: Float[Tensor, "*B N"]
+    ) -> Float[Tensor, "*B E N"]:
+        """``write`` at one position, or at several."""
         return discretize_B(delta, B) * x[..., None]
 
     def by_unit(self) -> Units:

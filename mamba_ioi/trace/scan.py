@@ -68,7 +68,7 @@ class ScanStages(Stages):
 
     @staticmethod
     def written(x: Tensor, delta: Tensor, B: Tensor) -> Tensor:
-        """``write`` at one position, from what `inflow` has there."""
+        """``write`` at one position, or at several, from what `inflow` has there."""
         raise NotImplementedError
 
     def by_unit(self) -> Units:

@@ -67,12 +67,12 @@ class SSDStages(ScanStages):
 
     @staticmethod
     def written(
-        x: Float[Tensor, "B E"], delta: Float[Tensor, "B H"], B: Float[Tensor, "B G N"]
-    ) -> Float[Tensor, "B H P N"]:
-        """``write`` at one position."""
+        x: Float[Tensor, "*B E"], delta: Float[Tensor, "*B H"], B: Float[Tensor, "*B G N"]
+    ) -> Float[Tensor, "*B H P N"]:
+        """``write`` at one position, or at several."""
         heads = delta.shape[-1]
         flow = x.unflatten(-1, (heads, -1)) * delta[..., None]
-        return flow[..., None] * by_head(B, heads)[:, :, None, :]
+        return flow[..., None] * by_head(B, heads)[..., None, :]
 
     def by_unit(self) -> Units:
         """The scan by heads."""
