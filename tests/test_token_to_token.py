@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -28,10 +29,13 @@ from mamba_ioi.circuits import token_edges
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import Resample, sweep
 from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.remote import ndif
 from mamba_ioi.trace import mixing
+from mamba_ioi.zoo import EMBEDDED
 
 from .conftest import random_mamba, randomized
 from .plain import forward_by_hand
+from .test_remote import Worker, undispatched
 
 FAMILIES = ("mamba", "mamba2", "falcon_mamba")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -586,3 +590,27 @@ class TestTokenEdges:
                 token_edges(tiny, data, **given)
         with pytest.raises(ValueError, match="need aligned prompts"):
             token_edges(tiny, IOIDataset.generate(tiny.tokenizer, 8, templates="all"))
+
+
+def test_on_a_server(tiny, data, monkeypatch):
+    """On a process that has nnsight and not this package everything is as it is here."""
+    worker = Worker(EMBEDDED["tiny"])
+    monkeypatch.setattr(ndif.Backend, "_exchange", lambda self, *request: worker.exchange(self, *request))
+    there = undispatched(monkeypatch)
+    try:
+        two = data[:2]
+        ids, source = two.clean_tokens, two.corrupt_tokens
+        for cut in (Cut([1, 2], [3, 5], [12, -1]), Cut([1, 2], [3, 5], [12, -1], resample=True, conv=True)):
+            one, other = (run(model, ids, [cut], source=source) for model in (there, tiny))
+            torch.testing.assert_close(one, other, **ROUNDED)
+        readout = Readout.of(two)
+        one, other = (sweep(model, ids, [[cut], [Cut(1, 6, -1)]], readout, source=source) for model in (there, tiny))
+        torch.testing.assert_close(one, other, **ROUNDED)
+        for function in (hidden_attention, token_contributions):
+            one, other = (function(model, ids, 1, targets=[-1, 5]) for model in (there, tiny))
+            torch.testing.assert_close(one, other, **ROUNDED)
+        assert torch.equal(*(generate(model, ids, 2, patches=[Cut(1, 3, -1)]) for model in (there, tiny)))
+        one, other = (token_edges(model, two, steps=2, layers=1).table for model in (there, tiny))
+        pd.testing.assert_frame_equal(one, other, check_exact=False, rtol=0, atol=1e-5)
+    finally:
+        worker.process.kill()

@@ -17,6 +17,7 @@ from mamba_ioi.figures.cross_talk import cross_talk
 from mamba_ioi.figures.diagram import ModelSizes
 from mamba_ioi.figures.faithfulness import faithfulness
 from mamba_ioi.figures.intervals import intervals
+from mamba_ioi.figures.knockout import knockout
 from mamba_ioi.figures.last_position import last_position_only
 from mamba_ioi.figures.layer_removal import greedy_layer_removal, layer_removal
 from mamba_ioi.figures.name_steering import name_pca, name_steering
@@ -48,6 +49,7 @@ __all__ = [
     "faithfulness",
     "greedy_layer_removal",
     "intervals",
+    "knockout",
     "last_position_only",
     "layer_parts",
     "layer_removal",
