@@ -26,7 +26,7 @@ from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import CausalLM, MambaModel, wrap
 from mamba_ioi.remote import ndif
-from mamba_ioi.trace.sites import SITES, SiteInfo, owner
+from mamba_ioi.trace.sites import SiteInfo, owner
 
 from . import plain_circuits
 from .conftest import randomized
@@ -422,49 +422,59 @@ def test_an_unknown_site_is_named(model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Iterator[tuple[MambaModel, MambaModel]]:
-    """A Falcon-Mamba here, and the same on the server."""
+@pytest.fixture(scope="module", params=["falcon_mamba", "mamba2"])
+def served(request, tmp_path_factory) -> Iterator[tuple[MambaModel, MambaModel]]:
+    """A Falcon-Mamba or a Mamba-2 here, and the same on the server."""
     folder = tmp_path_factory.mktemp("served")
-    build("falcon_mamba").save_pretrained(folder)
+    build(request.param).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     worker = Worker(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ndif.Backend, "_exchange", lambda self, *request: worker.exchange(self, *request))
-        patch.setitem(_ID_CACHE, str(folder), "random/falcon-mamba")
+        patch.setitem(_ID_CACHE, str(folder), f"random/{request.param}")
         yield load_model(folder), load_model(folder, remote=True)
     worker.process.kill()
 
 
+def time_step(model: MambaModel) -> str:
+    """The first site of the time step."""
+    return "delta_2" if model.family == "mamba2" else "delta_1"
+
+
 def test_sites_on_a_server(served, ids):
     here, there = served
-    assert there.family == "falcon_mamba" and there.layer_kinds == here.layer_kinds
-    everything = cache(here, ids, list(SITES))
-    for key, value in cache(there, ids, list(SITES)).items():
+    assert there.family == here.family and there.layer_kinds == here.layer_kinds
+    sites, first = list(TABLES[here.family]), time_step(here)
+    everything = cache(here, ids, sites)
+    for key, value in cache(there, ids, sites).items():
         close(value, everything[key])
-    for name in ("delta_1", "B", "C"):
+    for name in (first, "B", "C"):
         close(cache(there, ids, [(name, 2)])[name, 2], everything[name, 2])
         patch = [Patch(name, 1, 0.6, [2, 4])]
         close(run(there, ids, patch), run(here, ids, patch))
     close(run(there, ids, [Patch("h", 1, 0.6, [2])]), run(here, ids, [Patch("h", 1, 0.6, [2])]))
     with torch.no_grad(), there.trace(ids):
         mixer = there.layers[1].mixer
-        mixer.delta_1[:, 2] = 0.5
         mixer.C[:, 3] = 0.5
+        mixer.delta_2[:, 2] = 0.5
+        mixer.write[:, 4] = 0.5
         logits = there.logits.save()
-    close(logits, run(here, ids, [Patch("delta_1", 1, 0.5, [2]), Patch("C", 1, 0.5, [3])], positions="all"))
+    patches = [Patch("C", 1, 0.5, [3]), Patch("delta_2", 1, 0.5, [2]), Patch("write", 1, 0.5, [4])]
+    close(logits, run(here, ids, patches, positions="all"))
 
 
 def test_experiments_on_a_server(served, ids, data):
     here, there = served
     zeros = torch.zeros(3, dtype=torch.long)
     readout = Readout(ids[:, :3], zeros + 7, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
-    changes = [[Resample(name, 1, 3)] for name in ("B", "delta_1", "h")]
+    changes = [[Resample(name, 1, 3)] for name in ("B", time_step(here), "h", "conv")]
+    if here.family == "mamba2":
+        changes += [[Resample("conv_slice", 1, 3, -1, channels)] for channels in "xBC"]
     close(
         sweep(there, ids, changes, readout, source=ids.flip(0)), sweep(here, ids, changes, readout, source=ids.flip(0))
     )
     patches = {"patches": [Patch("B", 1, 0.8, [2])], "new_patches": [Patch("C", 1, -0.6)]}
     assert torch.equal(generate(there, ids, 3, **patches), generate(here, ids, 3, **patches))
-    for fine in (False, True):
-        found, expected = (eap(model, data, steps=2, fine=fine).table.score for model in (there, here))
+    for work in (eap, exact_effects):
+        found, expected = (work(model, data, fine=True).table.score for model in (there, here))
         assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)

@@ -1,6 +1,6 @@
 """Write the models that the server is to serve, and print them as the arguments of `server.sh up`: ``models.py DIR``.
 
-``tiny`` is the packaged model; ``narrow`` and ``wide`` are random Mambas that differ in width alone; ``broken`` has a
+``tiny`` and ``tiny-mamba2`` are the packaged models; ``narrow`` and ``wide`` are random Mambas that differ in width alone; ``broken`` has a
 config and no weights, so that it cannot be deployed.
 """
 
@@ -29,8 +29,9 @@ def main(folder: Path) -> None:
         folder / "broken"
     )
     tokenizer.save_pretrained(folder / "broken")
-    shutil.copytree(EMBEDDED["tiny"], folder / "tiny", dirs_exist_ok=True)
-    print(*(f"mamba-ioi/{name}={folder / name}" for name in ("tiny", "broken", *WIDTHS)))
+    for name, packaged in EMBEDDED.items():
+        shutil.copytree(packaged, folder / name, dirs_exist_ok=True)
+    print(*(f"mamba-ioi/{name}={folder / name}" for name in (*EMBEDDED, "broken", *WIDTHS)))
 
 
 if __name__ == "__main__":

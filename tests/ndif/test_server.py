@@ -175,6 +175,22 @@ def test_eap_with_gradients(trusted: MambaModel, local: MambaModel, data: IOIDat
     same(circuits.eap(trusted, data, fine=True), circuits.eap(local, data, fine=True))
 
 
+@pytest.mark.parametrize("caller", KEYS)
+def test_a_mamba2(caller: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every site, a patched run, a map, and for a trusted caller edges inside layers."""
+    local, there = load_model("tiny-mamba2"), served("tiny-mamba2", caller, monkeypatch)
+    pairs = IOIDataset.generate(local.tokenizer, 2)
+    ids, sites = pairs.clean_tokens[:2], list(local.known_sites())
+    found, expected = cache(there, ids, sites), cache(local, ids, sites)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-5)
+    patches = [Patch("write", 2, 0.3, [4]), Patch("conv_slice", 3, 0.0, [7], -1, "B"), Patch("h", 4, 0.1, [9])]
+    torch.testing.assert_close(run(there, ids, patches), run(local, ids, patches), rtol=0, atol=1e-4)
+    same(*(experiments.resample_ablation(one, pairs, "h", layers=[2], progress=False) for one in (there, local)))
+    if caller == "trusted":
+        same(*(circuits.eap(one, pairs, steps=2, fine=True) for one in (there, local)))
+
+
 def test_eap_in_a_sandbox(data: IOIDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     model = served("tiny", "sandboxed", monkeypatch)
     assert not remote.serve(model).trusted
