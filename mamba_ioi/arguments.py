@@ -66,12 +66,16 @@ def parse(
 
     sub = add("list", "list the experiments and their figures")
     sub.add_argument("--sites", action="store_true", help="list the named activations instead")
+    sub.add_argument(
+        "--model", metavar="MODEL", help="whose activations, as for 'run' (default: those of any Mamba); with --sites"
+    )
 
     add("tasks", "list the tasks that --task takes, with an example of each")
 
     _add_model(add("doctor", "examine versions, kernels, devices and a model's slow path"))
 
-    sub = add("bench", "measure what the work costs on the shape of mamba-370m, with random weights")
+    sub = add("bench", "measure what the work costs on the shape of mamba-370m or mamba2-370m, with random weights")
+    sub.add_argument("--family", choices=("mamba", "mamba2"), default="mamba", help="of the model (default: mamba)")
     sub.add_argument("--layers", type=_from_one, default=48, metavar="N", help="of the model (default: 48)")
     sub.add_argument("--prompts", type=_from_one, default=32, metavar="N", help="of the forward (default: 32)")
     sub.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
@@ -96,6 +100,8 @@ def parse(
         parser.error("--marks and --metric are of pairs of another task: give --data FILE as well, or --task NAME")
     if getattr(arguments, "data", None) is not None and arguments.pairs is not None:
         parser.error("--pairs has no meaning with --data: all rows of the file are taken")
+    if getattr(arguments, "sites", True) is False and arguments.model is not None:
+        parser.error("--model is of list --sites: the experiments are the same for every model")
     if arguments.command is None:
         parser.error(f"a command is needed: {', '.join(name for name in commands if not name.startswith('-'))}")
     return arguments

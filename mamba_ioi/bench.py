@@ -1,4 +1,4 @@
-"""`bench`: what the work costs on the shape of mamba-370m (random weights), as ratios measured in one run.
+"""`bench`: what the work costs on the shape of mamba-370m or mamba2-370m, with random weights, as ratios of one run.
 
 Machines are noisy, so times are never compared across runs: each line sets a piece of work against another that was
 timed beside it, taking turns, the smallest time of each.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from .circuits import eap
 from .circuits.graph import Graph
@@ -27,6 +27,16 @@ from .interventions.run import run
 from .interventions.sweep import sweep
 from .models.model import CausalLM, MambaModel, load_model, wrap
 from .tasks.ioi import IOIDataset
+
+FAMILIES = {
+    "mamba": (MambaForCausalLM, MambaConfig, {"vocab_size": 50280, "state_size": 16, "time_step_rank": 64}),
+    "mamba2": (
+        Mamba2ForCausalLM,
+        Mamba2Config,
+        {"vocab_size": 50288, "state_size": 128, "num_heads": 32, "head_dim": 64, "n_groups": 1, "chunk_size": 256},
+    ),
+}
+"""The model class, its config and its own sizes, by family."""
 
 SECONDS = 5.0
 """A work is timed again until its times add up to this, since a short one is easily disturbed."""
@@ -44,6 +54,7 @@ class Line:
 
 def bench(
     *,
+    family: str = "mamba",
     layers: int = 48,
     prompts: int = 32,
     repeats: int = 2,
@@ -54,7 +65,8 @@ def bench(
     """Measure one piece of work after another.
 
     Args:
-        layers: of the model; mamba-370m has 48.
+        family: of the model, "mamba" or "mamba2".
+        layers: of the model; mamba-370m and mamba2-370m have 48.
         prompts: rows of the forward pass; the other works take a fraction of them.
         repeats: least number of timings of each piece of work, of which the smallest counts.
         device: where to compute; the CPU unless given.
@@ -65,31 +77,27 @@ def bench(
         Each line as soon as it is measured.
 
     Raises:
-        ValueError: for an unknown piece of work.
+        ValueError: for an unknown piece of work or another family.
     """
     chosen = list(WORKS) if only is None else list(only)
     if unknown := [name for name in chosen if name not in WORKS]:
         raise ValueError(f"there is no work {unknown[0]!r} to measure; there are {', '.join(WORKS)}")
-    model = mamba_370m(layers, getattr(torch, dtype or "float32"), device or "cpu")
+    model = of_370m(family, layers, getattr(torch, dtype or "float32"), device or "cpu")
     for name in chosen:
         yield from WORKS[name](model, prompts, repeats)
 
 
-def mamba_370m(layers: int = 48, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MambaModel | CausalLM:
-    """The shape of mamba-370m with random weights and `tiny`'s tokenizer, whose ids are a part of its vocabulary."""
+def of_370m(
+    family: str, layers: int = 48, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> MambaModel | CausalLM:
+    """The shape of mamba-370m or mamba2-370m, random weights, `tiny`'s tokenizer, whose ids are in the vocabulary."""
+    if family not in FAMILIES:
+        raise ValueError(f"there are the shapes of {' and '.join(FAMILIES)} to measure, not of {family!r}")
+    kind, settings, own = FAMILIES[family]
     torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=50280,
-        hidden_size=1024,
-        num_hidden_layers=layers,
-        state_size=16,
-        conv_kernel=4,
-        expand=2,
-        time_step_rank=64,
-        residual_in_fp32=True,
-    )
-    module = MambaForCausalLM(config).eval().to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
-    return wrap(module, load_model("tiny").tokenizer, model_id="mamba-370m shape, random weights")
+    common = {"hidden_size": 1024, "num_hidden_layers": layers, "conv_kernel": 4, "expand": 2, "residual_in_fp32": True}
+    module = kind(settings(**common, **own)).eval().to(device=device, dtype=dtype)
+    return wrap(module, load_model("tiny").tokenizer, model_id=f"{family}-370m shape, random weights")
 
 
 def timed(repeats: int, *works: Callable[[], object]) -> list[float]:
@@ -130,7 +138,8 @@ def matrix_products(model: MambaModel, rows: int) -> Callable[[], None]:
         with torch.no_grad():
             for mixer in blocks:
                 inner = mixer.in_proj(x)[:, : model.d_inner]
-                mixer.dt_proj(mixer.x_proj(inner)[:, : model.dt_rank])
+                if hasattr(mixer, "x_proj"):
+                    mixer.dt_proj(mixer.x_proj(inner)[:, : model.dt_rank])
                 mixer.out_proj(inner)
 
     return work
@@ -235,7 +244,7 @@ def exponents(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line]:
     times = timed(repeats, *(lambda tokens=tokens: run(model, tokens) for tokens in batches))
     yield Line("cost by length, exponent", _slope(lengths, times), "linear", _listed(lengths, times))
     depths = sorted({max(2, model.n_layers // 4), max(2, model.n_layers // 2), model.n_layers})
-    models = [mamba_370m(depth, model.dtype, str(model.device)) for depth in depths]
+    models = [of_370m(model.family, depth, model.dtype, str(model.device)) for depth in depths]
     times = timed(repeats, *(lambda one=one: run(one, batches[0]) for one in models))
     yield Line("cost by layers, exponent", _slope(depths, times), "linear", _listed(depths, times))
 

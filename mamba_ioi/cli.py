@@ -183,11 +183,21 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.sites:
+        from .doctor import explained
         from .trace.sites import SITES
 
-        rows = [(name, f"[{', '.join(site.shape)}]", site.owner, site.description) for name, site in SITES.items()]
+        sites, sizes = SITES, {}
+        if arguments.model is not None:
+            from .models.model import load_model
+
+            with _quiet():
+                model = load_model(arguments.model)
+            sites, sizes = model.known_sites(), model.sizes()
+            last = {name: sites[name] for name in ("norm", "logits")}
+            sites = {name: site for name, site in sites.items() if name not in last} | last
+        rows = [(name, f"[{', '.join(site.shape)}]", site.owner, site.description) for name, site in sites.items()]
         _say(_aligned([("site", "shape", "of", "what it is"), *rows]))
-        _say("B batch, L positions, D d_model, E d_inner, N d_state, R dt_rank, K taps of the conv, V vocabulary")
+        _say(explained({letter for site in sites.values() for letter in site.shape}, sizes))
         return 0
     for figure, row in CATALOGUE.items():
         pairs = "" if row.pairs is None else f"; {row.pairs} pairs {row.per_pair}".rstrip()
@@ -240,7 +250,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from .bench import bench
 
     only = None if arguments.only is None else [name.strip() for name in arguments.only.split(",")]
-    sizes = {"layers": arguments.layers, "prompts": arguments.prompts}
+    sizes = {"family": arguments.family, "layers": arguments.layers, "prompts": arguments.prompts}
     with _quiet():
         for line in bench(**sizes, device=arguments.device, dtype=arguments.dtype, only=only):
             _say(f"{line.work:36} {line.ratio:8.3f} of {line.to} ({line.times})")

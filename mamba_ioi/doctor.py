@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -11,6 +11,30 @@ from .result import package_versions
 from .zoo import EMBEDDED
 
 KERNELS = ("mamba_ssm", "causal_conv1d")
+LETTERS = {
+    "B": "batch",
+    "L": "positions",
+    "D": "d_model",
+    "E": "d_inner",
+    "N": "d_state",
+    "R": "dt_rank",
+    "H": "heads",
+    "P": "head_dim",
+    "G": "groups of heads that share B and C",
+    "X": "channels of the conv (E + 2GN)",
+    "K": "taps of the conv",
+    "V": "vocabulary",
+}
+"""What the letters stand for in which sites' shapes are written."""
+
+
+def explained(letters: Iterable[str], sizes: Mapping[str, int] = {}) -> str:
+    """Those letters in one order, with what they stand for and the model's size of each: ``D d_model = 96, ...``."""
+    wanted = set(letters)
+    known = [letter for letter in LETTERS if letter in wanted]
+    return ", ".join(
+        f"{letter} {LETTERS[letter]}" + (f" = {sizes[letter]}" if letter in sizes else "") for letter in known
+    )
 
 
 @dataclass(frozen=True)
@@ -113,11 +137,13 @@ def _server(name: str, model) -> Iterator[Finding]:
 def _sites(model) -> Iterator[Finding]:
     """Whether the operations that the sites stand on are there, and how far the slow path is from the model's own."""
     from .models.slow_path import check_slow_path, slow_path_tolerance
-    from .trace.sites import SITES, missing_operations
+    from .trace.sites import missing_operations
 
+    sites = model.known_sites()
+    yield Finding("family", f"{model.family}: {explained(model.sizes(), model.sizes())}")
     missing = missing_operations(model.layers[0].mixer)
     found = (
-        f"without {' and '.join(missing)}" if missing else f"has the operations that the {len(SITES)} sites stand on"
+        f"without {' and '.join(missing)}" if missing else f"has the operations that the {len(sites)} sites stand on"
     )
     yield Finding("transformers' era", found, well=not missing)
     try:

@@ -460,6 +460,13 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--sites"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == list(SITES)
+    assert main(["list", "--sites", "--model", "tiny-mamba2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shapes = {line.split()[0]: line.split("]")[0].split("[")[1] for line in lines[1:-1]}
+    assert [*shapes][:2] == ["embed", "resid_pre"] and [*shapes][-3:] == ["resid_post", "norm", "logits"]
+    assert shapes["write"] == "B, L, H, P, N" and shapes["conv"] == "B, L, X" and "delta_1" not in shapes
+    assert "H heads = 12, P head_dim = 16, G groups of heads that share B and C = 2, X channels" in lines[-1]
+    assert "--model is of list --sites" in refusal(capsys, "list", "--model", "tiny")
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -475,7 +482,14 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, gpt2: Path, capsys: pytest.Capt
     assert main(["doctor", "--model", "planted"]) == 0
     said = capsys.readouterr()
     assert torch.__version__.split("+")[0] in said.out and "slow path              agrees" in said.out
-    assert said.err == "" and "kernel mamba_ssm" in said.out
+    assert said.err == "" and "kernel mamba_ssm" in said.out and "R dt_rank" in said.out
+    assert main(["doctor", "--model", "tiny-mamba2"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "Mamba2ForCausalLM, 6 layers" in said
+        and "mamba2: D d_model = 96, E d_inner = 192, N d_state = 32, H heads" in said
+    )
+    assert "the 26 sites stand on" in said and "slow path              agrees" in said
     assert main(["doctor", "--model", str(gpt2)]) == 0
     assert "no Mamba" in capsys.readouterr().out
 

@@ -62,12 +62,19 @@ def test_the_sites_page_takes_its_table_from_the_code():
         from hooks import on_page_markdown
     finally:
         sys.path.remove(str(ROOT / "docs"))
+    from mamba_ioi import load_model
     from mamba_ioi.trace.sites import SITES
 
     page = on_page_markdown((ROOT / "docs" / "sites.md").read_text(encoding="utf-8"))
     rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \| \[([\w, ]+)\]", page, re.M)
-    assert [row[0] for row in rows] == list(SITES)
-    assert ("h", "mixer.h", "B, L, E, N") in rows
+    here, other = list(SITES), load_model("tiny-mamba2").known_sites()
+    assert [row[0] for row in rows[: len(here)]] == here
+    assert ("h", "mixer.h", "B, L, E, N") in rows and ("h", "mixer.h", "B, L, H, P, N") in rows
+    told = {row[0] for row in rows[len(here) :]}
+    assert {name: other[name].shape for name in told} == {
+        row[0]: tuple(row[2].split(", ")) for row in rows[len(here) :]
+    }
+    assert all(other[name].shape == SITES[name].shape for name in other.keys() - told)
 
 
 def test_every_public_name_is_in_the_api_pages():

@@ -1,7 +1,7 @@
 """Write the models that the server is to serve, and print them as the arguments of `server.sh up`: ``models.py DIR``.
 
-``tiny`` and ``tiny-mamba2`` are the packaged models; ``narrow`` and ``wide`` are random Mambas that differ in width alone; ``broken`` has a
-config and no weights, so that it cannot be deployed.
+``tiny`` and ``tiny-mamba2`` are the packaged models; ``narrow`` and ``wide`` are random Mambas that differ in width
+alone; ``broken`` has a config and no weights, so that it cannot be deployed.
 """
 
 from __future__ import annotations
