@@ -218,7 +218,7 @@ def looked_into(model, layer: int) -> Inside:
     return visitor
 
 
-def projection(model, layer: int) -> Float[Tensor, "E+1 D"]:
+def projection(model, layer: int) -> Float[Tensor, "_ D"]:
     """The body of a trace of one token: what out_proj makes of each channel alone, and of none; no weight is read."""
     for below in range(layer):
         model.layers[below].skip(model.layers[below].input)
