@@ -83,7 +83,7 @@ class S6Stages(ScanStages):
             return B_bar[:, t] * self.x[:, t, :, None]
         return self.written(self.x[:, t], self._value("delta")[:, t], self.B[:, t])
 
-    def read(self, h: Float[Tensor, "*runs B E N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*runs B E"]:
+    def read(self, h: Float[Tensor, "*runs B E N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*out E"]:
         """``y`` at a position of this run, were its states those."""
         C = self.C[rows, t].unflatten(0, (-1, h.shape[-3]))
         return torch.matmul(h, C[..., None]).squeeze(-1)

@@ -93,7 +93,7 @@ class SSDStages(ScanStages):
             return B_bar[:, t, :, None] * self._by_head(self.x)[:, t, ..., None]
         return self.written(self.x[:, t], self._value("delta")[:, t], self.B[:, t])
 
-    def read(self, h: Float[Tensor, "*runs B H P N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*runs B E"]:
+    def read(self, h: Float[Tensor, "*runs B H P N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*out E"]:
         """``y`` at a position of this run, were its states those."""
         C = by_head(self.C[rows, t], self.heads[0]).unflatten(0, (-1, h.shape[-4]))
         return torch.matmul(h, C[..., None]).squeeze(-1).flatten(-2)

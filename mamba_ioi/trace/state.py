@@ -22,7 +22,7 @@ class LayerState:
     """
 
     ssm: Float[Tensor, "B *state"] | None = None
-    conv: Float[Tensor, "B C K-1"] | None = None
+    conv: Float[Tensor, "B C _"] | None = None
 
     def rows(self, index: Tensor | slice) -> LayerState:
         """That of some of the prompts, or of the same one several times."""
@@ -36,8 +36,8 @@ class LayerState:
 
 
 def next_conv_state(
-    before: Float[Tensor, "B C K-1"] | None, x: Float[Tensor, "B C L"], taps: int
-) -> Float[Tensor, "B C K-1"]:
+    before: Float[Tensor, "B C _"] | None, x: Float[Tensor, "B C L"], taps: int
+) -> Float[Tensor, "B C _"]:
     """The conv's inputs that a later position reads: the last ``taps - 1`` of those before and of ``x``."""
     tail = x if before is None else torch.cat([before.to(x), x], dim=-1)
     tail = torch.nn.functional.pad(tail, (max(0, taps - 1 - tail.shape[-1]), 0))
