@@ -465,7 +465,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     shapes = {line.split()[0]: line.split("]")[0].split("[")[1] for line in lines[1:-1]}
     assert [*shapes][:2] == ["embed", "resid_pre"] and [*shapes][-3:] == ["resid_post", "norm", "logits"]
     assert shapes["write"] == "B, L, H, P, N" and shapes["conv"] == "B, L, X" and "delta_1" not in shapes
-    assert "H heads = 12, P head_dim = 16, G groups of heads that share B and C = 2, X channels" in lines[-1]
+    assert "H heads = 12, P head_dim = 16, G groups of heads that share B and C = 1, X channels" in lines[-1]
     assert "--model is of list --sites" in refusal(capsys, "list", "--model", "tiny")
 
 

@@ -213,7 +213,7 @@ def assert_inside(figure: Figure, boxes: list) -> None:
 
 
 def test_every_figure_has_an_example_here():
-    assert EXAMPLES.keys() == FIGURES.keys()
+    assert EXAMPLES.keys() == FIGURES.keys() - {"knockout"}  # drawn in test_token_to_token.py
 
 
 @pytest.mark.parametrize("experiment", EXAMPLES)
