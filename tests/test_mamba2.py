@@ -16,8 +16,9 @@ from mamba_ioi.experiments import conv_slices, state_similarity
 from mamba_ioi.interventions.patch import Resample
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
-from mamba_ioi.models.model import MambaModel
+from mamba_ioi.models.model import MambaModel, wrap
 
+from .conftest import random_mamba2
 from .plain import forward_by_hand
 
 
@@ -157,3 +158,42 @@ def test_what_tokens_write_beside_the_states(name) -> None:
     torch.testing.assert_close(
         torch.tensor(table.similarity.to_numpy()), expected.detach().flatten(), rtol=1e-4, atol=1e-5
     )
+
+
+EXACT = wrap(random_mamba2(4, torch.float64), None, model_id="random")
+LENGTHS = [7, 250]
+"""Shorter than our chunk of 96 positions, and longer than it; both longer than transformers' own, of 3."""
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_our_own_chain_in_float64(length) -> None:
+    """To 1e-6 of each site's largest value; transformers' own forward, which norms in float32, to 1e-5."""
+    model = EXACT
+    ids = torch.randint(0, 61, (2, length), generator=torch.Generator().manual_seed(length))
+    with torch.no_grad():
+        expected, untouched = forward_by_hand(model._module, ids), model._module(ids, use_cache=False).logits
+        found = cache(model, ids, list(model.known_sites()))
+        logits = run(model, ids, [Patch("h", 1, lambda h: h, [2])], positions="all")
+        plain = run(model, ids, positions="all")
+    assert len(found) == 3 * 23 + 3
+    for key, value in found.items():
+        assert (value - expected[key]).abs().max() < 1e-6 * expected[key].abs().max() + 1e-12, key
+    by_hand = expected["hook_logits"]
+    for given, limit in ((plain, 1e-6), (logits, 1e-6), (untouched, 1e-5)):
+        assert (given - by_hand).abs().max() < limit * by_hand.abs().max()
+
+
+@pytest.mark.parametrize("name", EXACT.known_sites())
+def test_its_own_values_change_nothing(name) -> None:
+    """Written back at some positions of a prompt of several chunks; other values there do change the run."""
+    model, site = EXACT, EXACT.known_sites()[name]
+    ids = torch.randint(0, 61, (2, 110), generator=torch.Generator().manual_seed(5))
+    layer, positions = (None if site.owner == "model" else 1), [0, 50, 97] if site.by_position else None
+    key = f"hook_{name}" if layer is None else f"blocks.1.hook_{name}"
+    own = cache(model, ids, [key])[key]
+    own = own if positions is None else own[:, positions]
+    expected = run(model, ids, positions="all")
+    found = run(model, ids, [Patch(name, layer, own, positions)], positions="all")
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+    moved = run(model, ids, [Patch(name, layer, own + 0.5, positions)], positions="all")
+    assert (moved - expected).abs().max() > 1e-3
