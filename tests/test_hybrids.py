@@ -26,7 +26,7 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
-from mamba_ioi import Patch, PromptPairs, cache, generate, load_model, run
+from mamba_ioi import Cut, Patch, PromptPairs, cache, generate, load_model, run
 from mamba_ioi.circuits import eap, exact_effects
 from mamba_ioi.experiments import layer_removal, resample_ablation
 from mamba_ioi.interventions.patch import Resample
@@ -194,6 +194,10 @@ def exact(model: MambaModel) -> PreTrainedModel:
 
 
 every_site = pytest.mark.parametrize(("model", "name", "layer"), CASES, indirect=["model"])
+every_own_site = pytest.mark.parametrize(
+    ("model", "name", "layer"), [case for case in CASES if case[1] != "resid_mid"], indirect=["model"]
+)
+"""But for resid_mid, which `test_the_stream_between_parts` holds."""
 
 
 def close(value: Tensor, expected: Tensor) -> None:
@@ -241,10 +245,8 @@ def test_every_site_is_read(model, name, layer):
     close(value, expected)
 
 
-@every_site
+@every_own_site
 def test_every_site_is_written(model, name, layer):
-    if name == "resid_mid":
-        return  # see `test_the_stream_between_parts`
     site = model.layer_sites(layer)[name]
     positions = [2, 5] if site.by_position else None
     there = run_by_hand(exact(model), IDS.flip(0))[0][name, layer]
@@ -299,6 +301,76 @@ def test_a_sweep_gives_what_runs_do(model):
         there = cache(model, source, [(name, layer)])[name, layer][:, [3]]
         expected = run(model, IDS, [Patch(name, layer, there, [3])], positions=readout.last)
         close(logits, expected.gather(1, readout.tokens))
+
+
+def scan_layers(model: MambaModel) -> list[int]:
+    return [i for i, kind in enumerate(model.layer_kinds) if "mamba" in kind.split("+") or "mamba2" in kind.split("+")]
+
+
+def cut_by_hand(acts: dict, there: dict | None, layer: int, sources: list[int], target: int) -> Tensor:
+    """The y at the target without what the sources write there, or with what they write in the other run."""
+    A_bar, write, C = (acts[name, layer] for name in ("A_bar", "write", "C"))
+    y = acts["y", layer][:, target].clone()
+    for source in sources:
+        flow = (0.0 if there is None else there["write", layer][:, source]) - write[:, source]
+        for t in range(source + 1, target + 1):
+            flow = A_bar[:, t].view(*A_bar[:, t].shape, *[1] * (flow.dim() + 1 - A_bar.dim())) * flow
+        read = C[:, target] if flow.dim() == 3 else C[:, target].repeat_interleave(flow.shape[1] // C.shape[2], dim=1)
+        y += (flow * (read[:, None] if flow.dim() == 3 else read[:, :, None])).sum(-1).flatten(1)
+    return y
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_cuts(model, resample):
+    """In runs and in sweeps, which run whole prompts here: nothing that is asked for is left out."""
+    layer, source = scan_layers(model)[-1], IDS.flip(0)
+    acts, there = (run_by_hand(exact(model), ids)[0] for ids in (IDS, source))
+    y = acts["y", layer].clone()
+    y[:, 5] = cut_by_hand(acts, there if resample else None, layer, [1, 3], 5)
+    expected = run_by_hand(exact(model), IDS, {("y", layer): lambda _: y})[1]
+    cut = Cut(layer, [1, 3], 5, resample=resample)
+    close(run(model, IDS, [cut], positions="all", source=source), expected)
+    zeros = torch.zeros(3, dtype=torch.long)
+    readout = Readout(IDS[:, :3], zeros + 5, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    found = sweep(model, IDS, [[], [cut]], readout, source=source)
+    assert not torch.allclose(found[0], found[1], atol=1e-5)
+    close(found[1], expected[:, 5].gather(1, IDS[:, :3]))
+
+
+def test_one_tap_of_a_sweep(model):
+    """The other terms stay the run's own."""
+    layer, source = scan_layers(model)[0], IDS.flip(0)
+    there = run_by_hand(exact(model), source)[0]["conv_slice", layer]
+
+    def put_in(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, 3, :, -2] = there[:, 3, :, -2]
+        return value
+
+    expected = run_by_hand(exact(model), IDS, {("conv_slice", layer): put_in})[1]
+    zeros = torch.zeros(3, dtype=torch.long)
+    readout = Readout(IDS[:, :3], zeros + 6, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    found = sweep(model, IDS, [[Resample("conv_slice", layer, 3, slice=-1)]], readout, source=source)
+    close(found[0], expected[:, 6].gather(1, IDS[:, :3]))
+
+
+def test_channels_of_a_sweep(model):
+    """Of x, B and C those that are named change."""
+    if "H" not in model.sizes():
+        return
+    layer, source, inner = scan_layers(model)[0], IDS.flip(0), model.d_inner
+    there = run_by_hand(exact(model), source)[0]["conv", layer]
+
+    def put_in(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, 3, :inner] = there[:, 3, :inner]
+        return value
+
+    expected = run_by_hand(exact(model), IDS, {("conv", layer): put_in})[1]
+    zeros = torch.zeros(3, dtype=torch.long)
+    readout = Readout(IDS[:, :3], zeros + 6, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    found = sweep(model, IDS, [[Resample("conv", layer, 3, channels="x")]], readout, source=source)
+    close(found[0], expected[:, 6].gather(1, IDS[:, :3]))
 
 
 def test_generation(model):

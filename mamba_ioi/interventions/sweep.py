@@ -4,7 +4,7 @@ A change at layer l leaves the layers below as they were, and one at position p 
 they were: a Mamba carries nothing from p - 1 to p but each layer's state h and the last inputs of its conv. So every
 prompt runs once, unpatched; an intervention starts from that run's residual stream at (l, p) and from its states at
 p - 1, and runs only the layers from l on and the positions from p on. A resampled value is the clean one where the
-two prompts have not yet differs, so there is nothing to run. Interventions that start at the same position run
+two prompts have not yet parted, so there is nothing to run. Interventions that start at the same position run
 together: each joins the batch at its own layer. Every forward is one nnsight trace.
 
 For a remote model the same code runs on the server: a request brings token ids and what to change, the base run's and
@@ -116,6 +116,7 @@ def _plain_runs(
         for change in changes:
             if isinstance(change, Cut):
                 model.require_mamba("cuts")
+                patches.append(change)
                 continue
             checked = _checked(model, tokens, change, source)
             if checked.value is None and source is not None:
@@ -127,9 +128,10 @@ def _plain_runs(
                     value = value[torch.arange(len(value))[:, None], positions.clamp(min=0)]
                 elif positions is not None:
                     value = value[:, positions]
-                change = Patch(checked.site.name, checked.layer, value, positions)
+                value = value[(..., *checked.part)]
+                change = Patch(checked.site.name, checked.layer, value, positions, change.slice, change.channels)
             patches.append(change)
-        logits = run(model, tokens, patches, positions=readout.last)
+        logits = run(model, tokens, patches, positions=readout.last, source=source)
         results.append(picked(logits, read.to(logits.device)).to("cpu", compute_dtype(logits.dtype)))
     return torch.stack(results) if results else torch.empty(0, *read.shape)
 
