@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 from ..checks import integers
 from ..trace.change import Change
 from .patch import resolve
-from .positions import own_positions
+from .positions import common_positions, own_positions
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
 
-Places = int | Sequence[int] | Int[Tensor, "B k"]
+Sources = int | Sequence[int] | Int[Tensor, "B k"]
+Targets = int | Sequence[int] | Int[Tensor, "B t"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,23 +44,10 @@ class Cut:
     """
 
     layer: int | Sequence[int]
-    sources: Places
-    targets: Places
-    resample: bool = False
-    conv: bool = False
-
-    def __init__(
-        self,
-        layer: int | Sequence[int],
-        sources: Places,
-        targets: Places,
-        *,
-        resample: bool = False,
-        conv: bool = False,
-    ) -> None:
-        given = {"layer": layer, "sources": sources, "targets": targets, "resample": resample, "conv": conv}
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+    sources: Sources
+    targets: Targets
+    resample: bool = field(default=False, kw_only=True)
+    conv: bool = field(default=False, kw_only=True)
 
 
 def check_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, *, resampled: bool) -> list[Change]:
@@ -136,13 +124,7 @@ def _places(ids: Int[Tensor, "B L"], given, name: str) -> list[int] | Int[Tensor
     """The positions, counted from 0; each row's own as a tensor."""
     if (own := own_positions(ids, given)) is not None:
         return own
-    positions, length = integers(given), ids.shape[1]
-    if not positions or not all(-length <= p < length for p in positions):
-        raise ValueError(f"{name} {positions} of a prompt with {length} positions: use 0 to {length - 1}")
-    positions = sorted(p % length for p in positions)
-    if len(set(positions)) < len(positions):
-        raise ValueError(f"{name} {positions} name one position twice")
-    return positions
+    return sorted(common_positions(given, ids.shape[1], name))
 
 
 def _of_rows(places, rows: int) -> Int[Tensor, "B k"]:

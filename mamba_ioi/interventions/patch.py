@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..checks import integer, integers, real_number, scalar
+from ..checks import integer, real_number, scalar
 from ..trace.change import Change
 from ..trace.sites import SiteInfo
-from .positions import own_positions
+from .positions import common_positions, own_positions
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
@@ -54,9 +54,8 @@ class Patch:
         value: a number, or a tensor or numpy array broadcastable to the site at those positions:
             ``[B, len(positions), ...]`` (``[E, N]`` for ``A``; with ``slice``, ``[B, len(positions), E]``; with
             ``channels``, as many of them as there are; under an alias with a position the position's dimension may be
-            left out). Or a callable that is given a copy of what
-            is there, of that shape, and returns what takes its place; at ``h`` it is called position by position,
-            ``[B, 1, E, N]``, with the state as it has become.
+            left out). Or a callable that is given a copy of what is there, of that shape, and returns what takes its
+            place; at ``h`` it is called position by position, ``[B, 1, E, N]``, with the state as it has become.
         positions: the positions to change, counted from 0 (negative: from the end); None for all of them. Or each
             row's own, a LongTensor ``[B, k]`` counted from 0, -1 for none: values are then ``[B, k, ...]``, and a
             callable sees that (of a row that has none, what it sees is no matter, and what it returns is not used).
@@ -140,13 +139,7 @@ def check_patch(model: MambaModel, ids: Int[Tensor, "B L"], patch: Patch | Resam
         if not site.by_position:
             raise ValueError(f"the site {site.name!r} has no positions; patch it with positions=None")
         own = own_positions(ids, positions)
-        positions = own if own is not None else integers(positions)
-    if isinstance(positions, list):
-        if not positions or not all(-length <= p < length for p in positions):
-            raise ValueError(f"positions {positions} of a prompt with {length} positions: use 0 to {length - 1}")
-        positions = [p % length for p in positions]
-        if len(set(positions)) < len(positions):
-            raise ValueError(f"positions {positions} name one position twice")
+        positions = own if own is not None else common_positions(positions, length)
     part = () if patch.channels is None else (some_channels(model, site, patch.channels),)
     if patch.slice is not None:
         taps = range(1 - model.d_conv, 1) if model.has_scans else range(0)

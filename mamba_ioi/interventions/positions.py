@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..checks import integer, listed
+from ..checks import integer, integers, listed
 
 
 def kept_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B k"]:
@@ -90,6 +90,21 @@ def read_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B"] | Non
     if ((positions < -ids.shape[1]) | (positions >= ids.shape[1])).any():
         raise ValueError(f"positions {positions.tolist()} reach outside the prompt's {ids.shape[1]} positions")
     return (positions % ids.shape[1]).to(ids.device)
+
+
+def common_positions(given, length: int, name: str = "positions") -> list[int]:
+    """Positions of all rows, counted from 0, in the order given.
+
+    Raises:
+        ValueError: if there are none, one is outside the prompts, or one is named twice.
+    """
+    positions = integers(given)
+    if not positions or not all(-length <= p < length for p in positions):
+        raise ValueError(f"{name} {positions} of a prompt with {length} positions: use 0 to {length - 1}")
+    positions = [p % length for p in positions]
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"{name} {positions} name one position twice")
+    return positions
 
 
 def own_positions(ids: Int[Tensor, "B L"], positions) -> Int[Tensor, "B k"] | None:

@@ -45,7 +45,7 @@ class Change:
     value: Tensor | Callable[[Tensor], Tensor | float] | None
     positions: list[int] | Int[Tensor, "B k"] | None
     part: tuple[slice | int, ...] = ()
-    sources: list[int] | Int[Tensor, "B k"] | None = None
+    sources: list[int] | Int[Tensor, "B s"] | None = None
 
     def rows(self, part: slice, batch: int) -> Change:
         """The same change for some of the rows."""
