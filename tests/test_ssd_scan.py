@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from mamba_ioi.trace import ssd_scan as ssd
-from mamba_ioi.trace.ssd_scan import held_ssd, ssd_outputs, ssd_read_out, ssd_scan, ssd_states
+from mamba_ioi.trace.recurrence import every_state as states
+from mamba_ioi.trace.ssd_scan import held_ssd, ssd_outputs, ssd_read_out, ssd_scan
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 HEADS, SIZE, STATE = 4, 3, 5
@@ -67,13 +68,13 @@ def plain(x, delta, A, B, C, initial):
 
 
 def every_state(x, delta, A, B, **kwargs):
-    """`ssd_states` with the plain discretization."""
+    """`every_state` of heads, with the plain discretization."""
     per_group = x.shape[2] // B.shape[2]
 
     def write(t):
         return torch.einsum("bh,bhp,bhn->bhpn", delta[:, t], x[:, t], B[:, t].repeat_interleave(per_group, dim=1))
 
-    return ssd_states(x, lambda t: torch.exp(delta[:, t] * A), write, **kwargs)
+    return states(x.shape[1], lambda t: torch.exp(delta[:, t] * A)[..., None, None], write, **kwargs)
 
 
 def patch(t, h):

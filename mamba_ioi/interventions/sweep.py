@@ -30,7 +30,7 @@ from ..models.model import CausalLM
 from ..remote.requests import ask
 from ..trace.change import Change, Placed, SourceValues
 from ..trace.cut import NAMES, carry, mask
-from ..trace.s6_scan import compute_dtype
+from ..trace.recurrence import compute_dtype
 from ..trace.state import LayerState
 from ..trace.touched import refuse_touched
 from .batches import Batch, Item, divergence_index, entries, first_changed, row_positions, run_batch, run_prefix

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .s6_scan import compute_dtype
+from .recurrence import compute_dtype
 from .stages import Stages, refuse_narrowed
 from .state import LayerState, next_conv_state
 

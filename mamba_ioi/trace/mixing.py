@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .recurrence import LOG2_E
+
 _BLOCK = 2**22
 """How many numbers are worked on at once, about."""
-
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def rectangles(
         Which of the targets (a slice of their list), which sources (a slice of positions), and with m between the two
         the decay since m at the targets ``[R, T, U, a]`` and from each source until m ``[R, S, U, a]``.
     """
-    rate, waiting = A * _LOG2_E, [(0, targets[-1] + 1)]
+    rate, waiting = A * LOG2_E, [(0, targets[-1] + 1)]
 
     def decay(sums: Tensor) -> Tensor:
         return (sums[..., None] * rate).exp2_()

@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .mixing import Units
+from .recurrence import compute_dtype
 from .s6_scan import (
-    compute_dtype,
     discretize_A,
     discretize_B,
     held_scan,
     read_out,
-    scan_states,
     selective_scan,
 )
 from .scan import ScanStages
@@ -57,31 +56,29 @@ class S6Stages(ScanStages):
 
     @staticmethod
     def decay(delta: Float[Tensor, "B E"], A: Float[Tensor, "E N"]) -> Float[Tensor, "B E N"]:
-        """``A_bar`` at one position."""
+        """``A_bar`` at one position, as a state is multiplied by it."""
         return discretize_A(delta, A)
+
+    @staticmethod
+    def spread(A_bar: Float[Tensor, "B E N"]) -> Float[Tensor, "B E N"]:
+        """``A_bar`` at one position, for the numbers of a channel's state."""
+        return A_bar
 
     @staticmethod
     def written(
         x: Float[Tensor, "*B E"], delta: Float[Tensor, "*B E"], B: Float[Tensor, "*B N"]
     ) -> Float[Tensor, "*B E N"]:
         """``write`` at one position, or at several."""
-        return discretize_B(delta, B) * x[..., None]
+        return S6Stages.entered(discretize_B(delta, B), x)
+
+    @staticmethod
+    def entered(B_bar: Float[Tensor, "*B E N"], x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B E N"]:
+        """``B_bar x`` at one position, or at several."""
+        return B_bar * x[..., None]
 
     def by_unit(self) -> Units:
         """The scan by channels."""
         return Units(self.peek("delta"), self.peek("A"), self.B[:, :, None], self.C[:, :, None], self.x[..., None])
-
-    def decay_at(self, t: int) -> Float[Tensor, "B E N"]:
-        A_bar = self._known("A_bar")
-        return self.decay(self._value("delta")[:, t], self._value("A")) if A_bar is None else A_bar[:, t]
-
-    def write_at(self, t: int) -> Float[Tensor, "B E N"]:
-        write, B_bar = self._known("write"), self._known("B_bar")
-        if write is not None:
-            return write[:, t]
-        if B_bar is not None:
-            return B_bar[:, t] * self.x[:, t, :, None]
-        return self.written(self.x[:, t], self._value("delta")[:, t], self.B[:, t])
 
     def read(self, h: Float[Tensor, "*runs B E N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*out E"]:
         """``y`` at a position of this run, were its states those."""
@@ -110,21 +107,6 @@ class S6Stages(ScanStages):
 
     def _B_bar(self) -> Tensor:
         return discretize_B(self._value("delta"), self.B)
-
-    def _write(self) -> Tensor:
-        return self._value("B_bar") * self.x[..., None]
-
-    def _h(self) -> Tensor:
-        delta, A = self._value("delta"), self._value("A")
-        A_bar, B_bar, write = (self._known(name) for name in ("A_bar", "B_bar", "write"))
-        return scan_states(
-            self.x,
-            lambda t: discretize_A(delta[:, t], A) if A_bar is None else A_bar[:, t],
-            lambda t: discretize_B(delta[:, t], self.B[:, t]) if B_bar is None else B_bar[:, t],
-            initial=self._value("h_start"),
-            patch=self.patch,
-            write=None if write is None else lambda t: write[:, t],
-        )
 
     def _y(self) -> Tensor:
         if self._keeps_states():

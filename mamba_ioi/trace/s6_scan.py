@@ -18,24 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PatchFn = Callable[[int, Tensor], Tensor]
-"""``(position, h [B, E, N]) -> h [B, E, N]``: what replaces the state at that position."""
+from .recurrence import LOG2_E, PatchFn, compute_dtype, every_state, held_states
 
 _KERNEL_DEVICE = "cuda"
 
 _BLOCK = 2**19
 """How many elements of the states are worked on at once, about: few enough for the cores' caches."""
 
-_LOG2_E = 1.4426950408889634
-"""exp(a) is 2^(a log2 e): on CPUs torch's exp2 takes less than half the time of its exp."""
-
 _HELD = 2**22
 """How many elements of the states, over all positions, the backward pass holds at once, about."""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision the recurrence runs in: the input's, but never below float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def discretize_A(delta: Float[Tensor, "*batch E"], A: Float[Tensor, "E N"]) -> Float[Tensor, "*batch E N"]:
@@ -55,26 +46,9 @@ def scan_states(
     *,
     initial: Float[Tensor, "B E N"],
     patch: PatchFn | None = None,
-    write: Callable[[int], Tensor] | None = None,
 ) -> Float[Tensor, "B L E N"]:
-    """Every state of the recurrence, one position after another; any of them can be replaced on the way.
-
-    Args:
-        x: the scan's input (``ssm_input``).
-        A_bar: position -> ``A_bar`` there, ``[B, E, N]``.
-        B_bar: position -> ``B_bar`` there, ``[B, E, N]``.
-        initial: the state before the first position.
-        patch: called at every position with the state just computed; what it returns takes its place, and the
-            later states follow from it.
-        write: position -> what enters the state there, ``[B, E, N]``, in place of ``B_bar x``.
-    """
-    h, states = initial, []
-    for t in range(x.shape[1]):
-        h = A_bar(t) * h + (B_bar(t) * x[:, t, :, None] if write is None else write(t))
-        if patch is not None:
-            h = patch(t, h)
-        states.append(h)
-    return torch.stack(states, dim=1)
+    """`every_state` from the scan's input x, and position -> ``A_bar`` and ``B_bar`` there, ``[B, E, N]``."""
+    return every_state(x.shape[1], A_bar, lambda t: B_bar(t) * x[:, t, :, None], initial=initial, patch=patch)
 
 
 def read_out(h: Float[Tensor, "B L E N"], C: Float[Tensor, "B L N"]) -> Float[Tensor, "B L E"]:
@@ -134,17 +108,8 @@ def held_scan(
 
     Equal to `scan_states` with that patch, followed by `read_out`.
     """
-    h, outputs, start = initial, [], 0
-    for position in (*sorted(positions), x.shape[1]):
-        cut = slice(start, min(position + 1, x.shape[1]))
-        if cut.start < cut.stop:
-            y, h = selective_scan(x[:, cut], delta[:, cut], A, B[:, cut], C[:, cut], initial=h)
-            if position < x.shape[1]:
-                h = patch(position, h)
-                y = torch.cat([y[:, :-1], read_out(h[:, None], C[:, position : position + 1])], dim=1)
-            outputs.append(y)
-        start = position + 1
-    return torch.cat(outputs, dim=1), h
+    inputs = x, delta, A, B, C
+    return held_states(selective_scan, read_out, *inputs, initial=initial, patch=patch, positions=positions)
 
 
 def _stepwise(x, delta, A, B, C, initial):
@@ -157,7 +122,7 @@ def _stepwise(x, delta, A, B, C, initial):
 
 def _in_place(x, delta, A, B, C, initial):
     size = max(1, _BLOCK // A.numel()) if x.device.type == "cpu" else len(x)
-    delta, rate = delta.contiguous(), A.T.contiguous() * _LOG2_E  # channels innermost in all that follows: h [B, N, E]
+    delta, rate = delta.contiguous(), A.T.contiguous() * LOG2_E  # channels innermost in all that follows: h [B, N, E]
     y = delta * x  # what flows in at each position, until its output takes the place
     if initial is None:
         h = x.new_zeros(x.shape[0], *rate.shape)
@@ -198,7 +163,7 @@ def _gradients(x, delta, A, B, C, initial, d_y, d_last, *, for_A: bool):
     rows, length, _ = x.shape
     size = max(1, min(rows, _BLOCK // A.numel(), _HELD // (length * A.numel())))
     x, delta, d_y, rate = x.contiguous(), delta.contiguous(), d_y.contiguous(), A.T.contiguous()  # as in `_in_place`
-    weighted, rate_2 = delta * x, rate * _LOG2_E
+    weighted, rate_2 = delta * x, rate * LOG2_E
     held, decays = (x.new_empty(length + k, size, *rate.shape) for k in (1, 0))
     d_weighted, d_delta, d_B, d_C = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
     d_A, d_h = torch.zeros_like(rate), d_last.transpose(1, 2).clone(memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .mixing import Units
-from .s6_scan import PatchFn
+from .recurrence import PatchFn, every_state
 from .stages import Handed, Stages, cast
 from .state import LayerState
 
@@ -36,6 +36,7 @@ class ScanStages(Stages):
         *(("A_bar", name) for name in ("B_bar", "write")),
     )
     A: Tensor
+    B: Tensor
     C: Tensor
 
     def __init__(self, runs: bool, state: Tensor | None) -> None:
@@ -67,6 +68,16 @@ class ScanStages(Stages):
         raise NotImplementedError
 
     @staticmethod
+    def spread(A_bar: Tensor) -> Tensor:
+        """``A_bar`` at one position, as it multiplies a state."""
+        raise NotImplementedError
+
+    @staticmethod
+    def entered(B_bar: Tensor, x: Tensor) -> Tensor:
+        """``write`` at one position, or at several, from ``B_bar`` there."""
+        raise NotImplementedError
+
+    @staticmethod
     def written(x: Tensor, delta: Tensor, B: Tensor) -> Tensor:
         """``write`` at one position, or at several, from what `inflow` has there."""
         raise NotImplementedError
@@ -77,11 +88,19 @@ class ScanStages(Stages):
 
     def decay_at(self, t: int) -> Tensor:
         """``A_bar`` at a position of this run, as it multiplies a state."""
-        raise NotImplementedError
+        A_bar = self._known("A_bar")
+        if A_bar is not None:
+            return self.spread(A_bar[:, t])
+        return self.decay(self._value("delta")[:, t], self._value("A"))
 
     def write_at(self, t: int) -> Tensor:
         """``write`` at a position of this run."""
-        raise NotImplementedError
+        write, B_bar = self._known("write"), self._known("B_bar")
+        if write is not None:
+            return write[:, t]
+        if B_bar is not None:
+            return self.entered(B_bar[:, t], self.x[:, t])
+        return self.written(self.x[:, t], self._value("delta")[:, t], self.B[:, t])
 
     def read(self, h: Tensor, t: int, rows: slice = slice(None)) -> Tensor:
         """``y`` of some rows at a position of this run, were their states those (of several runs, in front)."""
@@ -172,8 +191,12 @@ class ScanStages(Stages):
             return self.initial.clone()
         return self.x.new_zeros(*self.h_shape()).requires_grad_(self.x.requires_grad).clone()
 
+    def _write(self) -> Tensor:
+        return self.entered(self._value("B_bar"), self.x)
+
     def _h(self) -> Tensor:
-        raise NotImplementedError
+        start = self._value("h_start")
+        return every_state(self.x.shape[1], self.decay_at, self.write_at, initial=start, patch=self.patch)
 
     def _keeps_states(self) -> bool:
         """Whether the outputs are read out of every state: some are known, or any of them may be replaced."""

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .mixing import Units
-from .s6_scan import compute_dtype
+from .recurrence import compute_dtype
 from .scan import ScanStages
-from .ssd_scan import held_ssd, ssd_outputs, ssd_read_out, ssd_scan, ssd_states
+from .ssd_scan import held_ssd, ssd_outputs, ssd_read_out, ssd_scan
 from .stages import refuse_narrowed
 
 
@@ -62,8 +62,13 @@ class SSDStages(ScanStages):
 
     @staticmethod
     def decay(delta: Float[Tensor, "B H"], A: Float[Tensor, "H"]) -> Float[Tensor, "B H 1 1"]:
-        """``A_bar`` at one position."""
-        return torch.exp(delta * A)[..., None, None]
+        """``A_bar`` at one position, as a state is multiplied by it."""
+        return SSDStages.spread(torch.exp(delta * A))
+
+    @staticmethod
+    def spread(A_bar: Float[Tensor, "B H"]) -> Float[Tensor, "B H 1 1"]:
+        """``A_bar`` at one position, for the numbers of a head's state."""
+        return A_bar[..., None, None]
 
     @staticmethod
     def written(
@@ -71,27 +76,17 @@ class SSDStages(ScanStages):
     ) -> Float[Tensor, "*B H P N"]:
         """``write`` at one position, or at several."""
         heads = delta.shape[-1]
-        flow = x.unflatten(-1, (heads, -1)) * delta[..., None]
-        return flow[..., None] * by_head(B, heads)[..., None, :]
+        return SSDStages.entered(delta[..., None] * by_head(B, heads), x)
+
+    @staticmethod
+    def entered(B_bar: Float[Tensor, "*B H N"], x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B H P N"]:
+        """``B_bar x`` at one position, or at several."""
+        return B_bar[..., None, :] * x.unflatten(-1, (B_bar.shape[-2], -1))[..., None]
 
     def by_unit(self) -> Units:
         """The scan by heads."""
         B, C = (by_head(tensor, self.heads[0]) for tensor in (self.B, self.C))
         return Units(self.peek("delta"), self.peek("A")[:, None], B, C, self._by_head(self.x))
-
-    def decay_at(self, t: int) -> Float[Tensor, "B H 1 1"]:
-        A_bar = self._known("A_bar")
-        if A_bar is not None:
-            return A_bar[:, t, :, None, None]
-        return self.decay(self._value("delta")[:, t], self._value("A"))
-
-    def write_at(self, t: int) -> Float[Tensor, "B H P N"]:
-        write, B_bar = self._known("write"), self._known("B_bar")
-        if write is not None:
-            return write[:, t]
-        if B_bar is not None:
-            return B_bar[:, t, :, None] * self._by_head(self.x)[:, t, ..., None]
-        return self.written(self.x[:, t], self._value("delta")[:, t], self.B[:, t])
 
     def read(self, h: Float[Tensor, "*runs B H P N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*out E"]:
         """``y`` at a position of this run, were its states those."""
@@ -123,25 +118,6 @@ class SSDStages(ScanStages):
 
     def _B_bar(self) -> Tensor:
         return self._value("delta")[..., None] * by_head(self.B, self.heads[0])
-
-    def _write(self) -> Tensor:
-        return self._value("B_bar")[..., None, :] * self._by_head(self.x)[..., None]
-
-    def _h(self) -> Tensor:
-        delta, A, x = self._value("delta"), self._value("A"), self._by_head(self.x)
-        A_bar, B_bar, write = (self._known(name) for name in ("A_bar", "B_bar", "write"))
-
-        def flow(t: int) -> Tensor:
-            B = delta[:, t, :, None] * by_head(self.B[:, t], self.heads[0]) if B_bar is None else B_bar[:, t]
-            return B[..., None, :] * x[:, t, ..., None]
-
-        return ssd_states(
-            x,
-            (lambda t: torch.exp(delta[:, t] * A)) if A_bar is None else (lambda t: A_bar[:, t]),
-            flow if write is None else (lambda t: write[:, t]),
-            initial=self._value("h_start"),
-            patch=self.patch,
-        )
 
     def _y(self) -> Tensor:
         if self._keeps_states():

@@ -18,14 +18,14 @@ overflow, and what decays to zero is zero. An input that is not finite spoils it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .s6_scan import PatchFn, compute_dtype
+from .recurrence import LOG2_E, PatchFn, compute_dtype, held_states
 
 _CHUNK = 96
 """The most positions that are computed at once: what they cost by pairs grows with this, by states it shrinks."""
@@ -38,36 +38,6 @@ _HELD = 2**24
 
 _FORGOTTEN = -1e30
 """An exponent that leaves nothing; lower ones, down to minus infinity, are raised to it, so that 0 times one is 0."""
-
-_LOG2_E = 1.4426950408889634
-"""exp(a) is 2^(a log2 e): on CPUs torch's exp2 takes less than half the time of its exp."""
-
-
-def ssd_states(
-    x: Float[Tensor, "B L H P"],
-    A_bar: Callable[[int], Tensor],
-    write: Callable[[int], Tensor],
-    *,
-    initial: Float[Tensor, "B H P N"],
-    patch: PatchFn | None = None,
-) -> Float[Tensor, "B L H P N"]:
-    """Every state of the recurrence, one position after another; any of them can be replaced on the way.
-
-    Args:
-        x: the scan's input (``ssm_input``), by heads.
-        A_bar: position -> ``A_bar`` there, ``[B, H]``.
-        write: position -> what enters the state there, ``[B, H, P, N]``.
-        initial: the state before the first position.
-        patch: called at every position with the state just computed; what it returns takes its place, and the
-            later states follow from it.
-    """
-    h, states = initial, []
-    for t in range(x.shape[1]):
-        h = A_bar(t)[..., None, None] * h + write(t)
-        if patch is not None:
-            h = patch(t, h)
-        states.append(h)
-    return torch.stack(states, dim=1)
 
 
 def ssd_read_out(h: Float[Tensor, "B L H P N"], C: Float[Tensor, "B L G N"]) -> Float[Tensor, "B L H P"]:
@@ -86,7 +56,7 @@ def ssd_scan(
 ) -> tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H P N"]]:
     """The scan where no state is asked for: the outputs y and the last state, with no ``[B, L, H, P, N]`` tensor.
 
-    Equal to `ssd_states` followed by `ssd_read_out`. ``initial`` is the state before the first position (zeros). Under
+    Equal to `every_state` followed by `ssd_read_out`. ``initial`` is the state before the first position (zeros). Under
     gradients only the arguments are kept: the backward pass computes all else anew, a few rows at a time.
     """
     return _scan(x, delta, A, B, C, initial, True)
@@ -118,19 +88,10 @@ def held_ssd(
 ) -> tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H P N"]]:
     """`ssd_scan` with ``patch`` applied to the states after ``positions``: no other state is kept.
 
-    Equal to `ssd_states` with that patch, followed by `ssd_read_out`.
+    Equal to `every_state` with that patch, followed by `ssd_read_out`.
     """
-    C, h, outputs, start = C.to(compute_dtype(x.dtype)), initial, [], 0
-    for position in (*sorted(positions), x.shape[1]):
-        cut = slice(start, min(position + 1, x.shape[1]))
-        if cut.start < cut.stop:
-            y, h = ssd_scan(x[:, cut], delta[:, cut], A, B[:, cut], C[:, cut], initial=h)
-            if position < x.shape[1]:
-                h = patch(position, h)
-                y = torch.cat([y[:, :-1], ssd_read_out(h[:, None], C[:, position : position + 1])], dim=1)
-            outputs.append(y)
-        start = position + 1
-    return torch.cat(outputs, dim=1), h
+    inputs = x, delta, A, B, C
+    return held_states(ssd_scan, ssd_read_out, *inputs, initial=initial, patch=patch, positions=positions)
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor:
@@ -206,7 +167,7 @@ class _Chunk:
         step, by_group = _swap(delta).contiguous(), (rows * B.shape[2], -1, length)
         inflow = torch.mul(_swap(x), step[..., None], out=x.new_empty(rows, heads, length, size))
         self.inflow = inflow.view(*by_group, size)
-        exponents = (step * (A * _LOG2_E)[:, None]).clamp_(min=_FORGOTTEN).view(by_group)
+        exponents = (step * (A * LOG2_E)[:, None]).clamp_(min=_FORGOTTEN).view(by_group)
         between = exponents[..., None, :] * _ones_above(x, length)
         self.decay = torch.cumsum(between, -1, out=between).exp2_()
         self.since = torch.cumsum(exponents, -1).exp2_()
