@@ -232,6 +232,16 @@ def test_what_a_model_says_of_itself(model):
             cache(model, IDS, [("h", i)])
 
 
+def test_nothing_is_lost_under_the_name_of_a_mixer():
+    """Of a Nemotron-H the block's part is called so itself; of the others the name is ours."""
+    for family in ("nemotron_h", "bamba"):
+        block = MODELS[family].layers[0]
+        mixer = block.mixer
+        with pytest.raises(ValueError, match="mixer"):
+            block.mixer = torch.zeros(3)
+        assert block.mixer is mixer
+
+
 @every_site
 def test_every_site_is_read(model, name, layer):
     if name == "resid_mid":

@@ -8,6 +8,7 @@ from nnsight import Envoy
 from torch import nn
 
 from ..trace.hybrid import HybridEnvoy, Layout, Part
+from ..trace.served import NoSuchName
 from ..trace.ssd_sites import SSDMixerEnvoy
 from .family import Family, ssd_sizes
 
@@ -31,6 +32,8 @@ class NemotronEnvoy(HybridEnvoy):
 
     @mixer.setter
     def mixer(self, part: Envoy) -> None:
+        if self._built:
+            raise NoSuchName(f"{self.path}.mixer is a module; assign to one of its sites, or to its output")
         self._part = part  # nnsight builds the tree of envoys
 
     @staticmethod
