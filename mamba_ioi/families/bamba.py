@@ -6,7 +6,7 @@ from torch import nn
 
 from ..trace.hybrid import HybridEnvoy, Layout, Part
 from ..trace.ssd_sites import SSDMixerEnvoy
-from .family import Family, ssd_sizes
+from .family import Family, hybrid_sizes
 
 
 class BambaEnvoy(HybridEnvoy):
@@ -28,10 +28,4 @@ def _classes() -> tuple[type[nn.Module], ...]:
     return BambaMixer, BambaDecoderLayer
 
 
-def mamba_sizes(config) -> dict[str, int]:
-    """The sizes of the mixers, by the names that several hybrids give them."""
-    heads, groups = (config.mamba_n_heads, config.mamba_d_head), config.mamba_n_groups
-    return ssd_sizes(*heads, groups, config.mamba_d_state, config.mamba_d_conv)
-
-
-FAMILY = Family.hybrid("bamba", _classes, BambaEnvoy, mamba_sizes)
+FAMILY = Family.hybrid("bamba", _classes, BambaEnvoy, hybrid_sizes)

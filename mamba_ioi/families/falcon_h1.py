@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..trace.hybrid import HybridEnvoy, Layout, Part, keep_stream
 from ..trace.ssd_sites import SSDMixerEnvoy
-from .bamba import mamba_sizes
-from .family import Family
+from .family import Family, hybrid_sizes
 
 
 class FalconH1MixerEnvoy(SSDMixerEnvoy):
@@ -46,4 +45,4 @@ def _classes() -> tuple[type[nn.Module], ...]:
     return FalconH1Mixer, FalconH1DecoderLayer
 
 
-FAMILY = Family.hybrid("falcon_h1", _classes, FalconH1Envoy, mamba_sizes)
+FAMILY = Family.hybrid("falcon_h1", _classes, FalconH1Envoy, hybrid_sizes)

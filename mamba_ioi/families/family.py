@@ -73,7 +73,6 @@ class Family:
         sizes: Callable[[Any], dict[str, int]],
     ) -> Family:
         """A family of blocks of several parts, each with the sites that its layout gives."""
-        inside: Any = block.inside
         return cls(
             model_type,
             classes=classes,
@@ -82,7 +81,7 @@ class Family:
             sizes=sizes,
             infos=hybrid_table(block.inside),
             kind=lambda module: block.layout_of(module).kinds,
-            sites=lambda module: layout_sites(block.layout_of(module), inside.inside),
+            sites=lambda module: layout_sites(block.layout_of(module), block.inside.inside),
         )
 
     def tables(self, layers: Iterable[Envoy]) -> list[dict[str, SiteInfo]]:
@@ -103,3 +102,9 @@ def ssd_sizes(heads: int, head_size: int, groups: int, state: int, taps: int) ->
     """The sizes of a Mamba-2: E = H P, and X = E + 2 G N channels of the conv."""
     inner = heads * head_size
     return {"E": inner, "H": heads, "P": head_size, "G": groups, "N": state, "K": taps, "X": inner + 2 * groups * state}
+
+
+def hybrid_sizes(config) -> dict[str, int]:
+    """The sizes of the Mamba-2 mixers of several hybrids, by the names that these give them."""
+    heads, groups = (config.mamba_n_heads, config.mamba_d_head), config.mamba_n_groups
+    return ssd_sizes(*heads, groups, config.mamba_d_state, config.mamba_d_conv)

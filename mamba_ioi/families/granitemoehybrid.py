@@ -6,8 +6,7 @@ from torch import nn
 
 from ..trace.hybrid import HybridEnvoy, Layout, Part
 from ..trace.ssd_sites import SSDMixerEnvoy
-from .bamba import mamba_sizes
-from .family import Family
+from .family import Family, hybrid_sizes
 
 
 class GraniteEnvoy(HybridEnvoy):
@@ -34,4 +33,4 @@ def _classes() -> tuple[type[nn.Module], ...]:
     return GraniteMoeHybridMambaLayer, GraniteMoeHybridDecoderLayer
 
 
-FAMILY = Family.hybrid("granitemoehybrid", _classes, GraniteEnvoy, mamba_sizes)
+FAMILY = Family.hybrid("granitemoehybrid", _classes, GraniteEnvoy, hybrid_sizes)

@@ -146,7 +146,8 @@ class CausalLM(Served, ModelSites, TransformersModel):
         """The sites that some layer, or the model, may have."""
         if not self.has_scans:
             return EVERY_SITE
-        return MODEL_SITES | {name: site for table in self._tables for name, site in table.items()}
+        tables = {id(table): table for table in self._tables}  # layers of one kind share one
+        return MODEL_SITES | {name: site for table in tables.values() for name, site in table.items()}
 
     def operations(self, layer: int) -> dict[str, type[Stages]]:
         """The operations of a layer's mixer as chains of values, by their first site: where our own replace them."""

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from .anatomy import first_of, stream_of, with_first, with_stream
 from .location import Site, note_visit
-from .served import ServedEnvoy
-from .sites import SiteInfo, site_table
+from .sites import LayerEnvoy, ScanMixerEnvoy, SiteInfo, site_table
 from .stages import Stages, cast
 
 
@@ -176,10 +175,10 @@ def _noted(location: str, ask: Any) -> Any:
     return kept[key]
 
 
-class HybridEnvoy(ServedEnvoy):
+class HybridEnvoy(LayerEnvoy):
     """A block of several parts. Its class says how a module's `Layout` is found."""
 
-    inside: ClassVar[type[Envoy]]
+    inside: ClassVar[type[ScanMixerEnvoy]]
     """The envoy of its mixers."""
 
     @staticmethod
@@ -212,15 +211,6 @@ class HybridEnvoy(ServedEnvoy):
         if self.layout.mixer is None:
             raise ValueError(f"{self.path} has no mixer with a scan: it is {self.layout.kinds}")
         return self.get(self.layout.mixer.path)
-
-    @Site(key="input", description="the residual stream before the layer")
-    def resid_pre(self, value) -> Float[Tensor, "B L D"]:
-        """The residual stream before the layer; a change stays in the stream."""
-        return first_of(value).clone()
-
-    @resid_pre.transform
-    def resid_pre(self, view, raw):
-        return with_first(raw, cast(view, first_of(raw)))
 
     @InputSite(key="mixer", description="the mixer's own copy of the residual stream, before its norm")
     def layer_input(self, value) -> Float[Tensor, "B L D"]:
@@ -296,15 +286,6 @@ class HybridEnvoy(ServedEnvoy):
         scale = self.layout.mlp.scale  # pyright: ignore[reportOptionalMemberAccess]
         return with_stream(raw, cast(view, stream_of(raw)) / scale - note_beside(self))
 
-    @Site(key="output", description="the residual stream after the layer")
-    def resid_post(self, value) -> Float[Tensor, "B L D"]:
-        """The residual stream after the layer."""
-        return stream_of(value).clone()
-
-    @resid_post.transform
-    def resid_post(self, view, raw):
-        return with_stream(raw, cast(view, stream_of(raw)))
-
 
 def layout_sites(layout: Layout, inside: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The names of a block's sites, in execution order, given the sites inside its mixer."""
@@ -328,11 +309,10 @@ PART_SITES = {
 MLP reads and in the stream after the block."""
 
 
-def hybrid_table(mixer: type[Envoy]) -> dict[str, SiteInfo]:
+def hybrid_table(mixer: type[ScanMixerEnvoy]) -> dict[str, SiteInfo]:
     """The sites of all blocks of a family by name, given the envoy of its mixers."""
-    inside: Any = mixer
-    around = site_table([(HybridEnvoy, name) for name in ("resid_pre", "layer_input", "normalized_input", "in_proj")])
-    if "delta_1" in inside.inside:  # of S6 the conv has d_inner channels
-        around["in_proj"] = replace(around["in_proj"], shape=("B", "L", "E"))
-    after = site_table([(HybridEnvoy, name) for name in ("out_proj", "resid_post")])
-    return around | site_table([(mixer, name) for name in inside.inside]) | after | PART_SITES
+    rows = [(HybridEnvoy, name) for name in ("resid_pre", "layer_input", "normalized_input", "in_proj")]
+    rows += [*((mixer, name) for name in mixer.inside), (HybridEnvoy, "out_proj"), (HybridEnvoy, "resid_post")]
+    table = site_table(rows)
+    table["in_proj"] = replace(table["in_proj"], shape=table["conv"].shape)  # as many channels as the conv has
+    return table | PART_SITES

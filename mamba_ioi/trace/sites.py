@@ -28,6 +28,7 @@ from jaxtyping import Float
 from nnsight import Envoy
 from torch import Tensor
 
+from .anatomy import first_of, stream_of, with_first, with_stream
 from .conv import ConvStages
 from .location import Noted, OperationSite, OutputSite, PartSite, Site, StageSite, logits_of, open_stages, with_logits
 from .s6 import S6Stages
@@ -42,26 +43,14 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class MixerEnvoy(ServedEnvoy):
-    """A `MambaMixer`, with everything between its input projection and its output projection named."""
+class ScanMixerEnvoy(ServedEnvoy):
+    """What mixers of all kinds have in common: one conv, one scan, and a gate."""
 
-    _module: MambaMixer
     is_mixer = True
-    chains: ClassVar[dict[str, type[Stages]]] = {stages.ORDER[0]: stages for stages in (ConvStages, S6Stages)}
-    inside: ClassVar[tuple[str, ...]] = (
-        *("gate", "conv_slice", "conv", "ssm_input", "delta_1", "B", "C"),
-        *S6Stages.ORDER,
-    )
+    chains: ClassVar[dict[str, type[Stages]]]
+    """The operations as chains of values, by their first site."""
+    inside: ClassVar[tuple[str, ...]]
     """The sites inside, in execution order."""
-
-    @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
-    def gate(self, value) -> Float[Tensor, "B L E"]:
-        """The gate, before silu: rows E to 2E of in_proj's output."""
-        return value.chunk(2, dim=-1)[1].clone()
-
-    @gate.transform
-    def gate(self, view, raw):
-        return torch.cat([raw.chunk(2, dim=-1)[0], cast(view, raw.chunk(2, dim=-1)[1])], dim=-1)
 
     @property
     def skip(self) -> SkipMethod:
@@ -71,6 +60,45 @@ class MixerEnvoy(ServedEnvoy):
     @skip.setter
     def skip(self, value) -> None:
         self.gate = value  # pyright: ignore[reportAttributeAccessIssue]
+
+    def scan(self, patch: Mapping[int, Tensor] | Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """Run the slow scan in place of the model's own and return every state.
+
+        That is ``[B, L, E, N]``; of a mixer with heads ``[B, L, H, P, N]``.
+
+        Args:
+            patch: a mapping position -> state (broadcastable to that of one position, ``[B, ...]``), or a callable
+                ``(position, h [B, ...]) -> h`` called at every position in turn; later states follow.
+
+        Raises:
+            ValueError: for a position outside the prompt, or a patch of another type.
+        """
+        (stages,) = (one for one in self.chains.values() if one.KIND == "scan")
+        return open_stages(self, stages).scan(patch)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def look_inside(self) -> None:
+        """Let nnsight serve the operations inside."""
+        _ = self.source
+
+
+class MixerEnvoy(ScanMixerEnvoy):
+    """A `MambaMixer`, with everything between its input projection and its output projection named."""
+
+    _module: MambaMixer
+    chains: ClassVar[dict[str, type[Stages]]] = {stages.ORDER[0]: stages for stages in (ConvStages, S6Stages)}
+    inside: ClassVar[tuple[str, ...]] = (
+        *("gate", "conv_slice", "conv", "ssm_input", "delta_1", "B", "C"),
+        *S6Stages.ORDER,
+    )
+
+    @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
+    def gate(self, value) -> Float[Tensor, "B L E"]:
+        """The gate, before silu: rows E to 2E of in_proj's output."""
+        return value.chunk(2, dim=-1)[1].clone()
+
+    @gate.transform
+    def gate(self, view, raw):
+        return torch.cat([raw.chunk(2, dim=-1)[0], cast(view, raw.chunk(2, dim=-1)[1])], dim=-1)
 
     @StageSite(ConvStages, description="the conv's terms for taps -3, -2, -1, 0")
     def conv_slice(self, value) -> Float[Tensor, "B L E K"]:
@@ -178,22 +206,6 @@ class MixerEnvoy(ServedEnvoy):
         """The gated output, which out_proj receives."""
         ...
 
-    def scan(self, patch: Mapping[int, Tensor] | Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
-        """Run the slow scan in place of the model's own and return every state, ``[B, L, E, N]``.
-
-        Args:
-            patch: a mapping position -> state (broadcastable to ``[B, E, N]``), or a callable
-                ``(position, h [B, E, N]) -> h`` called at every position in turn; later states follow.
-
-        Raises:
-            ValueError: for a position outside the prompt, or a patch of another type.
-        """
-        return open_stages(self, S6Stages).scan(patch)
-
-    def look_inside(self) -> None:
-        """Let nnsight serve the operations inside."""
-        _ = self.source
-
     def branch(self, projected: Tensor) -> Float[Tensor, "B L E"]:
         """The conv branch of in_proj's output."""
         return projected.chunk(2, dim=-1)[0]
@@ -284,20 +296,20 @@ class LayerEnvoy(ServedEnvoy):
     @Site(key="input", description="the residual stream before the layer")
     def resid_pre(self, value) -> Float[Tensor, "B L D"]:
         """The residual stream before the layer; a change stays in the stream."""
-        return value[0][0].clone()
+        return first_of(value).clone()
 
     @resid_pre.transform
     def resid_pre(self, view, raw):
-        return ((cast(view, raw[0][0]), *raw[0][1:]), raw[1])
+        return with_first(raw, cast(view, first_of(raw)))
 
     @Site(key="norm.input", description="the layer's own copy of the residual stream")
     def layer_input(self, value) -> Float[Tensor, "B L D"]:
         """What this layer reads: a change reaches this layer only, not the residual stream."""
-        return value[0][0].clone()
+        return first_of(value).clone()
 
     @layer_input.transform
     def layer_input(self, view, raw):
-        return ((cast(view, raw[0][0]), *raw[0][1:]), raw[1])
+        return with_first(raw, cast(view, first_of(raw)))
 
     @Site(key="norm.output", description="the layer's input after RMSNorm")
     def normalized_input(self, value) -> Float[Tensor, "B L D"]:
@@ -329,11 +341,11 @@ class LayerEnvoy(ServedEnvoy):
     @Site(key="output", description="the residual stream after the layer")
     def resid_post(self, value) -> Float[Tensor, "B L D"]:
         """The residual stream after the layer."""
-        return value.clone()
+        return stream_of(value).clone()
 
     @resid_post.transform
     def resid_post(self, view, raw):
-        return cast(view, raw)
+        return with_stream(raw, cast(view, stream_of(raw)))
 
 
 class ModelSites(Envoy):
@@ -413,12 +425,13 @@ def site_table(rows: Iterable[tuple[type[Envoy], str]]) -> dict[str, SiteInfo]:
     return table
 
 
-def layer_table(block: type[Envoy], mixer: type[Envoy]) -> dict[str, SiteInfo]:
+def layer_table(block: type[LayerEnvoy], mixer: type[ScanMixerEnvoy]) -> dict[str, SiteInfo]:
     """The sites of a layer whose mixer is all that it has, in execution order, and those around the layers."""
     before, after = ("resid_pre", "layer_input", "normalized_input", "in_proj"), ("out_proj", "resid_post")
     rows = [(ModelSites, "embed"), *((block, name) for name in before)]
-    rows += [(mixer, name) for name in mixer.inside]  # pyright: ignore[reportAttributeAccessIssue]
-    return site_table([*rows, *((block, name) for name in after), (ModelSites, "norm"), (ModelSites, "logits")])
+    rows += [(mixer, name) for name in mixer.inside]
+    rows += [*((block, name) for name in after), (ModelSites, "norm"), (ModelSites, "logits")]
+    return site_table(rows)
 
 
 SITES: dict[str, SiteInfo] = layer_table(LayerEnvoy, MixerEnvoy)

@@ -6,7 +6,6 @@ and no dt_proj. This file is shipped to remote servers: it uses torch and nnsigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,25 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .conv import ConvStages
-from .location import OperationSite, Site, StageSite, open_stages
-from .served import ServedEnvoy, SkipMethod
-from .sites import LayerEnvoy
+from .location import OperationSite, Site, StageSite
+from .sites import LayerEnvoy, ScanMixerEnvoy
 from .ssd import SSDStages
 from .stages import Stages, cast
 
 
-class SSDMixerEnvoy(ServedEnvoy):
+class SSDMixerEnvoy(ScanMixerEnvoy):
     """A `Mamba2Mixer` or its like, with everything between its input projection and its output projection named."""
 
     _module: Any
-    is_mixer = True
     chains: ClassVar[dict[str, type[Stages]]] = {stages.ORDER[0]: stages for stages in (ConvStages, SSDStages)}
     inside: ClassVar[tuple[str, ...]] = (
         *("gate", "conv_slice", "conv", "ssm_input", "B", "C"),
         *SSDStages.ORDER,
         "after_skip",
     )
-    """The sites inside, in execution order."""
 
     @Site(key="in_proj.output", description="the gate before silu (site `skip`)")
     def gate(self, value) -> Float[Tensor, "B L E"]:
@@ -42,15 +38,6 @@ class SSDMixerEnvoy(ServedEnvoy):
     @gate.transform
     def gate(self, view, raw):
         return self._with(raw, slice(0, self.widths()[0]), view)
-
-    @property
-    def skip(self) -> SkipMethod:
-        """nnsight's method; what is assigned to it is the site of that name, `gate`."""
-        return SkipMethod(self)
-
-    @skip.setter
-    def skip(self, value) -> None:
-        self.gate = value  # pyright: ignore[reportAttributeAccessIssue]
 
     @StageSite(ConvStages, description="the conv's terms, the oldest first")
     def conv_slice(self, value) -> Float[Tensor, "B L X K"]:
@@ -150,22 +137,6 @@ class SSDMixerEnvoy(ServedEnvoy):
     @after_skip.transform
     def after_skip(self, view, raw):
         return ((cast(view, raw[0][0]), *raw[0][1:]), raw[1])
-
-    def scan(self, patch: Mapping[int, Tensor] | Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
-        """Run our own scan in place of the model's and return every state, ``[B, L, H, P, N]``.
-
-        Args:
-            patch: a mapping position -> state (broadcastable to ``[B, H, P, N]``), or a callable
-                ``(position, h [B, H, P, N]) -> h`` called at every position in turn; later states follow.
-
-        Raises:
-            ValueError: for a position outside the prompt, or a patch of another type.
-        """
-        return open_stages(self, SSDStages).scan(patch)
-
-    def look_inside(self) -> None:
-        """Let nnsight serve the operations inside."""
-        _ = self.source
 
     def multipliers(self) -> Tensor | float:
         """What in_proj's output is multiplied by before it is split."""
