@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from .circuits import eap
 from .circuits.graph import Graph
@@ -27,16 +26,7 @@ from .interventions.run import run
 from .interventions.sweep import sweep
 from .models.model import CausalLM, MambaModel, load_model, wrap
 from .tasks.ioi import IOIDataset
-
-FAMILIES = {
-    "mamba": (MambaForCausalLM, MambaConfig, {"vocab_size": 50280, "state_size": 16, "time_step_rank": 64}),
-    "mamba2": (
-        Mamba2ForCausalLM,
-        Mamba2Config,
-        {"vocab_size": 50288, "state_size": 128, "num_heads": 32, "head_dim": 64, "n_groups": 1, "chunk_size": 256},
-    ),
-}
-"""The model class, its config and its own sizes, by family."""
+from .zoo import shapes
 
 SECONDS = 5.0
 """A work is timed again until its times add up to this, since a short one is easily disturbed."""
@@ -54,7 +44,7 @@ class Line:
 
 def bench(
     *,
-    family: str = "mamba",
+    family: str = shapes.FIRST,
     layers: int = 48,
     prompts: int = 32,
     repeats: int = 2,
@@ -65,7 +55,7 @@ def bench(
     """Measure one piece of work after another.
 
     Args:
-        family: of the model, "mamba" or "mamba2".
+        family: of the model, one of `zoo.shapes.SHAPES`.
         layers: of the model; mamba-370m and mamba2-370m have 48.
         prompts: rows of the forward pass; the other works take a fraction of them.
         repeats: least number of timings of each piece of work, of which the smallest counts.
@@ -91,12 +81,7 @@ def of_370m(
     family: str, layers: int = 48, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> MambaModel | CausalLM:
     """The shape of mamba-370m or mamba2-370m, random weights, `tiny`'s tokenizer, whose ids are in the vocabulary."""
-    if family not in FAMILIES:
-        raise ValueError(f"there are the shapes of {' and '.join(FAMILIES)} to measure, not of {family!r}")
-    kind, settings, own = FAMILIES[family]
-    torch.manual_seed(0)
-    common = {"hidden_size": 1024, "num_hidden_layers": layers, "conv_kernel": 4, "expand": 2, "residual_in_fp32": True}
-    module = kind(settings(**common, **own)).eval().to(device=device, dtype=dtype)
+    module = shapes.of_370m(family, layers).to(device=device, dtype=dtype)
     return wrap(module, load_model("tiny").tokenizer, model_id=f"{family}-370m shape, random weights")
 
 

@@ -156,6 +156,16 @@ def diagram(experiment: str, sizes: dict[str, int] = SIZES) -> Result:
     return Result.create(experiment, table, model=SimpleNamespace(model_id="tiny"), arguments={})
 
 
+def knocked_out() -> Result:
+    rows = [
+        (source, target, layer, 0.1 * layer, 0.1 * layer - 0.05, 0.1 * layer + 0.05, 0.9, 40)
+        for source in ("n1+1", "n4+1")
+        for target in ("last", "n5")
+        for layer in range(6)
+    ]
+    return make("knockout", rows, "source target layer effect low high accuracy n", 6, arguments={"window": 2})
+
+
 EXAMPLES = {
     "architecture": lambda: diagram("architecture"),
     "residual_graph": lambda: diagram("residual_graph"),
@@ -171,6 +181,7 @@ EXAMPLES = {
     "eap": scores,
     "exact_effects": lambda: scores("exact_effects"),
     "faithfulness": sizes,
+    "knockout": knocked_out,
     **CIRCUIT_EXAMPLES,
 }
 
@@ -213,7 +224,7 @@ def assert_inside(figure: Figure, boxes: list) -> None:
 
 
 def test_every_figure_has_an_example_here():
-    assert EXAMPLES.keys() == FIGURES.keys() - {"knockout"}  # drawn in test_token_to_token.py
+    assert EXAMPLES.keys() == FIGURES.keys()
 
 
 @pytest.mark.parametrize("experiment", EXAMPLES)

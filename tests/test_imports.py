@@ -55,7 +55,7 @@ SPEAKS_OF_IOI = (
 KNOWS_FAMILIES = ("families", "models", "trace")
 """The rooms that may ask a model of which architecture it is."""
 
-MAKES_MODELS = ("bench", "zoo", "arguments")
+MAKES_MODELS = ("zoo", "arguments")
 """Where families are named because models of them are made: those that ship with the package, and `train-tiny`."""
 
 MOVED = {
