@@ -81,7 +81,8 @@ up() {
   start redis redis-server --bind 127.0.0.1 --port 6399 --save '' --dir "$run"
   start moto moto_server -H 127.0.0.1 -p 9900
   start hub python "$here/hub.py" 9700 "$@"
-  ray start --head --node-ip-address=127.0.0.1 --port=6385 --ray-client-server-port=10001 --num-cpus=4 --num-gpus=1 \
+  # a CPU, as Ray counts them, for the controller and for each model: one more model would wait for ever
+  ray start --head --node-ip-address=127.0.0.1 --port=6385 --ray-client-server-port=10001 --num-cpus=$(($# + 1)) --num-gpus=1 \
     --resources='{"head":10,"cuda_memory_bytes":8000000000,"cpu_memory_bytes":8000000000}' \
     --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port=8265 --temp-dir="$run/ray" \
     --dashboard-agent-grpc-port=8366 --dashboard-agent-listen-port=8367 --metrics-export-port=8368 \
