@@ -48,6 +48,7 @@ def parse(
     sub = add("reproduce", "compute and draw every figure and write the report, going on where an earlier run stopped")
     _add_settings(sub)
     sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL)")
+    _add_source(sub)
     sub.add_argument("--only", metavar="FIGURES", help="these figures only, such as fig4,fig8")
 
     sub = add("run", "compute one experiment and save its result")
@@ -144,7 +145,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     either.add_argument(
         "--task", metavar="NAME", help="pairs of another task, from 'mamba-ioi tasks'; --pairs of them (default: 80)"
     )
-    help = "with --data or --task: go by these, such as subject,verb+1,last (default: a task's own where rows differ)"
+    help = "with --data or --task: go by these, such as subject,verb+1,last (default: all marks where rows differ)"
     parser.add_argument("--marks", type=_names, metavar="MARKS", help=help)
     parser.add_argument("--metric", metavar="M", help="likewise: nld, logit_diff, prob_diff or margin")
 

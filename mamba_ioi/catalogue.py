@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 _EXPERIMENTS, _CIRCUITS, _MAKERS = "mamba_ioi.experiments", "mamba_ioi.circuits.pipeline", "mamba_ioi.reproduce.makers"
 _FIGURES, _REPORT = "mamba_ioi.figures", "mamba_ioi.report"
-_EFFECT = "1: the answer follows the corrupt prompt all the way; 0: not at all"
+EFFECT = "1: the answer follows the corrupt prompt all the way; 0: not at all"
 _EFFECTS = ("corruption", "layer", "position", "label", "effect", "low", "high", "n")
 _SCORES = ("accuracy", "accuracy_low", "accuracy_high", "probability", "low", "high", "n")
 _MARKS = [*(mark for slot in range(1, 6) for mark in (f"n{slot}", f"n{slot}+1")), "last-1", "last"]
@@ -119,9 +119,10 @@ ROWS = (
         experiment="resample_ablation",
         label="Figure 4",
         shows="which layer inputs matter, by position",
-        reading="A panel for each corruption; rows are layers, columns tokens. Each cell: the layer's input resampled "
-        f"at that position ({_EFFECT}).",
+        reading="A panel for each kind of pairs; rows are layers, columns tokens or marks. Each cell: the layer's "
+        f"input resampled there ({EFFECT}).",
         columns=_EFFECTS,
+        needs_alignment=True,
         function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
         drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
         paper=_OF_EACH,
@@ -133,7 +134,7 @@ ROWS = (
         label="Figure 4 (marks)",
         shows="which layer inputs matter, by name, over all four templates",
         reading="As Figure 4, but columns are marks, each row's own: the five names, the token after each (n1+1), and "
-        f"the last two tokens; so templates whose names stand elsewhere go into one map ({_EFFECT}).",
+        f"the last two tokens; so templates whose names stand elsewhere go into one map ({EFFECT}).",
         columns=("corruption", "layer", "mark", "effect", "low", "high", "n"),
         function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
         drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
@@ -148,8 +149,8 @@ ROWS = (
         experiment="layer_removal",
         label="Figure 5",
         shows="the answer without each layer",
-        reading="The answer's mean probability among the prompt's names, and its accuracy, with each layer's output "
-        "set to zero.",
+        reading="The answer's mean probability among the candidates, and its accuracy, with each layer's output set to "
+        "zero.",
         columns=("layer", *_SCORES),
         function=f"{_EXPERIMENTS}.layer_removal:layer_removal",
         drawn_by=f"{_FIGURES}.layer_removal:layer_removal",
@@ -179,7 +180,7 @@ ROWS = (
         experiment="cross_talk",
         label="Figure 6",
         shows="the layers that must move information between tokens",
-        reading="In what share of the minimal sets, one for each template and corruption, each layer is.",
+        reading="In what share of the minimal sets, one for each kind of pairs, each layer is.",
         columns=("template", "corruption", "step", "layer", "accuracy", "low", "high", "probability", "n"),
         function=f"{_EXPERIMENTS}.cross_talk:cross_talk",
         drawn_by=f"{_FIGURES}.cross_talk:cross_talk",
@@ -207,10 +208,11 @@ ROWS = (
         figure="fig8",
         experiment="conv_slices",
         label="Figure 8",
-        shows="which tap of the conv brings the names",
-        reading="A panel for each corruption; rows are taps of the convolution, columns its output positions "
-        f"({_EFFECT}).",
+        shows="which tap of the conv brings in what differs",
+        reading="A panel for each kind of pairs; rows are taps of the convolution, columns its output positions "
+        f"({EFFECT}).",
         columns=("corruption", "slice", "position", "label", "effect", "low", "high", "n"),
+        needs_alignment=True,
         function=f"{_EXPERIMENTS}.conv_slices:conv_slices",
         drawn_by=f"{_FIGURES}.conv_slices:conv_slices",
         paper=_OF_EACH,
@@ -258,8 +260,9 @@ ROWS = (
         label="Figure 10",
         shows="which SSM states matter, by position",
         reading="As Figure 4, for the state of the SSM: later states follow from the one that is resampled "
-        f"({_EFFECT}).",
+        f"({EFFECT}).",
         columns=_EFFECTS,
+        needs_alignment=True,
         function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
         drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
         paper=_OF_EACH,
@@ -271,8 +274,9 @@ ROWS = (
         experiment="resample_ablation_out_proj",
         label="Figure 11",
         shows="which layer outputs matter, by position",
-        reading=f"As Figure 4, for what each layer adds to the residual stream ({_EFFECT}).",
+        reading=f"As Figure 4, for what each layer adds to the residual stream ({EFFECT}).",
         columns=_EFFECTS,
+        needs_alignment=True,
         function=f"{_EXPERIMENTS}.resample_ablation:resample_ablation",
         drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
         paper=_OF_EACH,
@@ -311,8 +315,8 @@ ROWS = (
         experiment="layer_parts",
         label="Appendix D.2",
         shows="which conv slices, SSMs and skips ACDC keeps",
-        reading="For each layer, which of its conv slices, its skip and its SSM ACDC keeps, and how much NLD falls "
-        "without each.",
+        reading="For each layer, which of its conv slices, its skip and its SSM ACDC keeps, and how much the metric "
+        "falls without each.",
         columns=("src", "dst", "position", "kept", "effect"),
         function=f"{_CIRCUITS}:layer_parts",
         drawn_by=f"{_FIGURES}.circuit_matrices:layer_parts",
@@ -327,6 +331,7 @@ ROWS = (
         shows="the minimal circuit by positions: graph, page, tables, layers",
         reading="The circuit from embed to output; labels say at which positions an edge is kept.",
         columns=("src", "dst", "position", "score", "kept"),
+        needs_alignment=True,
         function=f"{_CIRCUITS}:positional_circuit",
         drawn_by=f"{_FIGURES}.circuit_graph:circuit_graph",
         pairs=200,
@@ -342,6 +347,7 @@ ROWS = (
         reading="Accuracy and mean NLD of the positional circuit, whole and without the bottleneck's edges before the "
         "last position.",
         columns=("circuit", "n_edges", "nld", "accuracy", "kl", "accuracy_low", "accuracy_high", "nld_low", "nld_high"),
+        needs_alignment=True,
         function=f"{_CIRCUITS}:last_position",
         drawn_by=f"{_FIGURES}.last_position:last_position_only",
         pairs=200,

@@ -27,9 +27,7 @@ from .reproduce.source import Source
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .models.model import CausalLM
     from .reproduce.run import Outcome
-    from .result import Result
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from .reproduce.run import reproduce
 
-    out = arguments.out or Path("figures", _safe(arguments.model))
+    settings = _settings(arguments)
+    out = arguments.out or Path("figures", *_folders(settings))
     with _quiet():
-        outcomes = reproduce(_settings(arguments), out, arguments.only, _tell)
+        outcomes = reproduce(settings, out, arguments.only, _tell)
     return _account(outcomes, out)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from .reproduce.folder import ANSWERS, discard_answers, locked, stored_result
-    from .reproduce.run import compute, model_identity, request
+    from .reproduce.run import compute, folder_identity, request
 
     figures = {row.experiment: figure for figure, row in CATALOGUE.items()}
     figure = figures.get(arguments.experiment)
@@ -84,28 +83,20 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if settings.layer is not None and not CATALOGUE[figure].takes_layer:
         raise ValueError(f"{arguments.experiment} looks at no single layer; --layer has no meaning for it")
-    source = _source(arguments)
-    folders = [_safe(arguments.model), *([] if source is None else [_safe(Path(source.name).stem)])]
-    out = arguments.out or Path("results", *folders, arguments.experiment)
-    asked = request(figure, settings, model_identity(settings))
-    if source is not None:
-        asked = {name: value for name, value in asked.items() if name not in ("pairs", "seed")}
-        asked |= source.asked() | {"marks": arguments.marks, "metric": arguments.metric}
+    out = arguments.out or Path("results", *_folders(settings), arguments.experiment)
+    asked = request(figure, settings, folder_identity(settings))
+    if settings.source is not None:
         _check_on_pairs(arguments)
     with locked(out), _quiet():
         result = stored_result(out, asked)
         if result is None:
             from .remote.requests import answers_in
 
-            model, usable = prepare(settings, [figure] if source is None else [])
-            usable = usable or (source is not None and (model.has_scans or not CATALOGUE[figure].needs_mamba))
-            if not usable:
+            model, given = prepare(settings, [figure])
+            if CATALOGUE[figure].needs_mamba:
                 model.require_mamba(f"experiments such as {arguments.experiment}")
             with answers_in(model, out / ANSWERS):
-                if source is None:
-                    result = compute(figure, model, with_layer(figure, model, settings), asked)
-                else:
-                    result = _on_pairs(model, source, arguments, settings, asked)
+                result = compute(figure, model, with_layer(figure, model, settings, given), asked, given)
             result.save(out)
             discard_answers(out)
             _say(f"saved in {out}; draw it with: mamba-ioi plot {out}")
@@ -126,42 +117,15 @@ def _check_on_pairs(arguments: argparse.Namespace) -> None:
     """Refuse an experiment that takes no pairs of another task, or no marks or metric, before a model is loaded."""
     from .experiments import EXPERIMENTS
 
-    takes = [name for name, one in EXPERIMENTS.items() if one.input in ("pairs", "balanced")]
+    takes = [name for name, one in EXPERIMENTS.items() if not one.needs_names]
     if arguments.experiment not in takes:
         what, option = ("from a file", "--data") if arguments.task is None else ("of another task", "--task")
         raise ValueError(f"{arguments.experiment} takes no pairs {what}; {option} is for {', '.join(takes)}")
     known = inspect.signature(EXPERIMENTS[arguments.experiment].work).parameters
-    for name in ("marks", "metric"):
-        if getattr(arguments, name) and name not in known:
+    measured = "metric" in known or "held_out" in known  # circuits are found by the pairs' own metric
+    for name, there in (("marks", "marks" in known), ("metric", measured)):
+        if getattr(arguments, name) and not there:
             raise ValueError(f"{arguments.experiment} has no {name}; --{name} has no meaning for it")
-
-
-def _on_pairs(
-    model: CausalLM,
-    source: Source,
-    arguments: argparse.Namespace,
-    settings: Settings,
-    asked: Mapping[str, object],
-) -> Result:
-    """An experiment's result on pairs of another task; a task's go by its marks where their positions differ."""
-    from .experiments import EXPERIMENTS
-    from .result import Result
-
-    experiment = EXPERIMENTS[arguments.experiment]
-    pairs = source.pairs(model)
-    given = {name: getattr(arguments, name) for name in ("marks", "metric") if getattr(arguments, name)}
-    takes_marks = "marks" in inspect.signature(experiment.work).parameters
-    if takes_marks and "marks" not in given and source.task is not None and pairs.position_labels is None:
-        given["marks"] = [*pairs.marks, "last"]
-    if experiment.takes_layer:
-        given["layer"] = settings.layer
-    try:
-        result = experiment.work(model, pairs, **experiment.arguments, **given, progress=settings.progress)
-    except ValueError as error:
-        if str(error).startswith(("row ", "the data ")):
-            raise ValueError(f"{source.data or f'the task {source.task}'}: {error}") from None
-        raise
-    return Result(result.table, result.meta | source.told() | {"request": dict(asked)})
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -204,7 +168,8 @@ def _list(arguments: argparse.Namespace) -> int:
         pairs += f" (the paper: {row.paper})" if row.paper else ""
         needs = "" if row.needs_mamba else "; any causal language model"
         layer = "; one layer" if row.takes_layer else ""
-        _say(f"{figure:12} {row.experiment:27} {row.shows}{pairs}{layer}{needs}")
+        names = "; the paper's prompts only" if row.needs_names else ""
+        _say(f"{figure:12} {row.experiment:27} {row.shows}{pairs}{layer}{needs}{names}")
         _say(textwrap.indent(f"columns: {', '.join(row.columns)}", " " * 13))
     return 0
 
@@ -299,11 +264,15 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    chosen = {
-        name: getattr(arguments, name)
-        for name in ("model", "pairs", "seed", "layer", "device", "dtype", "memory", "remote")
-    }
-    return Settings(**chosen, progress=sys.stderr.isatty())
+    names = ("model", "pairs", "seed", "layer", "marks", "metric", "device", "dtype", "memory", "remote")
+    chosen = {name: getattr(arguments, name) for name in names}
+    return Settings(**chosen, source=_source(arguments), progress=sys.stderr.isatty())
+
+
+def _folders(settings: Settings) -> list[str]:
+    """Names for a folder of its own: the model's, and that of the pairs' file or task."""
+    source = [] if settings.source is None else [_safe(Path(settings.source.name).stem)]
+    return [_safe(settings.model), *source]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +290,7 @@ def _account(outcomes: Sequence[Outcome], out: Path) -> int:
     for figure, error in failed:
         _complain(f"{figure} failed: {type(error).__name__}: {_sentence(error)}")
     figures = [outcome for outcome in outcomes if outcome.figure in CATALOGUE]
-    _say(f"{sum(outcome.error is None for outcome in figures)} of {len(figures)} figures are in {out}")
+    _say(f"{sum(outcome.there for outcome in figures)} of {len(figures)} figures are in {out}")
     return 1 if failed else 0
 
 

@@ -46,6 +46,18 @@ def test_the_table_has_a_row_for_each_label_of_the_first_group(model, ioi) -> No
     assert alone["effect"].tolist() == pytest.approx([value.mean().item() for value in patched.values()], abs=2e-3)
 
 
+def test_a_position_where_all_rows_differ_says_so(model) -> None:
+    """Where the rows have no token in common; a mark's name, or the position's, and an arrow."""
+    data = IOIDataset.generate(model.tokenizer, 4, seed=5, corruptions=["CAB AB C -> DAB AB D"])
+    for marks, label in (({"first": data.marks["n1"]}, "first A->B"), ({}, "pos3 A->B")):
+        table = experiments.resample_ablation(model, bare(data, marks=marks), layers=[1], progress=False).table
+        changed = table[table["label"].str.contains("->", regex=False)]
+        assert changed["position"].tolist() == [3] and changed["label"].tolist() == [label]
+    one = experiments.resample_ablation(model, bare(data[0]), layers=[1], progress=False).table
+    names = [model.tokenizer.decode([int(tokens[0, 3])]).strip() for tokens in (data.clean_tokens, data.corrupt_tokens)]
+    assert "->".join(names) in one["label"].tolist()
+
+
 def test_pairs_with_ioi_groups_give_the_tables_of_ioi(model, ioi) -> None:
     """Even the labels of the positions, from the corruption's pattern and the marks n1 … n5."""
     data = ioi[sorted(range(len(ioi)), key=lambda row: (ioi.labels_of("corruption").index(ioi.corruptions[row]), row))]

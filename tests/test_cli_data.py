@@ -20,6 +20,12 @@ ROWS = [
 ]
 
 
+UNEVEN = {
+    "clean": "When Paul and Mark arrived at the school, Paul gave a bone to",
+    "corrupt": "When Paul and Mark arrived at the school, Mark gave a bone to",
+}
+
+
 def write(path: Path, *, change: dict | None = None) -> Path:
     rows = []
     for text, right, wrong, answer, other in ROWS:
@@ -49,7 +55,22 @@ def test_the_result_is_the_functions(tmp_path: Path, capsys) -> None:
     assert main(words) == 2 and "choose another --out" in capsys.readouterr().err, "the file is another now"
 
 
-@pytest.mark.parametrize("name", ["layer_removal", "greedy_layer_removal", "cross_talk", "conv_slices"])
+def test_rows_that_differ_in_positions_go_by_all_marks(tmp_path: Path, capsys) -> None:
+    file, out = write(tmp_path / "pairs.jsonl", change=UNEVEN), tmp_path / "out"
+    assert main(["run", "resample_ablation", "--data", str(file), "--out", str(out)]) == 0
+    assert Result.load(out).table["mark"].unique().tolist() == ["third", "last"]
+    write(file, change=UNEVEN | {"marks": None})
+    capsys.readouterr()
+    bare = [json.dumps({k: v for k, v in json.loads(line).items() if k != "marks"}) for line in file.open()]
+    file.write_text("\n".join(bare))
+    assert main(["run", "resample_ablation", "--data", str(file), "--out", str(tmp_path / "bare")]) == 2
+    assert "go by marks=[...]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layer_removal", "greedy_layer_removal", "cross_talk", "conv_slices", "state_similarity", "layer_parts"],
+)
 def test_other_experiments(tmp_path: Path, name: str) -> None:
     file, out = write(tmp_path / "pairs.jsonl"), tmp_path / "out"
     assert main(["run", name, "--data", str(file), "--out", str(out)]) == 0

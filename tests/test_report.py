@@ -29,8 +29,10 @@ VERDICTS = ["holds", "holds in part", "does not hold", "not measured"]
 STEERED, WEAK = (lambda method, source, target: 0.98), (lambda method, source, target: 0.3)
 
 
-def finding(claim: str, figure: str, results: dict[str, Result], paper: dict | None = None) -> Finding:
-    found = next(one for one in judge(results, paper) if one.key == claim)
+def finding(
+    claim: str, figure: str, results: dict[str, Result], paper: dict | None = None, bottleneck: int | None = None
+) -> Finding:
+    found = next(one for one in judge(results, paper, bottleneck) if one.key == claim)
     return next(one for one in found.findings if one.figure == figure)
 
 
@@ -159,9 +161,9 @@ def test_one_figure_alone(claim: str, result: Result, holds: bool | None, said: 
     ],
 )
 def test_one_figure_beside_the_bottleneck(claim: str, result: Result, holds: bool, said: str) -> None:
-    """These look at the layer that Figure 4 finds, layer 1 here."""
+    """These look at the layer that the folder has recorded, layer 1 here."""
     figure = result.meta["request"]["figure"]
-    found = finding(claim, figure, one(result) | {"fig4": made.fig4({0: 0.9, 1: 0.8, 2: 0.1})})
+    found = finding(claim, figure, one(result), bottleneck=1)
     assert found.holds is holds and said in found.sentence, found.sentence
 
 
@@ -179,11 +181,26 @@ def test_another_layer_than_the_bottleneck_decides_nothing() -> None:
     others = {"fig8": made.fig8({-1: 0.8}, 20, LARGE), "fig9": made.fig9(STEERED, 20, LARGE)}
     for claim, figure in (("shift", "fig8"), ("linear", "fig9")):
         for result, holds, beside in ((results[figure], True, figure == "fig9"), (others[figure], None, False)):
-            found = finding(claim, figure, results | {figure: result}, reference.numbers())
+            found = finding(claim, figure, results | {figure: result}, reference.numbers(), 39)
             assert found.holds is holds
             assert any(number.paper is not None for number in found.numbers) is beside
             said = "As this looks at layer 20 and the bottleneck found is layer 39, it decides nothing."
             assert (said in found.sentence) is (holds is None)
+
+
+def test_figure_4_is_held_against_the_recorded_bottleneck() -> None:
+    """There is one bottleneck; another layer that comes first in Figure 4 does not take its place."""
+    results = one(made.fig4({0: 0.9, 1: 0.3, 2: 0.8})) | one(made.fig11(0.9, 0.02, layer=1))
+    found = finding("bottleneck", "fig4", results, bottleneck=1)
+    assert found.holds is False
+    said = "Layer 2 comes first here, and not the bottleneck, layer 1: resampling layer 1's input at one position moves"
+    assert found.sentence.startswith(said)
+    assert (
+        "layer 2, 0.802 and layer 0, 0.902. Layer 0 set aside, layer 1 leads in 0 of 5 corruptions." in found.sentence
+    )
+    assert finding("last", "fig11", results, bottleneck=1).holds is True
+    assert finding("last", "fig11", results, bottleneck=2).holds is None
+    assert finding("bottleneck", "fig4", results, bottleneck=2).holds is True
 
 
 def test_a_layer_that_leads_in_some_corruptions_only() -> None:
@@ -200,7 +217,7 @@ def test_labels_that_say_nothing_leave_the_offsets_out() -> None:
     results = {name: Result(one.table.assign(label="x"), one.meta) for name, one in results.items()}
     taps = finding("shift", "fig8", results)
     assert taps.holds is True and "arrives" not in taps.sentence
-    states = finding("shift", "fig10", results)
+    states = finding("shift", "fig10", results, bottleneck=1)
     assert states.holds is None and "do not say where a name changes" in states.sentence
 
 
@@ -526,7 +543,7 @@ def test_reproduce_ends_with_a_report(tmp_path: Path, monkeypatch, capsys) -> No
     capsys.readouterr()
     assert main([*argv, "fig12"]) == 0 and "report       kept, it was complete" in capsys.readouterr().out
 
-    def fail(results, paper):
+    def fail(results, paper, bottleneck):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr("mamba_ioi.report.judge", fail)

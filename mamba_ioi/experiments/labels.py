@@ -17,8 +17,9 @@ def token_labels(data: PromptPairs, tokenizer: PreTrainedTokenizerBase | None, l
     * At a corruption's five names: the slot and its letter in the corruption's pattern, ``n4 A``, or ``n1 C->D`` where
       the corruption replaces it (swapped rows replace it the other way round); the names themselves, ``Lauren`` or
       ``Lauren->Wesley``, where all rows have the same five.
-    * Elsewhere: the token, without the spaces around it (``and``), where all rows have the same, the first being
-      ``BOS``; else, and at padding, the position's label in ``data.position_labels``, such as ``pos11``.
+    * Elsewhere: the token, without the spaces around it (``and``; ``is->was`` where clean and corrupt differ), where
+      all rows have the same, the first being ``BOS``; else, and at padding, the position's label in
+      ``data.position_labels``, such as ``pos11``, or ``pos11 A->B`` where clean and corrupt differ in all rows.
 
     Args:
         data: aligned rows, all of ``label``.
@@ -30,11 +31,14 @@ def token_labels(data: PromptPairs, tokenizer: PreTrainedTokenizerBase | None, l
     shared = [_shared_token(data, tokenizer, position) for position in range(data.clean_tokens.shape[1])]
     same_names = all(shared[data.position_labels.index(name)] for name in letters)
     found = []
-    for name, token in zip(data.position_labels, shared, strict=True):
+    changed = (data.clean_tokens != data.corrupt_tokens).all(0).nonzero()[:, 0].tolist()
+    for position, (name, token) in enumerate(zip(data.position_labels, shared, strict=True)):
         if name in letters and not same_names:
             found.append(f"{name} {letters[name]}")
+        elif token is None or name.startswith("pad"):
+            found.append(f"{name} A->B" if position in changed and not letters else name)
         else:
-            found.append(name if token is None or name.startswith("pad") else token)
+            found.append(token)
     return found
 
 

@@ -1,5 +1,7 @@
 """The report of ``mamba-ioi reproduce``: for each claim of the paper, what the stored results of a model say of it.
 
+Of another task's pairs it asks the same, but for what is about names, and speaks of none.
+
 ``report.html`` is one file that loads nothing; ``report.md`` links to the pictures beside it. Both are made from what
 lies in the folder, never from a model, and the same folder gives the same report.
 """
@@ -20,16 +22,19 @@ from ..catalogue import CATALOGUE
 from ..figures import circuit_html
 from ..figures.companions import GRAPHS
 from ..files import replace_files
-from ..reproduce.folder import REPORTS, RESULTS
+from ..reproduce.folder import BOTTLENECK, REPORTS, RESULTS
 from ..result import META_FILE, Result
-from .claims import QUESTIONS, judge
-from .evidence import Claim, Finding, Number, Results, Table, number_table
-from .opening import commands, figure_rows, model_name, setting_table
+from .claims import QUESTIONS, judge, setting_of
+from .evidence import Claim, Finding, Number, Results, Table, number_table, of_own_pairs
+from .opening import commands, figure_rows, model_name, setting_table, task_name
 from .pictures import picture
 
 __all__ = ["QUESTIONS", "Claim", "Finding", "Number", "Table", "judge", "stored_results", "write_report"]
 
 PAGE, MARKDOWN = REPORTS
+OF_THE_PAPER = ("corruption", "template", "position", "label")
+"""Columns in whose place tables of other pairs have their own group's, or ``mark``."""
+FEW = 20
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<#|~&$])")
 
 
@@ -74,7 +79,8 @@ def stored_results(out: Path) -> tuple[dict[str, Result], list[str]]:
         except (OSError, ValueError) as error:
             damaged.append(f"{row.label}: its stored result is damaged and left out ({error}).")
             continue
-        if missing := [column for column in row.columns if column not in result.table.columns]:
+        needed = [column for column in row.columns if of_own_pairs(result) or column not in OF_THE_PAPER]
+        if missing := [column for column in needed if column not in result.table.columns]:
             damaged.append(f"{row.label}: its stored result lacks the column {missing[0]} and is left out.")
             continue
         results[figure] = result
@@ -82,31 +88,53 @@ def stored_results(out: Path) -> tuple[dict[str, Result], list[str]]:
 
 
 def paper_numbers(results: Results) -> dict[str, Any] | None:
-    """The paper's numbers, if the results are those of the paper's model."""
+    """The paper's numbers, if the results are those of the paper's model and pairs."""
     from ..reference import is_paper_model, numbers
 
-    models = {result.meta.get("model") for result in results.values()}
-    return numbers() if len(models) == 1 and is_paper_model(models.pop()) else None
+    models, own = {result.meta.get("model") for result in results.values()}, map(of_own_pairs, results.values())
+    return numbers() if all(own) and len(models) == 1 and is_paper_model(models.pop()) else None
+
+
+def few_rows(results: Results) -> int | None:
+    """How many rows the pairs of another task have, if so few that intervals say little."""
+    rows = min((int(result.meta["rows"]) for result in results.values() if "rows" in result.meta), default=FEW)
+    return rows if rows < FEW else None
+
+
+def recorded_bottleneck(out: Path) -> tuple[Result | None, list[str]]:
+    """The folder's record of its bottleneck, None if there is none; and a sentence if it is damaged."""
+    folder = out / RESULTS / BOTTLENECK
+    if not (folder / META_FILE).exists():
+        return None, []
+    try:
+        result = Result.load(folder)
+        int(result.meta["arguments"]["layer"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return None, [f"The record of the bottleneck is damaged and left out ({error})."]
+    return result, []
 
 
 def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[str, Any]:
     """What both templates are filled with."""
-    paper = paper_numbers(results)
-    claims = judge(results, paper)
+    paper, task = paper_numbers(results), task_name(results)
+    bottleneck, broken = recorded_bottleneck(out)
+    claims = judge(results, paper, None if bottleneck is None else int(bottleneck.meta["arguments"]["layer"]))
     homes = {finding.figure: claim.key for claim in claims for finding in claim.findings}
-    pictures = {figure: picture(out, figure) for figure in results}
-    missing = [figure for figure in CATALOGUE if figure not in results]
+    pictures = {figure: picture(out, figure, setting_of(results).metric) for figure in results}
+    missing = [name for name, row in CATALOGUE.items() if name not in results and not (task and row.needs_names)]
     return {
         "model": model_name(results),
+        "task": task,
+        "few": few_rows(results) if task else None,
         "paper": paper is not None,
         "claims": claims,
         "homes": homes,
         "pictures": pictures,
         "apart": [figure for figure in results if figure not in homes],
-        "setting": setting_table(results),
+        "setting": setting_table(results, bottleneck),
         "figures": figure_rows(results),
         "missing": missing,
-        "damaged": damaged,
+        "damaged": damaged + broken,
         "commands": commands(results),
         "labels": {figure: row.label for figure, row in CATALOGUE.items()},
         "graphs": {

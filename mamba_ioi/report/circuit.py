@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .evidence import Finding, Number, Results, Table, plural, shown
-from .layers import LAYER_UNKNOWN, found_bottleneck
+from .evidence import Finding, Number, Results, Setting, Table, by_kind, plural, shown
+from .layers import LAYER_UNKNOWN, NOWHERE
 
 CUTS = {
     "conv": "resampling the conv's output, and with it x, B, C and delta",
@@ -20,47 +20,55 @@ TARGET = 0.85
 """The accuracy that the paper asks of a circuit (App. D.1)."""
 
 
-def written(results: Results, paper: dict[str, Any] | None) -> Finding:
+def written(results: Results, setting: Setting) -> Finding:
     """Figure 11: at which positions what the bottleneck adds to the residual stream matters."""
-    table, layer = results["fig11"].table, found_bottleneck(results)
+    layer = setting.bottleneck
     if layer is None:
         return Finding("fig11", None, LAYER_UNKNOWN)
-    own = table[table["layer"] == layer]
-    last = own["position"].max()
-    final = own[own["position"] == last].set_index("corruption")
-    earlier = own[own["position"] != last]
+    table = by_kind(results["fig11"].table)
+    own = table[table["layer"] == layer].dropna(subset="effect")
+    if own.empty:
+        return Finding("fig11", None, NOWHERE)
+    at_end = own["mark"] == "last" if "mark" in own else own["position"] == own["position"].max()
+    final, earlier = own[at_end].set_index("kind"), own[~at_end]
+    if final.empty or earlier.empty:
+        return Finding("fig11", None, "It takes the last token and others beside it to say where a layer writes.")
     size = earlier["effect"].abs()
-    largest = earlier.loc[size.groupby(earlier["corruption"]).idxmax()].set_index("corruption")
+    largest = earlier.loc[size.groupby(earlier["kind"]).idxmax()].set_index("kind")
     matters = bool((final["low"] > 0).all())
     quiet = bool((largest["effect"].abs() <= TENTH * final.loc[largest.index, "effect"]).all())
+    by_marks = "mark" in own
+    place = "mark" if by_marks else "position"
+    doubt = " By marks only some places are looked at: this decides nothing." if by_marks else ""
     holds = matters and quiet
     mean, rest = final["effect"].mean(), largest["effect"].abs().mean()
     if holds:
         opening = f"Layer {layer} writes what the answer needs at the last position alone"
+        opening += " among the marks" if by_marks else ""
     elif matters:
         opening = f"Layer {layer} writes at the last position, and not there alone"
     else:
-        opening = f"What layer {layer} writes at the last position does not move the answer in every corruption"
+        opening = f"What layer {layer} writes at the last position does not move the answer in every {setting.kind}"
     sentence = (
-        f"{opening}: resampling its output there moves the answer {shown(mean)} of the way, and at the earlier "
-        f"position that matters most {shown(rest)} (means of {plural(len(final), 'corruption')})."
+        f"{opening}: resampling its output there {setting.moves(shown(mean))}, and at the earlier "
+        f"{place} that matters most {shown(rest)} (means of {setting.kinds(len(final))}).{doubt}"
     )
     rule = (
-        f"in every corruption, the last position's effect has an interval above 0, and no earlier position's is larger "
-        f"than {TENTH} of it"
+        f"in every {setting.kind}, the last position's effect has an interval above 0, and no earlier position's is "
+        f"larger than {TENTH} of it"
     )
     numbers = [
         Number(f"layer {layer}, {name}, last position", row.effect, row.low, row.high, int(row.n))
         for name, row in final.iterrows()
     ]
     numbers += [
-        Number(f"layer {layer}, {name}, largest earlier, at {row.label}", row.effect, row.low, row.high, int(row.n))
+        Number(f"layer {layer}, {name}, largest earlier, at {row.place}", row.effect, row.low, row.high, int(row.n))
         for name, row in largest.iterrows()
     ]
-    return Finding("fig11", holds, sentence, rule, tuple(numbers))
+    return Finding("fig11", None if by_marks else holds, sentence, rule, tuple(numbers))
 
 
-def cut(results: Results, paper: dict[str, Any] | None) -> Finding:
+def cut(results: Results, setting: Setting) -> Finding:
     """Section 4.4: the positional circuit without the bottleneck's edges before the last position."""
     result = results["sec44"]
     table, layer = result.table.set_index("circuit"), result.meta["arguments"].get("layer")
@@ -71,20 +79,21 @@ def cut(results: Results, paper: dict[str, Any] | None) -> Finding:
     if gone:
         sentence = (
             f"Without the {plural(gone, 'edge')} that leave layer {layer} before the last position, the positional "
-            f"circuit's held-out accuracy goes from {shown(whole.accuracy)} to {shown(without.accuracy)}, its NLD from "
-            f"{shown(whole.nld)} to {shown(without.nld)}."
+            f"circuit's {'held-out ' if setting.held_out else ''}accuracy goes from {shown(whole.accuracy)} to "
+            f"{shown(without.accuracy)}, its NLD from {shown(whole.nld)} to {shown(without.nld)}."
         )
     else:
         sentence = (
             f"The positional circuit has no edge that leaves layer {layer} before the last position, so there is "
-            f"nothing to cut; held out, its accuracy is {shown(whole.accuracy)} and its NLD {shown(whole.nld)}."
+            f"nothing to cut; {'held out, ' if setting.held_out else ''}its accuracy is {shown(whole.accuracy)} and "
+            f"its NLD {shown(whole.nld)}."
         )
     if whole.accuracy_high < TARGET:
         holds = None
         sentence += f" As the circuit itself misses the accuracy of {TARGET}, this decides nothing."
-    known = (paper or {}).get("positional", {})
+    known = (setting.paper or {}).get("positional", {})
     theirs = {"whole": known, "cut": known.get("only_last_of_39", {})}
-    found_on = {row["circuit"]: row for row in result.meta.get("found_on", ())}
+    found_on = {row["circuit"]: row for row in result.meta.get("found_on", ()) if setting.held_out}
 
     def measures(name: str, row: Mapping, where: str, n: int | None, theirs: Mapping) -> list[Number]:
         return [
@@ -112,13 +121,13 @@ def cut(results: Results, paper: dict[str, Any] | None) -> Finding:
     return Finding("sec44", holds, sentence, rule, (*numbers, *counts))
 
 
-def minimal(results: Results, paper: dict[str, Any] | None) -> Finding:
+def minimal(results: Results, setting: Setting) -> Finding:
     """Appendix D.1: the minimal circuit by EAP."""
     known: dict[str, Any] = {}
-    if paper:
+    if setting.paper:
         from ..reference import eap_circuit
 
-        eap = paper["eap"]
+        eap = setting.paper["eap"]
         _, nld, accuracy = next(row for row in eap["curve"] if row[0] == eap["kept"])
         dead = len(eap_circuit()) - len(eap_circuit().pruned())
         known = {
@@ -128,13 +137,13 @@ def minimal(results: Results, paper: dict[str, Any] | None) -> Finding:
             "accuracy": accuracy,
             "nld": nld,
         }
-    return _circuit("appd1", results, "EAP", known, {})
+    return _circuit("appd1", results, setting, "EAP", known, {})
 
 
-def fine(results: Results, paper: dict[str, Any] | None) -> Finding:
+def fine(results: Results, setting: Setting) -> Finding:
     """Appendix D.2: ACDC inside the layers."""
     cut = results["appd2"].meta.get("graph", {}).get("ssm", "conv")
-    acdc = (paper or {}).get("acdc", {}) if cut == "states" else {}
+    acdc = (setting.paper or {}).get("acdc", {}) if cut == "states" else {}
     known = {"on_paths": acdc["kept"], "of": acdc["edges"]} if acdc else {}
     held_out = {"accuracy": acdc.get("held_out_accuracy"), "nld": acdc.get("held_out_nld")}
     remark = f" The edge conv -> ssm was cut by {CUTS[cut]}."
@@ -143,22 +152,30 @@ def fine(results: Results, paper: dict[str, Any] | None) -> Finding:
             " The authors cut it so, too. Their held-out numbers may leave cut slices out, as such scores do in the "
             "version of their code that could be run."
         )
-    return _circuit("appd2", results, "ACDC, with the layers' parts", known, held_out, remark)
+    return _circuit("appd2", results, setting, "ACDC, with the layers' parts", known, held_out, remark)
 
 
-def positional(results: Results, paper: dict[str, Any] | None) -> Finding:
+def positional(results: Results, setting: Setting) -> Finding:
     """Appendix D.3: the minimal circuit by positional EAP."""
-    known = (paper or {}).get("positional", {})
+    known = (setting.paper or {}).get("positional", {})
     found_on = {"of": known.get("edges"), "accuracy": known.get("accuracy"), "nld": known.get("nld")}
-    return _circuit("appd3", results, "positional EAP", found_on, {})
+    return _circuit("appd3", results, setting, "positional EAP", found_on, {})
 
 
 def _circuit(
-    figure: str, results: Results, method: str, known: Mapping, known_held_out: Mapping, remark: str = ""
+    figure: str,
+    results: Results,
+    setting: Setting,
+    method: str,
+    known: Mapping,
+    known_held_out: Mapping,
+    remark: str = "",
 ) -> Finding:
     result = results[figure]
     circuit = result.meta["circuit"]
-    held_out = circuit["held_out"]
+    others = "held_out" in circuit
+    held_out = circuit["held_out" if others else "found_on"]
+    where = "held out" if others else "on the pairs it was found on"
     random = held_out.get("random")
     count, of, target = int(circuit["n_edges"]), int(circuit["of"]), float(circuit.get("target", TARGET))
     reaches = held_out.get("accuracy_high", held_out["accuracy"]) >= target
@@ -166,8 +183,8 @@ def _circuit(
     beats = held_out.get("accuracy_low", held_out["accuracy"]) > best_random
     holds = bool(count <= HALF * of and reaches and beats)
     sentence = (
-        f"By {method}, a circuit of {count} of {plural(of, 'edge')} ({shown(count / of)}) has, on held-out pairs and "
-        f"with everything outside it resampled, an accuracy of {shown(held_out['accuracy'])} and an NLD of "
+        f"By {method}, a circuit of {count} of {plural(of, 'edge')} ({shown(count / of)}) has, on {setting.judged_on} "
+        f"and with everything outside it resampled, an accuracy of {shown(held_out['accuracy'])} and an NLD of "
         f"{shown(held_out['nld'])}"
     )
     if random is not None:
@@ -183,7 +200,7 @@ def _circuit(
     ]
     sentence += (f": {', and '.join(short)}." if short else ".") + remark
     rule = (
-        f"at most half of the edges; held out, the accuracy's interval reaches {target:g} and lies above that of a "
+        f"at most half of the edges; {where}, the accuracy's interval reaches {target:g} and lies above that of a "
         f"random circuit of as many edges"
     )
 
@@ -210,12 +227,12 @@ def _circuit(
         ),
         Number("edges kept", count, paper=known.get("n_edges")),
         Number("edges of the graph", of, paper=known.get("of")),
-        *scores("on the pairs it was found on", own, known),
-        *scores("held out", held_out, known_held_out),
-        *(scores("random circuit, held out", random, {}) if random else []),
+        *(scores("on the pairs it was found on", own, known) if others else []),
+        *scores(where, held_out, known_held_out),
+        *(scores(f"random circuit, {where}", random, {}) if random else []),
     ]
     if "kl" in held_out:
-        numbers.append(Number("held out, KL from the whole model (nats)", held_out["kl"], n=held_out.get("n_rows")))
+        numbers.append(Number(f"{where}, KL from the whole model (nats)", held_out["kl"], n=held_out.get("n_rows")))
     return Finding(figure, holds, sentence, rule, tuple(numbers), tables=_agreement(result.meta.get("paper", [])))
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
 
 from ..catalogue import CATALOGUE
 from ..result import Result
@@ -12,6 +15,71 @@ from ..result import Result
 Results = Mapping[str, Result]
 """Stored results by the figure's id."""
 NO_VALUE = "–"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What rules know besides the results, and how they speak of the pairs.
+
+    Attributes:
+        paper: the paper's numbers, where the results are of its model and its pairs.
+        bottleneck: the layer that the folder's figures look at; None where none is known.
+        own: whether the pairs are the paper's; else no sentence speaks of names or corruptions.
+        metric: what effects are of.
+        held_out: whether circuits are judged on other pairs than those that they were found on.
+    """
+
+    paper: dict[str, Any] | None = None
+    bottleneck: int | None = None
+    own: bool = True
+    metric: str = "nld"
+    held_out: bool = True
+
+    @property
+    def kind(self) -> str:
+        """What the pairs of one panel have in common."""
+        return "corruption" if self.own else "kind of pairs"
+
+    def kinds(self, count: int) -> str:
+        """``5 corruptions``."""
+        return plural(count, self.kind, None if self.own else "kinds of pairs")
+
+    @property
+    def normalized(self) -> bool:
+        """Whether 1 is the whole way to the corrupt prompt, so that effects can be held against thresholds."""
+        return self.metric == "nld"
+
+    @property
+    def measure(self) -> str:
+        """The metric's name in a sentence."""
+        return "NLD" if self.normalized else self.metric
+
+    def moves(self, value: str) -> str:
+        """What an effect says: ``moves the answer 0.900 of the way``."""
+        return f"moves the answer {value} of the way" if self.normalized else f"lowers {self.metric} by {value}"
+
+    def doubt(self, result: Result) -> str:
+        """Why a table of effects decides nothing, in a sentence: its metric, or that it is by marks; else empty."""
+        if not self.normalized:
+            return f" As effects are of {self.metric}, for which no threshold is known, this decides nothing."
+        return "" if "mark" not in result.table else " By marks only some places are looked at: this decides nothing."
+
+    @property
+    def judged_on(self) -> str:
+        """The pairs that a circuit is judged on."""
+        return "held-out pairs" if self.held_out else "the pairs that it was found on"
+
+
+def of_own_pairs(result: Result) -> bool:
+    """Whether a result is of the paper's pairs."""
+    request = result.meta.get("request")
+    return not isinstance(request, dict) or not (request.get("data") or request.get("task"))
+
+
+def by_kind(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of effects with columns ``kind``, its first group's labels, and ``place``, a label or a mark."""
+    table = table.rename(columns={table.columns[0]: "kind"})
+    return table.assign(place=table["label" if "label" in table else "mark"])
 
 
 def shown(value: float | int | None) -> str:

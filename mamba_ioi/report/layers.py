@@ -2,102 +2,100 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
-from .evidence import Finding, Number, Results, listed, plural, shown
+from .evidence import Finding, Number, Results, Setting, by_kind, listed, plural, shown
 
 ABLE = 0.9
 """The accuracy from which on a model is said to do the task."""
 HALFWAY, TWICE = 0.5, 2.0
 MINIMAL = 0.05
-LOOKING = ("fig8", "fig9", "sec44", "fig7", "fig9_pca")
-"""Figures whose results name the layer that they looked at."""
-
-
-LAYER_UNKNOWN = "Without Figure 4 it is not known at which layer to look, and no other result names one."
+NOWHERE = "No pair has any of the marks that it goes by."
+LAYER_UNKNOWN = "At which layer to look is not known: no bottleneck is recorded, and no other result names one."
 
 
 def peaks_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The row of largest effect, over positions, of each corruption and value of a column."""
-    return table.loc[table.groupby(["corruption", column], sort=False)["effect"].idxmax()]
+    """The row of largest effect, over places, of each kind of pairs and value of a column."""
+    return table.loc[table.groupby(["kind", column], sort=False)["effect"].idxmax()]
 
 
-def found_bottleneck(results: Results) -> int | None:
-    """The bottleneck: by Figure 4 the layer of largest mean peak, layer 0 set aside; else the one others looked at."""
-    if "fig4" in results:
-        peaks = peaks_by(results["fig4"].table, "layer").groupby("layer")["effect"].mean().drop(0, errors="ignore")
-        if len(peaks):
-            return int(peaks.idxmax())
-    looked_at = [results[figure].meta["arguments"].get("layer") for figure in LOOKING if figure in results]
-    return next((int(layer) for layer in looked_at if layer is not None), None)
-
-
-def task(results: Results, paper: dict[str, Any] | None) -> Finding:
+def task(results: Results, setting: Setting) -> Finding:
     """Figure 5's first bar: the intact model."""
     row = results["fig5"].table.set_index("layer").loc[-1]
-    known = (paper or {}).get("task", {})
+    known = (setting.paper or {}).get("task", {})
     numbers = (
         Number("accuracy", row.accuracy, row.accuracy_low, row.accuracy_high, int(row.n), known.get("accuracy")),
         Number("probability of the answer", row.probability, row.low, row.high, int(row.n), known.get("probability")),
     )
     holds = bool(row.accuracy >= ABLE)
     doubt = "" if holds else " What follows says little about a circuit for a task that the model does not do."
+    others = "the prompt's other names" if setting.own else "the other candidates"
     sentence = (
-        f"With nothing changed, the answer beats the prompt's other names in {shown(row.accuracy)} of the prompts; its "
+        f"With nothing changed, the answer beats {others} in {shown(row.accuracy)} of the prompts; its "
         f"mean probability among them is {shown(row.probability)}.{doubt}"
     )
     return Finding("fig5", holds, sentence, f"accuracy is at least {ABLE}", numbers)
 
 
-def resampled(results: Results, paper: dict[str, Any] | None) -> Finding:
+def resampled(results: Results, setting: Setting) -> Finding:
     """Figure 4: how far each layer's input moves the answer."""
-    return _resampled("fig4", results, paper)
+    return _resampled("fig4", results, setting)
 
 
-def resampled_by_mark(results: Results, paper: dict[str, Any] | None) -> Finding:
-    """Figure 4 by marks, over all templates: likewise; the paper has no numbers of it."""
-    return _resampled("fig4_marks", results, None)
+def resampled_by_mark(results: Results, setting: Setting) -> Finding:
+    """Figure 4 by marks, over all templates: likewise."""
+    return _resampled("fig4_marks", results, setting)
 
 
-def _resampled(figure: str, results: Results, paper: dict[str, Any] | None) -> Finding:
-    result = results[figure]
-    peaks = peaks_by(result.table, "layer")
+def _resampled(figure: str, results: Results, setting: Setting) -> Finding:
+    measured = by_kind(results[figure].table).dropna(subset="effect")
+    if measured.empty:
+        return Finding(figure, None, NOWHERE)
+    peaks = peaks_by(measured, "layer")
     means = peaks.groupby("layer")["effect"].mean()
     others = means.drop(0, errors="ignore").sort_values(ascending=False, kind="stable")
     if others.empty:
         return Finding(figure, None, "The model has no layer besides layer 0, which is set aside.")
-    layer, corruptions = int(others.index[0]), peaks["corruption"].unique()
+    first, kinds = int(others.index[0]), peaks["kind"].unique()
+    known = setting.bottleneck
+    layer = known if known is not None and known in others.index else first
+    rest = others.drop(layer)
     contest = peaks[peaks["layer"] != 0]
-    leaders = contest.loc[contest.groupby("corruption")["effect"].idxmax(), "layer"]
+    leaders = contest.loc[contest.groupby("kind")["effect"].idxmax(), "layer"]
     leads = int((leaders == layer).sum())
-    next_layer = int(others.index[1]) if len(others) > 1 else None
+    next_layer = int(rest.index[0]) if len(rest) else None
     apart = next_layer is None or means[layer] >= TWICE * means[next_layer]
-    holds = bool(leads == len(corruptions) and means[layer] >= HALFWAY and apart)
+    holds: bool | None = bool(leads == len(kinds) and means[layer] >= HALFWAY and apart)
     beside = [] if next_layer is None else [f"the next layer, {next_layer}, {shown(means[next_layer])}"]
+    if layer != first:
+        beside[0] = f"layer {first}, {shown(means[first])}"
     beside += [f"layer 0, {shown(means[0])}"] if 0 in means else []
-    opening = f"Layer {layer} stands out" if holds else f"No layer stands out; layer {layer} comes first"
+    who, whose = "it", "its"
+    if layer != first:
+        opening = f"Layer {first} comes first here, and not the bottleneck, layer {layer}"
+        who, whose = f"layer {layer}", f"layer {layer}'s"
+    elif not setting.normalized:
+        opening = f"Layer {layer} comes first"
+    else:
+        opening = f"Layer {layer} stands out" if holds else f"No layer stands out; layer {layer} comes first"
+    unsure = "" if setting.normalized else setting.doubt(results[figure])
+    place = "position" if "position" in measured else "mark"
+    moved = setting.moves(f"up to {shown(means[layer])}") + (" to the corrupt prompt's" if setting.normalized else "")
     sentence = (
-        f"{opening}: resampling its input at one position moves the answer up to {shown(means[layer])} of the way to "
-        f"the corrupt prompt's{'; ' if beside else ''}{listed(beside)}. Layer 0 set aside, it leads in {leads} of "
-        f"{plural(len(corruptions), 'corruption')}."
+        f"{opening}: resampling {whose} input at one {place} {moved}{'; ' if beside else ''}{listed(beside)}. Layer 0 "
+        f"set aside, {who} leads in {leads} of {setting.kinds(len(kinds))}.{unsure}"
     )
+    holds = None if unsure else holds
     rule = (
-        f"layer 0 set aside, one layer has the largest peak in every corruption, its mean peak is at least {HALFWAY}, "
-        f"and at least {TWICE:g} times the next layer's"
+        f"layer 0 set aside, one layer has the largest peak in every {setting.kind}, its mean peak is at least "
+        f"{HALFWAY}, and at least {TWICE:g} times the next layer's"
     )
     own = peaks[peaks["layer"] == layer]
+    paper = setting.paper if figure == "fig4" and setting.paper else {}
     numbers = (
-        Number("the layer", layer, paper=(paper or {}).get("bottleneck")),
+        Number("the layer", layer, paper=paper.get("bottleneck")),
         *(
-            Number(
-                f"layer {layer}, {row.corruption}, at {getattr(row, 'label', None) or row.mark}",
-                row.effect,
-                row.low,
-                row.high,
-                int(row.n),
-            )
+            Number(f"layer {layer}, {row.kind}, at {row.place}", row.effect, row.low, row.high, int(row.n))
             for row in own.itertuples()
         ),
     )
@@ -105,15 +103,15 @@ def _resampled(figure: str, results: Results, paper: dict[str, Any] | None) -> F
     return Finding(figure, holds, sentence, rule, numbers, more)
 
 
-def removed(results: Results, paper: dict[str, Any] | None) -> Finding:
+def removed(results: Results, setting: Setting) -> Finding:
     """Figure 5: the answer without each layer."""
     table = results["fig5"].table.set_index("layer")
     others = table.drop(index=[-1, 0], errors="ignore").sort_values("probability", kind="stable")
     if others.empty:
         return Finding("fig5", None, "The model has no layer besides layer 0, which is set aside.")
-    first, expected = others.iloc[0], found_bottleneck(results)
+    first = others.iloc[0]
     layer = int(first.name)
-    expected = layer if expected is None else expected
+    expected = layer if setting.bottleneck is None else setting.bottleneck
     apart = len(others) < 2 or first.high < others.iloc[1].low
     holds = bool(layer == expected and first.high < table.loc[-1].low and apart)
     parts = [f"{shown(first.probability)} without layer {layer}"]
@@ -129,7 +127,7 @@ def removed(results: Results, paper: dict[str, Any] | None) -> Finding:
         f"layer 0 set aside, removing layer {expected} leaves the lowest probability, with an interval below the next "
         f"layer's and the intact model's"
     )
-    known = (paper or {}).get("fig5", {})
+    known = (setting.paper or {}).get("fig5", {})
     lines = [*([0] if 0 in table.index else []), *(int(index) for index in others.index)]
 
     def rows(layers: list[int]) -> tuple[Number, ...]:
@@ -150,11 +148,11 @@ def removed(results: Results, paper: dict[str, Any] | None) -> Finding:
     return Finding("fig5", holds, sentence, rule, rows(told), rows([index for index in lines if index not in told]))
 
 
-def spared(results: Results, paper: dict[str, Any] | None) -> Finding:
+def spared(results: Results, setting: Setting) -> Finding:
     """Figure 5's greedy removal; it decides nothing about a bottleneck."""
     result = results["fig5_greedy"]
     count, of = int(result.meta["removable"]), len(result.table) - 1
-    share = (paper or {}).get("fig5_greedy", {}).get("removable_share")
+    share = (setting.paper or {}).get("fig5_greedy", {}).get("removable_share")
     row = result.table.iloc[count]
     sentence = (
         f"Removed one after another, {count} of {plural(of, 'layer')} can go before accuracy is more than {MINIMAL} "
@@ -169,13 +167,13 @@ def spared(results: Results, paper: dict[str, Any] | None) -> Finding:
     return Finding("fig5_greedy", None, sentence, numbers=numbers)
 
 
-def cross_talk(results: Results, paper: dict[str, Any] | None) -> Finding:
+def cross_talk(results: Results, setting: Setting) -> Finding:
     """Figure 6: which layers the minimal sets hold."""
     result = results["fig6"]
     unreached = {tuple(kind) for kind in result.meta.get("unreached", [])}
     kinds = {
         kind: [int(layer) for layer in rows.sort_values("step")["layer"] if layer >= 0]
-        for kind, rows in result.table.groupby(["template", "corruption"], sort=False)
+        for kind, rows in result.table.groupby(result.meta.get("kind", ["template", "corruption"]), sort=False)
     }
     sets = [layers for kind, layers in kinds.items() if kind not in unreached]
     target = result.meta["arguments"].get("target")
@@ -183,7 +181,7 @@ def cross_talk(results: Results, paper: dict[str, Any] | None) -> Finding:
         sentence = f"There are no minimal sets: even with every layer restored, accuracy stays at {target} or below."
         return Finding("fig6", None, sentence)
     counts = pd.Series([layer for layers in sets for layer in layers], dtype=int).value_counts().sort_index()
-    layer = found_bottleneck(results)
+    layer = setting.bottleneck
     if layer is None:
         layer = int(counts.drop(0, errors="ignore").idxmax()) if set(counts.index) - {0} else 0
     inside = sum(layer in layers for layers in sets)
@@ -195,7 +193,7 @@ def cross_talk(results: Results, paper: dict[str, Any] | None) -> Finding:
         f"between tokens, restored first in {first}, alone in {alone}; layer 0 is in {int(counts.get(0, 0))}. The sets "
         f"have {shown(size)} layers on average.{left_out}"
     )
-    known = (paper or {}).get("fig6", {})
+    known = (setting.paper or {}).get("fig6", {})
     layers = sorted({layer, 0, *counts.index.tolist(), *map(int, known)})
     shares = {
         index: Number(

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..catalogue import CATALOGUE
+from ..reproduce.source import ROWS
 from ..result import Result
 from ..zoo import EMBEDDED
-from .evidence import Results, Table, shown
+from .evidence import Results, Table, of_own_pairs, plural, shown
 
 SEED = 27
 
@@ -20,8 +21,19 @@ def model_name(results: Results) -> str:
     return next(iter((*_all(every, "request", "model"), *_all(every, "model"))), "no model")
 
 
-def setting_table(results: Results) -> Table:
-    """What was run, in two columns."""
+def task_name(results: Results) -> str | None:
+    """Whose pairs the results are of: a task's name, or a file's; None for the paper's."""
+    every = [result for result in results.values() if not of_own_pairs(result)]
+    return next(iter((*_all(every, "request", "task"), *_all(every, "data"))), None)
+
+
+def setting_table(results: Results, bottleneck: Result | None = None) -> Table:
+    """What was run, in two columns.
+
+    Args:
+        results: by figure.
+        bottleneck: the folder's record of its bottleneck.
+    """
     every = results.values()
     sizes = _sizes(results)
     rows = [
@@ -32,7 +44,9 @@ def setting_table(results: Results) -> Table:
         ("sizes", sizes),
         ("precision", ", ".join(name.removeprefix("torch.") for name in _all(every, "dtype"))),
         ("device", ", ".join(_all(every, "device"))),
+        *_pairs(every),
         ("seed of the prompts", ", ".join(_all(every, "request", "seed"))),
+        ("bottleneck", "" if bottleneck is None else _chosen(bottleneck)),
         ("layer chosen", ", ".join(_all(every, "request", "layer"))),
         *((f"version of {name}", ", ".join(_all(every, "versions", name))) for name in _packages(every)),
         ("computed (UTC)", _span(_all(every, "date"))),
@@ -40,20 +54,56 @@ def setting_table(results: Results) -> Table:
     return Table("Settings and versions", ("", ""), tuple((name, value) for name, value in rows if value))
 
 
+def _pairs(results: Iterable[Result]) -> list[tuple[str, str]]:
+    """Rows on the pairs of another task."""
+    every = [result for result in results if not of_own_pairs(result)]
+    rows = ", ".join(plural(int(count), "row") for count in _all(every, "rows"))
+    marks = ", ".join(dict.fromkeys(mark for result in every for mark in _part(result, "arguments").get("marks", ())))
+    return [
+        ("pairs", ", ".join(filter(None, (*_all(every, "request", "task"), *_all(every, "data"), rows)))),
+        ("SHA-256 of the file", ", ".join(_all(every, "request", "data"))),
+        ("by the marks", marks),
+        ("metric", ", ".join(_all(every, "request", "metric"))),
+    ]
+
+
+def _chosen(bottleneck: Result) -> str:
+    """The bottleneck, and by how much."""
+    table = bottleneck.table.sort_values("effect", ascending=False, kind="stable")
+    arguments = _part(bottleneck, "arguments")
+    metric = arguments.get("metric", "nld")
+    first, *others = [f"layer {int(row.layer)} ({shown(row.effect)})" for row in table.itertuples()]
+    what = "1 − NLD" if metric == "nld" else f"loss of {metric}"
+    next_one = f"; next, {others[0]}" if others else ""
+    return (
+        f"{first}{next_one}: {what} with the layer's input resampled at all positions, median over rows, mean over "
+        f"kinds of pairs; layer 0 set aside; on {plural(int(arguments.get('rows', 0)), 'row')}"
+    )
+
+
 def figure_rows(results: Results) -> list[dict[str, str]]:
-    """For each figure of the paper: its id, name, what it shows, and its pairs and layer where its result is there."""
-    rows = []
+    """For each figure: its id, name, what it shows, and its pairs and layer where its result is there.
+
+    Of another task, without the figures that speak of names.
+    """
+    rows, other = [], task_name(results) is not None
     for figure, row in CATALOGUE.items():
         result = results.get(figure)
+        if other and row.needs_names:
+            continue
         request, arguments = (_part(result, name) for name in ("request", "arguments"))
+        rows_of = None if result is None or not row.draws else result.meta.get("rows")
         pairs = request.get("pairs")
+        told = "" if pairs is None else f"{pairs} {row.per_pair}".strip()
+        if other:
+            told = "" if rows_of is None else plural(int(rows_of), "row")
         layer = arguments.get("layer") if row.takes_layer else None
         rows.append(
             {
                 "figure": figure,
                 "label": row.label,
                 "shows": row.shows,
-                "pairs": "" if pairs is None else f"{pairs} {row.per_pair}".strip(),
+                "pairs": told,
                 "layer": "" if layer is None else str(layer),
             }
         )
@@ -74,13 +124,18 @@ def commands(results: Results) -> list[str]:
                 break
         else:
             groups.append({"allowed": allowed, "figures": [figure], "request": request, "meta": result.meta})
-    return [_command(group, whole=len(groups) == 1 and len(results) == len(CATALOGUE)) for group in groups]
+    other = task_name(results) is not None
+    every = {figure for figure, row in CATALOGUE.items() if not (other and row.needs_names)}
+    return [_command(group, whole=len(groups) == 1 and every <= set(results)) for group in groups]
 
 
 def _allowed(figure: str, request: dict[str, Any]) -> dict[str, set | None]:
     """For each option the values that ask for this figure as it is; None where any does."""
     row = CATALOGUE[figure]
     pairs, seed = request.get("pairs"), request.get("seed")
+    if request.get("data") or request.get("task"):
+        layer = {request.get("layer")} if row.takes_layer else None
+        return {"pairs": {pairs, *([None] if pairs == ROWS else [])}, "seed": {seed}, "layer": layer}
     return {
         "pairs": None if row.pairs is None else {pairs} | ({None} if pairs == row.pairs else set()),
         "seed": None if not row.draws else {seed},
@@ -98,6 +153,12 @@ def _command(group: dict[str, Any], *, whole: bool) -> str:
     if request.get("weights") and model not in EMBEDDED:
         model = f"./{model}"  # a folder, wherever it lies
     words = ["mamba-ioi", "reproduce", "--model", model]
+    if request.get("task"):
+        words += ["--task", str(request["task"])]
+    elif request.get("data"):
+        words += ["--data", str(group["meta"].get("data"))]
+    words += ["--marks", ",".join(request["marks"])] if request.get("marks") else []
+    words += ["--metric", str(request["metric"])] if request.get("metric") else []
     if not whole:
         words += ["--only", ",".join(group["figures"])]
     for option in ("pairs", "seed", "layer"):

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..catalogue import CATALOGUE
+from ..catalogue import CATALOGUE, EFFECT
 from ..figures.style import DPI
 
 CSS_DPI = 96
@@ -43,8 +43,14 @@ class Picture:
         return f"{self.title}. {self.reading}"
 
 
-def picture(out: Path, figure: str) -> Picture:
-    """The figure's picture as it lies in the folder, complete: nothing is scaled down."""
+def picture(out: Path, figure: str, metric: str = "nld") -> Picture:
+    """The figure's picture as it lies in the folder, complete: nothing is scaled down.
+
+    Args:
+        out: the folder.
+        figure: the figure's id.
+        metric: what effects are of.
+    """
     row, file = CATALOGUE[figure], out / f"{figure}.png"
     content = file.read_bytes() if file.is_file() else b""
     width, height = _size(content)
@@ -54,7 +60,7 @@ def picture(out: Path, figure: str) -> Picture:
     return Picture(
         figure,
         f"{row.label}: {row.shows}",
-        row.reading,
+        row.reading if metric == "nld" else row.reading.replace(EFFECT, f"how much {metric} falls"),
         file.name,
         f"data:image/png;base64,{base64.b64encode(content).decode()}" if width else None,
         round(width * CSS_DPI / DPI),

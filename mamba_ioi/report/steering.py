@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .evidence import Finding, Number, Results, listed, plural, shown
+from .evidence import Finding, Number, Results, Setting, listed, plural, shown
 
 STEERED, HALF = 0.95, 0.5
 BEFORE, AFTER = (1, 2, 3), (4, 5)
@@ -17,11 +17,11 @@ BLOCKS = {
 METHODS = {"subtract_add": "subtract and add", "replace": "replace"}
 
 
-def steering(results: Results, paper: dict[str, Any] | None) -> Finding:
+def steering(results: Results, setting: Setting) -> Finding:
     """Figure 9: how often a name written into the SSM wins."""
     result = results["fig9"]
     table = result.table
-    known = (paper or {}).get("fig9", {})
+    known = (setting.paper or {}).get("fig9", {})
 
     def cells_of(method: str, block: str):
         sources, targets = BLOCKS[block]
@@ -74,7 +74,7 @@ def steering(results: Results, paper: dict[str, Any] | None) -> Finding:
     return Finding("fig9", holds, sentence, rule, tuple(blocks.values()), every)
 
 
-def plane(results: Results, paper: dict[str, Any] | None) -> Finding:
+def plane(results: Results, setting: Setting) -> Finding:
     """Figure 9's means in a plane; it decides nothing."""
     result = results["fig9_pca"]
     shares = [float(share) for share in result.meta["explained_variance"]]

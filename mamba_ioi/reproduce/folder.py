@@ -2,6 +2,7 @@
 
 A figure is its result (``results/fig4/table.parquet`` and ``meta.json``, which is written last) and its picture
 (``fig4.png``, ``fig4.pdf``); the report (``report.html``, ``report.md``) is made of all results in the folder.
+``results/bottleneck`` says which layer its figures look at, unless one was named, and by which effects it was chosen.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ..catalogue import CATALOGUE
 from ..result import META_FILE, Result
 
 RESULTS = "results"
+BOTTLENECK = "bottleneck"
+"""The name, among the results, of the record of the folder's bottleneck, which is chosen once."""
 ANSWERS = "answers"
 """The folder beside a result for what a server has answered, as long as the result is not complete."""
 _LOCK = ".lock"
@@ -53,7 +56,7 @@ def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> 
         ValueError: if something is in the way of a figure, or a result of another model or version is there.
     """
     _refuse_file(out / RESULTS)
-    for figure in CATALOGUE:
+    for figure in (*CATALOGUE, BOTTLENECK):
         folder = out / RESULTS / figure
         if figure in figures or not (folder / META_FILE).is_file():
             continue
@@ -79,8 +82,8 @@ def _refuse_other(folder: Path, made: Mapping[str, Any] | None, asked: Mapping[s
     if not isinstance(made, dict):
         raise ValueError(f"{folder} holds a result of another origin; choose another --out, or delete that folder")
     if differing := [key for key in asked if made.get(key) != asked[key]]:
-        if "model" in differing:
-            differing = ["model"]  # the rest follows from it
+        for causes in (["model"], ["data", "task"]):  # the rest follows from them
+            differing = [key for key in causes if key in differing] or differing
         raise ValueError(
             f"{folder} holds a result with {_listed(made, differing)}, and {_listed(asked, differing)} is asked for; "
             f"choose another --out, or delete that folder"

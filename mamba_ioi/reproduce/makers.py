@@ -8,13 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from inspect import signature
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 from ..catalogue import CATALOGUE, Row
+from .source import Source
 
 if TYPE_CHECKING:
     from ..models.model import CausalLM
     from ..result import Result
+    from ..tasks import PromptPairs
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,9 @@ class Settings:
         pairs: how many pairs, instead of each figure's own number.
         seed: of the prompts.
         layer: the layer to look at where one is needed, instead of the bottleneck.
+        source: where the pairs of another task come from; None for the paper's.
+        marks: with a source, the places to go by instead of positions.
+        metric: with a source, what is measured instead of the pairs' own metric.
         device: where to compute; the CPU unless given.
         dtype: the precision of the weights, instead of the checkpoint's.
         remote: the NDIF server to run on, as for `load_model`.
@@ -39,6 +46,9 @@ class Settings:
     pairs: int | None = None
     seed: int = 27
     layer: int | None = None
+    source: Source | None = None
+    marks: Sequence[str] | None = None
+    metric: str | None = None
     device: str | None = None
     dtype: str | None = None
     remote: bool | str = False
@@ -46,18 +56,53 @@ class Settings:
     progress: bool = False
 
 
-def make(row: Row, model: CausalLM, settings: Settings) -> Result:
+@dataclass(frozen=True)
+class Given:
+    """Pairs of another task than the paper's, as a model's figures get them.
+
+    Attributes:
+        data: the pairs.
+        held_out: others, to judge on; None if there are none.
+        marks: the places to go by; None for common positions.
+    """
+
+    data: PromptPairs
+    held_out: PromptPairs | None
+    marks: list[str] | None
+
+
+def make(row: Row, model: CausalLM, settings: Settings, given: Given | None = None) -> Result:
     """The result of a figure; of mamba-370m's circuits with their agreement with the authors' edges in ``meta``.
+
+    Args:
+        row: the figure's row of the catalogue.
+        model: the model.
+        settings: what is asked for.
+        given: the pairs of the settings' source, if there is one.
 
     Raises:
         ValueError: as the figure's function.
     """
     from ..experiments import Experiment
+    from ..result import Result
 
     layer = settings.layer if row.takes_layer else None
     experiment = Experiment(**vars(row))
-    result = experiment(model, pairs=settings.pairs, seed=settings.seed, layer=layer, progress=settings.progress)
-    return _beside_the_paper(result, model.model_id)
+    if given is None or settings.source is None:
+        result = experiment(model, pairs=settings.pairs, seed=settings.seed, layer=layer, progress=settings.progress)
+        return _beside_the_paper(result, model.model_id)
+    marks = given.marks if _takes_marks(row) else None
+    with settings.source.named():
+        result = experiment(
+            model, given.data, held_out=given.held_out, marks=marks, layer=layer, progress=settings.progress
+        )
+    return Result(result.table, result.meta | settings.source.told() | {"rows": len(given.data)})
+
+
+def _takes_marks(row: Row) -> bool:
+    """Whether a figure's function can go by marks."""
+    function = resolve_name(row.function) if isinstance(row.function, str) else row.function
+    return "marks" in signature(function).parameters
 
 
 def architecture(model: CausalLM) -> Result:
@@ -103,11 +148,12 @@ def _beside_the_paper(result: Result, model_id: str) -> Result:
     return Result(result.table, result.meta | {"paper": paper})
 
 
-def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[str]]:
-    """The model, and which of the figures it can have; what would fail in every one of them is refused here.
+def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, Given | None]:
+    """The model, and the pairs of another task; what would fail in every figure is refused here.
 
     Raises:
-        ValueError: for a model that cannot be loaded, a layer that it does not have, or a tokenizer without names.
+        ValueError: for a model that cannot be loaded, a layer that it does not have, or a tokenizer without names; for
+            a file or a row of it that is not as it should be, a mark that it lacks, or an unknown metric or task.
     """
     from ..experiments.common import check_layer
     from ..models.model import load_model
@@ -117,17 +163,71 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, list[
     model.memory = settings.memory
     if settings.layer is not None:
         check_layer(model, settings.layer)
+    if settings.source is not None:
+        return model, given_pairs(model, settings, figures)
     if any(CATALOGUE[figure].draws for figure in figures):
         if model.tokenizer is None:
             raise ValueError(f"{settings.model} has no tokenizer, which is needed to draw prompts")
         generate("ioi", model.tokenizer, 1, seed=settings.seed, templates="all")
-    return model, [figure for figure in figures if model.has_scans or not CATALOGUE[figure].needs_mamba]
+    return model, None
 
 
-def with_layer(figure: str, model: CausalLM, settings: Settings) -> Settings:
+def given_pairs(model: CausalLM, settings: Settings, figures: Sequence[str]) -> Given:
+    """The pairs of the settings' source, checked for what all figures ask of them.
+
+    Without marks that are asked for, rows that differ in positions go by all marks that they have.
+
+    Raises:
+        ValueError: as `prepare`.
+        OSError: if the file cannot be read.
+    """
+    from ..experiments.common import check_data, check_places, rows_by_group
+
+    source = settings.source
+    assert source is not None
+    more = source.held_out()
+    data, held_out = source.pairs(model), None if more is None else more.pairs(model)
+    if settings.metric is not None:
+        data = replace(data, metric=settings.metric)
+        held_out = None if held_out is None else replace(held_out, metric=settings.metric)
+    with source.named():
+        aligned = check_data(model, data) is not None
+        by_group = [CATALOGUE[figure] for figure in figures if "corruption" in CATALOGUE[figure].columns]
+        taken = {column for row in by_group for column in (*row.columns, "mark")} - {"corruption", "template"}
+        rows_by_group(data, sorted(taken))
+        marks = None if settings.marks is None else check_places(data, None, settings.marks)
+    if marks is None and not aligned and data.marks:
+        marks = [*data.marks, "last"]
+    return Given(data, held_out, None if marks is None else list(map(str, marks)))
+
+
+def unfit(figure: str, model: CausalLM, given: Given | None) -> str | None:
+    """Why the model or the pairs cannot have a figure; None if they can."""
+    row = CATALOGUE[figure]
+    if row.needs_mamba and not model.has_scans:
+        return f"{model.model_id} is no Mamba"
+    if row.needs_alignment and given is not None and given.data.position_labels is None:
+        by_marks = _takes_marks(row)
+        if not by_marks:
+            return "it needs rows whose marks and last token stand at the same positions"
+        if given.marks is None:
+            return "the rows' last tokens stand at different positions, and there are no marks to go by"
+    return None
+
+
+def bottleneck(model: CausalLM, settings: Settings, given: Given | None) -> Result:
+    """Which layer is the bottleneck, on the given pairs or on a few of the paper's; see `experiments.bottleneck`."""
+    from ..experiments.bottleneck import default_pairs, whole_layer_effects
+    from ..result import Result
+
+    data = default_pairs(model, settings.seed) if given is None else given.data  # pyright: ignore[reportArgumentType]
+    result = whole_layer_effects(model, data, progress=settings.progress)  # pyright: ignore[reportArgumentType]
+    seed: dict[str, Any] = {"seed": settings.seed} if given is None else {}
+    return Result(result.table, result.meta | seed)
+
+
+def with_layer(figure: str, model: CausalLM, settings: Settings, given: Given | None) -> Settings:
     """The settings with the bottleneck layer, if the figure needs a layer and none is named."""
     if not CATALOGUE[figure].takes_layer or settings.layer is not None:
         return settings
-    from ..experiments import default_layer
-
-    return replace(settings, layer=default_layer(model, seed=settings.seed, progress=settings.progress))
+    return replace(settings, layer=bottleneck(model, settings, given).meta["arguments"]["layer"])

@@ -1,9 +1,11 @@
-"""`reproduce`: every figure of the paper for one model, in a folder, going on where an earlier run stopped.
+"""`reproduce`: every figure for one model, in a folder, going on where an earlier run stopped.
+
+The figures are the paper's, on its prompts; or, on pairs of another task, those that speak of no names.
 
 A figure is its result (``results/fig4/table.parquet`` and ``meta.json``, which is written last) and its picture
 (``fig4.png``, ``fig4.pdf``); the report (``report.html``, ``report.md``) is made of all results in the folder. Each
 result's ``meta["request"]`` says what was asked for: a result that is complete and was asked for alike is kept, and one
-that was asked for otherwise is never overwritten.
+that was asked for otherwise is never overwritten. The bottleneck is chosen once and recorded: ``results/bottleneck``.
 """
 
 from __future__ import annotations
@@ -13,14 +15,24 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import CATALOGUE, choose
 from ..zoo import EMBEDDED, locate
-from .folder import ANSWERS, PICTURES, REPORTS, RESULTS, check_folder, discard_answers, locked, stored_result
-from .makers import Settings, make, prepare, with_layer
+from .folder import (
+    ANSWERS,
+    BOTTLENECK,
+    PICTURES,
+    REPORTS,
+    RESULTS,
+    check_folder,
+    discard_answers,
+    locked,
+    stored_result,
+)
+from .makers import Given, Settings, bottleneck, make, prepare, unfit
 
 if TYPE_CHECKING:
     from ..models.model import CausalLM
@@ -33,11 +45,15 @@ _WEIGHTS = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt", "*.saf
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one figure, or of the ``report``: its id, what was done in words, and the error if it failed."""
+    """What became of one figure, or of the ``report``: its id, what was done in words, and the error if it failed.
+
+    ``there`` says whether it is in the folder now.
+    """
 
     figure: str
     done: str
     error: Exception | None = None
+    there: bool = True
 
 
 def reproduce(
@@ -61,35 +77,50 @@ def reproduce(
 
     Raises:
         ValueError: for an unknown figure or model, a layer that is not there, a tokenizer without names, or a folder
-            that holds a damaged result, or one that was made otherwise, or that another run is using.
+            that holds a damaged result, or one that was made otherwise, or that another run is using; for pairs of
+            another task that are not as they should be, or figures that they cannot have.
         OSError: if the folder cannot be written, or the disk is full.
     """
-    figures = choose(only)
-    if settings.layer is not None and not any(CATALOGUE[figure].takes_layer for figure in figures):
-        raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
-    out = Path(os.path.expanduser(out))
-    identity = model_identity(settings)
-    asked = {figure: request(figure, settings, identity) for figure in figures}
-    outcomes: list[Outcome] = []
+    figures, outcomes = choose(only), []
 
     def note(outcome: Outcome) -> None:
         outcomes.append(outcome)
         report(outcome)
 
+    if settings.source is not None:
+        speaking = [figure for figure in figures if CATALOGUE[figure].needs_names]
+        figures = [figure for figure in figures if figure not in speaking]
+        if not figures:
+            others = ", ".join(figure for figure, row in CATALOGUE.items() if not row.needs_names)
+            raise ValueError(
+                f"{', '.join(speaking)} is about the names in the paper's prompts; of another task there are {others}"
+            )
+    if settings.layer is not None and not any(CATALOGUE[figure].takes_layer for figure in figures):
+        raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
+    out = Path(os.path.expanduser(out))
+    identity = folder_identity(settings)
+    asked = {figure: request(figure, settings, identity) for figure in figures}
+
     with locked(out):
         check_folder(out, figures, identity)
         found = {figure: stored_result(out / RESULTS / figure, asked[figure]) for figure in figures}
         missing = [figure for figure in figures if found[figure] is None]
-        model = None
+        model = given = None
+        chosen: int | Exception | None = None
         if missing:
-            model, usable = prepare(settings, missing)
+            model, given = prepare(settings, missing)
             if model.remote is not None:
                 _refuse_other_precision(out, found, model)
-            for figure in (figure for figure in missing if figure not in usable):
+            for figure in missing:
+                if (reason := unfit(figure, model, given)) is None:
+                    continue
                 if only is not None:
-                    model.require_mamba(f"{figure} and its like")
-                note(Outcome(figure, f"left out: {settings.model} is no Mamba"))
+                    _refuse(figure, model, reason)
+                note(Outcome(figure, f"left out: {reason}", there=False))
                 figures.remove(figure)
+                found.pop(figure)
+            if model.has_scans and any(CATALOGUE[figure].draws for figure in figures if found[figure] is None):
+                chosen = _choose_layer(out, model, settings, given, identity)
         for figure in figures:
             started = time.monotonic()
             done, result = "drawn again from its result", found[figure]
@@ -97,9 +128,14 @@ def reproduce(
                 if result is None:
                     from ..remote.requests import answers_in
 
+                    if not CATALOGUE[figure].takes_layer or settings.layer is not None:
+                        own = settings
+                    elif isinstance(chosen, Exception):
+                        raise chosen
+                    else:
+                        own = replace(settings, layer=chosen)
                     with answers_in(model, out / RESULTS / figure / ANSWERS):
-                        settings = with_layer(figure, model, settings)
-                        result, done = compute(figure, model, settings, asked[figure]), "computed"
+                        result, done = compute(figure, model, own, asked[figure], given), "computed"
             except ConnectionError as error:
                 raise ConnectionError(f"{error}; what was computed is kept, and the same command goes on") from error
             except Exception as error:
@@ -146,11 +182,50 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
     return outcomes
 
 
-def compute(figure: str, model: CausalLM, settings: Settings, asked: Mapping[str, Any]) -> Result:
+def _refuse(figure: str, model: CausalLM, reason: str) -> None:
+    """Refuse a figure that is asked for by its id, and that the model or the pairs cannot have.
+
+    Raises:
+        ValueError: always.
+    """
+    if CATALOGUE[figure].needs_mamba:
+        model.require_mamba(f"{figure} and its like")
+    raise ValueError(f"{figure} cannot be made of these pairs: {reason}")
+
+
+def _choose_layer(
+    out: Path, model: CausalLM, settings: Settings, given: Given | None, identity: Mapping[str, Any]
+) -> int | Exception:
+    """The folder's bottleneck as it is recorded there, or chosen now and recorded; an error where there is none."""
+    from ..remote.requests import answers_in
+    from ..result import Result
+
+    folder, asked = out / RESULTS / BOTTLENECK, {"figure": BOTTLENECK, **identity}
+    result = stored_result(folder, asked)
+    if result is None:
+        try:
+            with answers_in(model, folder / ANSWERS):
+                result = bottleneck(model, settings, given)
+        except OSError:
+            raise
+        except Exception as error:
+            logger.debug("no bottleneck was found", exc_info=error)
+            return error
+        for name in REPORTS:
+            (out / name).unlink(missing_ok=True)
+        result = Result(result.table, result.meta | {"request": asked})
+        result.save(folder)
+        discard_answers(folder)
+    return result.meta["arguments"]["layer"]
+
+
+def compute(
+    figure: str, model: CausalLM, settings: Settings, asked: Mapping[str, Any], given: Given | None = None
+) -> Result:
     """The figure's result, which says what was asked for."""
     from ..result import Result
 
-    result = make(CATALOGUE[figure], model, settings)
+    result = make(CATALOGUE[figure], model, settings, given)
     return Result(result.table, result.meta | {"request": dict(asked)})
 
 
@@ -190,7 +265,7 @@ def _report(out: Path) -> Outcome:
 
 def _failed(figure: str, error: Exception) -> Outcome:
     logger.debug("%s failed", figure, exc_info=error)
-    return Outcome(figure, "failed", error)
+    return Outcome(figure, "failed", error, there=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +274,7 @@ def _failed(figure: str, error: Exception) -> Outcome:
 
 
 def model_identity(settings: Settings) -> dict[str, Any]:
-    """What all figures of one folder must share: the model, its weights, their precision, the version of mamba_ioi."""
+    """What tells the model: its name, weights and precision, where it runs, and the version of mamba_ioi."""
     from .. import __version__
 
     remote = None
@@ -218,13 +293,27 @@ def model_identity(settings: Settings) -> dict[str, Any]:
     }
 
 
+def folder_identity(settings: Settings) -> dict[str, Any]:
+    """What all figures of one folder must share: the model, and whose pairs they are of, with the content's hash.
+
+    Raises:
+        ValueError: if there is no such task.
+        OSError: if the file of pairs cannot be read.
+    """
+    pairs: dict[str, Any] = {"data": None, "task": None}
+    if settings.source is not None:
+        marks = None if settings.marks is None else list(settings.marks)
+        pairs |= settings.source.asked() | {"marks": marks, "metric": settings.metric}
+    return model_identity(settings) | pairs
+
+
 def request(figure: str, settings: Settings, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines a figure's numbers: the model's identity, and those of the settings that the figure heeds."""
+    """What determines a figure's numbers: the folder's identity, and those of the settings that the figure heeds."""
     row = CATALOGUE[figure]
     asked: dict[str, Any] = {"figure": figure, **identity}
-    if row.pairs is not None:
+    if row.pairs is not None and settings.source is None:
         asked["pairs"] = row.pairs if settings.pairs is None else settings.pairs
-    if row.draws:
+    if row.draws and settings.source is None:
         asked["seed"] = settings.seed
     if row.takes_layer:
         asked["layer"] = settings.layer

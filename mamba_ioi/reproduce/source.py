@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,20 @@ class Source:
     def told(self) -> dict[str, Any]:
         """What a result's ``meta`` says of them: the file's name, or how the task was drawn."""
         return {"data": self.name} if self.task is None else self.asked()
+
+    def held_out(self) -> Source | None:
+        """Where pairs to judge on come from: the task's next seed; None of a file, whose rows are all taken."""
+        return None if self.task is None else replace(self, seed=self.seed + 1)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Put the file or the task in front of an error that is about its rows."""
+        try:
+            yield
+        except ValueError as error:
+            if not str(error).startswith(("row ", "the data ", "the group ")):
+                raise
+            raise ValueError(f"{self.data or f'the task {self.task}'}: {error}") from None
 
     def pairs(self, model: CausalLM) -> PromptPairs:
         """The pairs, in the tokens of a model.
