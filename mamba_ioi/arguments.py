@@ -47,7 +47,7 @@ def parse(
 
     sub = add("reproduce", "compute and draw every figure and write the report, going on where an earlier run stopped")
     _add_settings(sub)
-    sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL)")
+    sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL[-PAIRS])")
     _add_source(sub)
     sub.add_argument("--only", metavar="FIGURES", help="these figures only, such as fig4,fig8")
 

@@ -66,7 +66,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from .reproduce.run import reproduce
 
     settings = _settings(arguments)
-    out = arguments.out or Path("figures", *_folders(settings))
+    out = arguments.out or Path("figures", "-".join(_folders(settings)))
     with _quiet():
         outcomes = reproduce(settings, out, arguments.only, _tell)
     return _account(outcomes, out)
