@@ -410,7 +410,7 @@ def race(lens: Path, *, layers: int, prompts: int, rounds: int) -> None:
         answers = (line.split() for line in worker.stdout)  # MambaLens prints as well
         return next(float(words[1]) for words in answers if words[:1] == ["seconds"])
 
-    model = bench.of_370m("mamba", layers)
+    model = bench.of_shape("mamba", layers)
     data = bench.pairs(model, prompts)
     readout, length = Readout.of(data), data.clean_tokens.shape[1]
     every = range(0, layers, max(1, layers // 12))

@@ -75,9 +75,14 @@ def parse(
 
     _add_model(add("doctor", "examine versions, kernels, devices and a model's slow path"))
 
-    sub = add("bench", "measure what the work costs on the shape of mamba-370m or mamba2-370m, with random weights")
-    sub.add_argument("--family", choices=("mamba", "mamba2"), default="mamba", help="of the model (default: mamba)")
-    sub.add_argument("--layers", type=_from_one, default=48, metavar="N", help="of the model (default: 48)")
+    sub = add("bench", "measure what the work costs on a real model's shape, with random weights")
+    sub.add_argument(
+        "--family",
+        choices=("mamba", "mamba2", "falcon_mamba"),
+        default="mamba",
+        help="the shape of mamba-370m (the default), mamba2-370m, or falcon-mamba-7b, which takes 29 GB in float32",
+    )
+    sub.add_argument("--layers", type=_from_one, metavar="N", help="so many of them (default: all, 48, 48 or 64)")
     sub.add_argument("--prompts", type=_from_one, default=32, metavar="N", help="of the forward (default: 32)")
     sub.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
     sub.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: float32)")

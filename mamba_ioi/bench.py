@@ -1,4 +1,4 @@
-"""`bench`: what the work costs on the shape of mamba-370m or mamba2-370m, with random weights, as ratios of one run.
+"""`bench`: what the work costs on a real model's shape, with random weights, as ratios of one run.
 
 Machines are noisy, so times are never compared across runs: each line sets a piece of work against another that was
 timed beside it, taking turns, the smallest time of each.
@@ -45,7 +45,7 @@ class Line:
 def bench(
     *,
     family: str = shapes.FIRST,
-    layers: int = 48,
+    layers: int | None = None,
     prompts: int = 32,
     repeats: int = 2,
     device: str | None = None,
@@ -56,7 +56,7 @@ def bench(
 
     Args:
         family: of the model, one of `zoo.shapes.SHAPES`.
-        layers: of the model; mamba-370m and mamba2-370m have 48.
+        layers: of the model; all that it has if None: 48 of mamba-370m and mamba2-370m, 64 of falcon-mamba-7b.
         prompts: rows of the forward pass; the other works take a fraction of them.
         repeats: least number of timings of each piece of work, of which the smallest counts.
         device: where to compute; the CPU unless given.
@@ -72,17 +72,28 @@ def bench(
     chosen = list(WORKS) if only is None else list(only)
     if unknown := [name for name in chosen if name not in WORKS]:
         raise ValueError(f"there is no work {unknown[0]!r} to measure; there are {', '.join(WORKS)}")
-    model = of_370m(family, layers, getattr(torch, dtype or "float32"), device or "cpu")
+    model = of_shape(family, layers, getattr(torch, dtype or "float32"), device or "cpu")
     for name in chosen:
         yield from WORKS[name](model, prompts, repeats)
 
 
-def of_370m(
-    family: str, layers: int = 48, dtype: torch.dtype = torch.float32, device: str = "cpu"
+def of_shape(
+    family: str, layers: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> MambaModel | CausalLM:
-    """The shape of mamba-370m or mamba2-370m, random weights, `tiny`'s tokenizer, whose ids are in the vocabulary."""
-    module = shapes.of_370m(family, layers).to(device=device, dtype=dtype)
-    return wrap(module, load_model("tiny").tokenizer, model_id=f"{family}-370m shape, random weights")
+    """The shape of the family's model, random weights, `tiny`'s tokenizer, whose ids are in the vocabulary.
+
+    Args:
+        family: one of `zoo.shapes.SHAPES`.
+        layers: how many; all that the model has if None.
+        dtype: of the weights.
+        device: where they are.
+
+    Raises:
+        ValueError: for another family.
+    """
+    module = shapes.of_shape(family, layers).to(device=device, dtype=dtype)
+    name, *_ = shapes.SHAPES[family]
+    return wrap(module, load_model("tiny").tokenizer, model_id=f"{name} shape, random weights")
 
 
 def timed(repeats: int, *works: Callable[[], object]) -> list[float]:
@@ -229,7 +240,7 @@ def exponents(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line]:
     times = timed(repeats, *(lambda tokens=tokens: run(model, tokens) for tokens in batches))
     yield Line("cost by length, exponent", _slope(lengths, times), "linear", _listed(lengths, times))
     depths = sorted({max(2, model.n_layers // 4), max(2, model.n_layers // 2), model.n_layers})
-    models = [of_370m(model.family, depth, model.dtype, str(model.device)) for depth in depths]
+    models = [of_shape(model.family, depth, model.dtype, str(model.device)) for depth in depths]
     times = timed(repeats, *(lambda one=one: run(one, batches[0]) for one in models))
     yield Line("cost by layers, exponent", _slope(depths, times), "linear", _listed(depths, times))
 
