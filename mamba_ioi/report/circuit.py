@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from .evidence import Finding, Number, Results, Setting, Table, by_kind, plural, shown
 from .layers import LAYER_UNKNOWN, NOWHERE
 
@@ -95,7 +97,7 @@ def cut(results: Results, setting: Setting) -> Finding:
     theirs = {"whole": known, "cut": known.get("only_last_of_39", {})}
     found_on = {row["circuit"]: row for row in result.meta.get("found_on", ()) if setting.held_out}
 
-    def measures(name: str, row: Mapping, where: str, n: int | None, theirs: Mapping) -> list[Number]:
+    def measures(name: str, row: Mapping | pd.Series, where: str, n: int | None, theirs: Mapping) -> list[Number]:
         return [
             Number(
                 f"{name} circuit, {measure}{where}",
