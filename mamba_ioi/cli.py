@@ -74,7 +74,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from .reproduce.folder import ANSWERS, discard_answers, locked, stored_result
-    from .reproduce.run import compute, folder_identity, request
+    from .reproduce.identity import folder_identity, request
+    from .reproduce.run import compute
 
     figures = {row.experiment: figure for figure, row in CATALOGUE.items()}
     figure = figures.get(arguments.experiment)

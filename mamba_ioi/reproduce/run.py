@@ -10,7 +10,6 @@ that was asked for otherwise is never overwritten. The bottleneck is chosen once
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import CATALOGUE, choose
-from ..zoo import EMBEDDED, locate
 from .folder import (
     ANSWERS,
     BOTTLENECK,
@@ -32,6 +30,7 @@ from .folder import (
     locked,
     stored_result,
 )
+from .identity import folder_identity, request
 from .makers import Given, Settings, bottleneck, make, prepare, unfit
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from ..result import Result
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTS = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt", "*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -268,58 +265,6 @@ def _failed(figure: str, error: Exception) -> Outcome:
     return Outcome(figure, "failed", error, there=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What was asked for
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def model_identity(settings: Settings) -> dict[str, Any]:
-    """What tells the model: its name, weights and precision, where it runs, and the version of mamba_ioi."""
-    from .. import __version__
-
-    remote = None
-    if settings.remote:
-        from ..remote.requests import Remote
-
-        remote = str(Remote(settings.remote))
-    folder = Path(locate(settings.model))
-    local = settings.model != "planted" and folder.is_dir()
-    return {
-        "model": folder.resolve().name if local and settings.model not in EMBEDDED else settings.model,
-        "weights": _digest(folder) if local else None,
-        "dtype": settings.dtype,
-        "remote": remote,
-        "mamba_ioi": __version__,
-    }
-
-
-def folder_identity(settings: Settings) -> dict[str, Any]:
-    """What all figures of one folder must share: the model, and whose pairs they are of, with the content's hash.
-
-    Raises:
-        ValueError: if there is no such task.
-        OSError: if the file of pairs cannot be read.
-    """
-    pairs: dict[str, Any] = {"data": None, "task": None}
-    if settings.source is not None:
-        marks = None if settings.marks is None else list(settings.marks)
-        pairs |= settings.source.asked() | {"marks": marks, "metric": settings.metric}
-    return model_identity(settings) | pairs
-
-
-def request(figure: str, settings: Settings, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines a figure's numbers: the folder's identity, and those of the settings that the figure heeds."""
-    row = CATALOGUE[figure]
-    asked: dict[str, Any] = {"figure": figure, **identity}
-    if row.pairs is not None and settings.source is None:
-        asked["pairs"] = row.pairs if settings.pairs is None else settings.pairs
-    if row.draws and settings.source is None:
-        asked["seed"] = settings.seed
-    if row.takes_layer:
-        asked["layer"] = settings.layer
-    return asked
-
-
 def _refuse_other_precision(out: Path, found: Mapping[str, Result | None], model: CausalLM) -> None:
     """Refuse results beside which others, computed in another precision, would stand.
 
@@ -332,15 +277,3 @@ def _refuse_other_precision(out: Path, found: Mapping[str, Result | None], model
                 f"{out / RESULTS / figure} holds a result computed in {result.meta.get('dtype')}, and {model.remote} "
                 f"computes in {model.dtype}; choose another --out"
             )
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 over the files of a local model that decide what it computes."""
-    digest = hashlib.sha256()
-    files = {file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.is_file()}
-    for path in sorted(files):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode(errors="surrogateescape"))
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
