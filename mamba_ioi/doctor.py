@@ -38,7 +38,7 @@ def explained(letters: Iterable[str], sizes: Mapping[str, int] = {}) -> str:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One line of the examination: what was looked at, what was found, and whether that is as it should be."""
 
     item: str
@@ -48,7 +48,7 @@ class Finding:
 
 def examine(
     model: str, *, device: str | None = None, dtype: str | None = None, remote: bool | str = False
-) -> Iterator[Finding]:
+) -> Iterator[Check]:
     """Versions, transformers' operations, fast kernels, devices, and one model's slow path, here or on a server.
 
     Yields:
@@ -60,18 +60,18 @@ def examine(
     """
     from . import __version__
 
-    yield Finding("mamba_ioi", __version__)
+    yield Check("mamba_ioi", __version__)
     for package, version in package_versions().items():
         if package != "mamba_ioi":
-            yield Finding(package, version or "not installed", well=version is not None)
+            yield Check(package, version or "not installed", well=version is not None)
     try:
         from .models.model import load_model
     except ImportError as error:
-        yield Finding("transformers' era", str(error), well=False)
+        yield Check("transformers' era", str(error), well=False)
         return
     for kernel in KERNELS:
-        yield Finding(f"kernel {kernel}", _kernel(kernel))
-    yield Finding("devices", _devices())
+        yield Check(f"kernel {kernel}", _kernel(kernel))
+    yield Check("devices", _devices())
     if remote:
         yield from _server(model, load_model(model, remote=remote))
         return
@@ -80,20 +80,20 @@ def examine(
     except ValueError as error:
         if model not in (*EMBEDDED, "planted"):
             raise
-        yield Finding(f"model {model}", str(error), well=False)
+        yield Check(f"model {model}", str(error), well=False)
         return
     kind = type(loaded._module).__name__
-    yield Finding(
+    yield Check(
         f"model {model}",
         f"{kind}, {loaded.n_layers} layers, {str(loaded.dtype).removeprefix('torch.')}, {loaded.device}",
     )
     if loaded.has_scans:
         yield from _sites(loaded)
     else:
-        yield Finding("slow path", f"none: a {kind} is no Mamba; layer removal and residual edges work on it")
+        yield Check("slow path", f"none: a {kind} is no Mamba; layer removal and residual edges work on it")
 
 
-def _server(name: str, model) -> Iterator[Finding]:
+def _server(name: str, model) -> Iterator[Check]:
     """Whether the server is there, has the versions that are here, and runs the model, and how."""
     from nnsight.schema.config import CONFIG
 
@@ -103,25 +103,25 @@ def _server(name: str, model) -> Iterator[Finding]:
 
     host = model.remote.host
     get(host, "/ping")
-    yield Finding("server", f"{model.remote} answers")
+    yield Check("server", f"{model.remote} answers")
     packages = compare(host).packages
     for package in ("torch", "transformers", "nnsight"):
         there = packages.get(package, {"remote": "not installed", "local": "?", "match": False})
         found = there["remote"] if there["match"] else f"{there['remote']}, here {there['local']}"
-        yield Finding(f"server's {package}", found, well=there["remote"] != "not installed")
+        yield Check(f"server's {package}", found, well=there["remote"] != "not installed")
     email = get(host, "/whoami", api_key=CONFIG.API.APIKEY).get("email")
-    yield Finding("API key", f"of {email}" if email else "none that the server knows (NDIF_API_KEY)")
+    yield Check("API key", f"of {email}" if email else "none that the server knows (NDIF_API_KEY)")
     running = [
         one["application_state"]
         for one in get(host, "/status").get("deployments", {}).values()
         if one.get("repo_id", "").lower() == model.model_id.lower() and one.get("application_state")
     ]
-    yield Finding(
+    yield Check(
         f"model {name}", f"{running[0].lower()} there" if running else "not running there; it is asked for now"
     )
     served = serve(model)
-    yield Finding("served in", str(served.dtype).removeprefix("torch."))
-    yield Finding(
+    yield Check("served in", str(served.dtype).removeprefix("torch."))
+    yield Check(
         "requests run",
         "trusted: in the model's process, with weights and gradients"
         if served.trusted
@@ -129,30 +129,30 @@ def _server(name: str, model) -> Iterator[Finding]:
     )
     if served.difference is not None:
         limit = slow_path_tolerance(served.dtype)
-        yield Finding(
+        yield Check(
             "slow path", f"agrees on the server: {served.difference:.1e} of the largest value (limit {limit:.0e})"
         )
 
 
-def _sites(model) -> Iterator[Finding]:
+def _sites(model) -> Iterator[Check]:
     """Whether the operations that the sites stand on are there, and how far the slow path is from the model's own."""
     from .models.slow_path import check_slow_path, slow_path_tolerance
     from .trace.sites import missing_operations
 
     sites = model.known_sites()
-    yield Finding("family", f"{model.family}: {explained(model.sizes(), model.sizes())}")
+    yield Check("family", f"{model.family}: {explained(model.sizes(), model.sizes())}")
     missing = missing_operations(model.layers[0].mixer)
     found = (
         f"without {' and '.join(missing)}" if missing else f"has the operations that the {len(sites)} sites stand on"
     )
-    yield Finding("transformers' era", found, well=not missing)
+    yield Check("transformers' era", found, well=not missing)
     try:
         difference = check_slow_path(model)
     except ValueError as error:
-        yield Finding("slow path", str(error), well=False)
+        yield Check("slow path", str(error), well=False)
         return
     limit = slow_path_tolerance(model.dtype)
-    yield Finding(
+    yield Check(
         "slow path", f"agrees: largest difference {difference:.1e} of the largest value at its site (limit {limit:.0e})"
     )
 
