@@ -116,9 +116,7 @@ def _server(name: str, model) -> Iterator[Check]:
         for one in get(host, "/status").get("deployments", {}).values()
         if one.get("repo_id", "").lower() == model.model_id.lower() and one.get("application_state")
     ]
-    yield Check(
-        f"model {name}", f"{running[0].lower()} there" if running else "not running there; it is asked for now"
-    )
+    yield Check(f"model {name}", f"{running[0].lower()} there" if running else "not running there; it is asked for now")
     served = serve(model)
     yield Check("served in", str(served.dtype).removeprefix("torch."))
     yield Check(

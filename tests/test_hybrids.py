@@ -26,7 +26,17 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
-from mamba_ioi import Cut, Patch, PromptPairs, cache, generate, load_model, run
+from mamba_ioi import (
+    Cut,
+    Patch,
+    PromptPairs,
+    cache,
+    generate,
+    hidden_attention,
+    load_model,
+    run,
+    token_contributions,
+)
 from mamba_ioi.circuits import eap, exact_effects
 from mamba_ioi.experiments import layer_removal, resample_ablation
 from mamba_ioi.interventions.patch import Resample
@@ -381,6 +391,18 @@ def test_channels_of_a_sweep(model):
     readout = Readout(IDS[:, :3], zeros + 6, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
     found = sweep(model, IDS, [[Resample("conv", layer, 3, channels="x")]], readout, source=source)
     close(found[0], expected[:, 6].gather(1, IDS[:, :3]))
+
+
+def test_what_tokens_give_to_others_adds_up(model):
+    """The mixing matrix makes y of x, and contributions, multipliers included, add up to what the mixer adds."""
+    acts = run_by_hand(exact(model), IDS)[0]
+    for layer in (i for i in range(model.n_layers) if "write" in model.sites_of(i)):
+        x, y, added = (acts[name, layer] for name in ("ssm_input", "y", "out_proj"))
+        alpha = hidden_attention(model, IDS, layer, reduce=None).double()
+        close(torch.einsum("buts,bsup->btup", alpha, x.unflatten(-1, (alpha.shape[1], -1))).flatten(2), y)
+        parts = token_contributions(model, IDS, layer)
+        close(parts.sum(2), added)
+        close(token_contributions(model, IDS, layer, targets=[4, -1]), parts[:, [4, -1]])
 
 
 def test_generation(model):

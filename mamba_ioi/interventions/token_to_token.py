@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import integers
 from ..memory import FLOAT, fitting_rows, forward_bytes
 from ..remote.requests import ask
+from ..trace.anatomy import skip_block
 from ..trace.change import look_at
 from ..trace.mixing import contributions, mean_mixing, unit_mixing
 from ..trace.sites import owner
@@ -219,13 +220,13 @@ def looked_into(model, layer: int) -> Inside:
 
 
 def projection(model, layer: int) -> Float[Tensor, "_ D"]:
-    """The body of a trace of one token: what out_proj makes of each channel alone, and of none; no weight is read."""
+    """The body of a trace of one token: what each channel alone, and none, adds to the stream; no weight is read."""
     for below in range(layer):
-        model.layers[below].skip(model.layers[below].input)
+        skip_block(model, below, model.layers[below].input)
     out_proj = model.layers[layer].mixer.out_proj
     given = out_proj.input
     out_proj.input = torch.eye(given.shape[-1] + 1, given.shape[-1], dtype=given.dtype, device=given.device)[None]
     found = out_proj.output[0]
     out_proj.output = found[None, :1]
     leave_out(model, layer + 1)
-    return found
+    return found * model.layers[layer].mixer_scale

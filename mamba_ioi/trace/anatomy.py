@@ -191,7 +191,7 @@ def put_output(block, value: Tensor) -> None:
 
 def skip_block(model, layer: int, value: Tensor) -> None:
     """Run a block not; ``value`` is the residual stream after it."""
-    length = model.anatomy.tuples[layer]
+    length = model.anatomy.tuples[layer] if model.anatomy.checked else 0  # of scans alone, which need no check, none is
     model.layers[layer].skip((value, *[None] * (length - 1)) if length else value)
 
 

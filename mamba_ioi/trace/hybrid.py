@@ -196,6 +196,11 @@ class HybridEnvoy(LayerEnvoy):
         """The mixer's operations as chains of values, by their first site; none where there is no mixer."""
         return {} if self.layout.mixer is None else type(self.mixer).chains
 
+    @property
+    def mixer_scale(self) -> float:
+        """What the mixer's output is multiplied by on its way to the residual stream; 1 where there is no mixer."""
+        return 1.0 if self.layout.mixer is None else self.layout.mixer.scale
+
     def look_inside(self) -> None:
         """Let nnsight serve the operations inside the mixer."""
         if self.layout.mixer is not None:

@@ -289,6 +289,11 @@ class LayerEnvoy(ServedEnvoy):
         """The mixer's operations as chains of values, by their first site."""
         return type(self.mixer).chains
 
+    @property
+    def mixer_scale(self) -> float:
+        """What the mixer's output is multiplied by on its way to the residual stream."""
+        return 1.0
+
     def look_inside(self) -> None:
         """Let nnsight serve the operations inside the mixer."""
         _ = self.mixer.source

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from .anatomy import cut_head, output_logits
+from .anatomy import cut_head, output_logits, skip_block
 from .location import replace_op
 from .sites import SITES, SiteInfo
 from .state import LayerState
@@ -84,5 +84,5 @@ def leave_out(model, first: int) -> None:
     Unlike `tracer.stop`, after which NDIF's sandbox (0.1.2) gives the next trace of the request nothing.
     """
     for layer in range(first, model.n_layers):
-        model.layers[layer].skip(model.layers[layer].input)
+        skip_block(model, layer, model.layers[layer].input)
     model.unembedding.skip(model.unembedding.input)
