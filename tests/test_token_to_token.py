@@ -561,7 +561,8 @@ class TestTokenEdges:
         model = wrap(module, None, model_id="random")
         source = ids.clone()
         source[:, 3] = (ids[:, 3] + 7) % 61
-        pairs = PromptPairs(clean_tokens=ids, corrupt_tokens=source, answers=[1, 2, 3], corrupt_answers=[4, 5, 6])
+        one, other = torch.arange(3) + 1, torch.arange(3) + 4
+        pairs = PromptPairs(clean_tokens=ids, corrupt_tokens=source, answers=one, corrupt_answers=other)
         seen = {}
 
         def leaf(value):

@@ -22,8 +22,10 @@ from ..tasks.pairs import PromptPairs
 from .bottleneck import bottleneck, default_layer
 from .conv_slices import conv_slices
 from .cross_talk import cross_talk
+from .direct_effects import direct_effects
 from .knockout import knockout
 from .layer_removal import greedy_layer_removal, layer_removal
+from .logit_lens import logit_lens
 from .name_means import NameMeans, name_means
 from .name_steering import name_pca, name_steering
 from .resample_ablation import resample_ablation
@@ -38,10 +40,12 @@ __all__ = [
     "conv_slices",
     "cross_talk",
     "default_layer",
+    "direct_effects",
     "example_prompts",
     "greedy_layer_removal",
     "knockout",
     "layer_removal",
+    "logit_lens",
     "name_means",
     "name_pca",
     "name_steering",

@@ -1,0 +1,207 @@
+"""Direct effects: what each write to the residual stream adds to the logit difference, on no way but the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..interventions.lens import EMBED, linear_readout
+from ..interventions.patch import resolve
+from ..interventions.plan import Plan, read_sites
+from ..interventions.token_to_token import contributed, projection
+from ..memory import FLOAT, fitting_rows, forward_bytes
+from ..models.model import CausalLM
+from ..remote.requests import ask
+from ..result import Result
+from ..tasks.pairs import PromptPairs
+from .common import check_data, check_layers, mean_with_interval
+
+BY = {"layer": [], "token": ["source"], "channel": ["channel"]}
+"""How writes are told apart, and the column for it."""
+PARTS = {"out_proj": "mixer", "attn_out": "attn", "mlp_out": "mlp"}
+"""What a block's parts are called, by the site of what they add to the stream."""
+WHOLE = -1
+"""The channel of what is not told apart by channels."""
+
+
+def direct_effects(
+    model: CausalLM,
+    pairs: PromptPairs,
+    by: Literal["layer", "token", "channel"] = "layer",
+    *,
+    layers: Sequence[int] | int | None = None,
+) -> Result:
+    """What each write adds to the logit difference at the clean prompts' last position.
+
+    The residual stream at the last position is the sum of what the embeddings and the layers' parts write there. The
+    final norm's scale is taken as it is in the run, so that the logit difference is a sum over the writes (direct logit
+    attribution; Elhage et al. 2021). What later layers make of a write is no part of its effect. A model that caps its
+    logits is looked at before that.
+
+    Args:
+        model: any causal language model whose blocks pass on a residual stream.
+        pairs: pairs of prompts.
+        by: ``"layer"``: each part's write; ``"token"``: a mixer's by the position of its scan that it comes from (see
+            `token_contributions`), all else by the last position, where it is computed; ``"channel"``: a mixer's by the
+            channel of ``after_skip``, all else whole.
+        layers: the layers that are told apart by token or channel, and the others are not; all if None.
+
+    Returns:
+        A row for each write: ``layer`` (-1: outside the layers), ``part`` (``embed``, ``mixer``, ``attn``, ``mlp``;
+        ``layer`` for a block whose parts are not known; ``bias`` for what the final norm and the unembedding add of
+        themselves), ``source`` (a position) or ``channel`` (-1: all of them), ``effect`` (mean over all rows; 0 where a
+        row has no such source), ``low`` and ``high`` (its bootstrap 95 % interval; not by channel), ``n`` (rows). The
+        effects add up to the mean logit difference, ``meta["logit_diff"]``.
+
+    Raises:
+        ValueError: for another ``by``, attention layers by token, a model that carries edits or hooks, or one whose
+            logits are no linear function of what is written.
+    """
+    if by not in BY:
+        raise ValueError(f"by is one of {', '.join(BY)}, not {by!r}")
+    check_data(model, pairs)
+    model.require_stream("direct effects")
+    apart = [] if by == "layer" else check_layers(model, layers)
+    if by == "layer" and layers is not None:
+        raise ValueError(f"layers={layers!r} are those told apart by token or channel, and by is 'layer'")
+    if by == "token":
+        for layer in apart:
+            if "attn_out" in model.sites_of(layer):
+                raise ValueError(f"layer {layer} has attention, which is not taken apart by token: name other layers")
+    found: dict[tuple, Float[Tensor, "B"]] = {}
+    total = torch.empty(len(pairs))
+    length = pairs.clean_tokens.shape[1]
+    row = forward_bytes(model, length) + 4 * FLOAT * length * model.d_model
+    for rows in torch.arange(len(pairs)).split(fitting_rows(model, row, 256, share=0.5)):
+        total[rows] = _add_effects(model, pairs, rows, by, apart, found)
+    effects = torch.stack([*found.values()])
+    table = pd.DataFrame([*found], columns=["layer", "part", *BY[by]])
+    if by == "channel":
+        table["effect"] = effects.double().mean(1).numpy()
+    else:
+        table["effect"], table["low"], table["high"] = mean_with_interval(effects)
+    table["n"] = len(pairs)
+    arguments = {"rows": len(pairs), "by": by} | ({} if by == "layer" else {"layers": apart})
+    difference = float(total.double().mean())
+    return Result.create("direct_effects", table, model=model, arguments=arguments, logit_diff=difference)
+
+
+def _add_effects(
+    model: CausalLM,
+    pairs: PromptPairs,
+    rows: Int[Tensor, "R"],
+    by: str,
+    apart: Sequence[int],
+    found: dict[tuple, Float[Tensor, "B"]],
+) -> Float[Tensor, "R"]:
+    """Put the effects of some rows' writes among those of all rows; their logit differences."""
+    some = pairs[rows]
+    ids, last = some.clean_tokens, some.last_position.cpu()
+
+    def add(name: tuple, effect: Float[Tensor, "R"], place: Sequence[int | Tensor] = ()) -> None:
+        for key in [(*name, *place)] if not place or isinstance(place[0], int) else {(*name, p) for p in last.tolist()}:
+            mine = effect if not place or isinstance(place[0], int) else effect.where(last == key[-1], 0.0)
+            found.setdefault(key, torch.zeros(len(pairs)))[rows] = mine.cpu().float()
+
+    whole: Sequence[int | Tensor] = {"layer": (), "token": (last,), "channel": (WHOLE,)}[by]
+    end = model.n_layers - 1
+    stream = ask(model, read_stream, ids, end, last[:, None])["stream"]
+    direction = linear_readout(model, stream, *_weights(some))
+    writes: list[tuple[int, str, str]] = [(EMBED, "embed", "")]
+    for layer in range(model.n_layers):
+        there = [name for name in PARTS if name in model.sites_of(layer)]
+        writes += [(layer, PARTS[name], name) for name in there] or [(layer, "layer", "")]
+    given = [(layer, site) for layer, _, site in writes]
+    values = ask(model, written, ids, given, last[:, None], direction.of_stream)["effects"].cpu()
+    for (layer, part, site), value in zip(writes, values, strict=True):
+        if site != "out_proj" or layer not in apart:
+            add((layer, part), value, whole)
+            continue
+        work = by_token if by == "token" else by_channel
+        apiece = ask(model, work, ids, layer, last[:, None], direction.of_stream)["effects"].cpu().T
+        for label, effect in enumerate(apiece):
+            add((layer, part), effect, (label if by == "token" or label < len(apiece) - 1 else WHOLE,))
+    add((EMBED, "bias"), direction.constant, whole)
+    return direction.logit_diff
+
+
+def _weights(pairs: PromptPairs) -> tuple[Int[Tensor, "U"], Float[Tensor, "R U"]]:
+    """The tokens that some row's logit difference is made of, and their weights in each row."""
+    right, wrong = (ids.cpu() for ids in pairs.answer_sets)
+    tokens = torch.cat([right.flatten(), wrong.flatten()]).unique()
+    tokens = tokens[tokens >= 0]
+    one, other = ((ids[:, :, None] == tokens).sum(1) / (ids >= 0).sum(1, keepdim=True) for ids in (right, wrong))
+    return tokens, one - other
+
+
+def read_stream(model, ids: Int[Tensor, "B L"], layer: int, at: Int[Tensor, "B 1"]) -> dict[str, Float[Tensor, "B D"]]:
+    """The residual stream after a layer at one position a row, here or on a server."""
+    ids = model.to_tokens(ids)[0]
+    ref = resolve(model, "resid_post", layer)
+    return {"stream": read_sites(model, ids, Plan.make(model, ids, (), [ref], at.to(ids.device)))[ref.key][:, 0]}
+
+
+def written(
+    model,
+    ids: Int[Tensor, "B L"],
+    writes: Sequence[tuple[int, str]],
+    at: Int[Tensor, "B 1"],
+    toward: Float[Tensor, "B D"],
+) -> dict[str, Float[Tensor, "W B"]]:
+    """How far each write goes in a direction, here or on a server.
+
+    Args:
+        model: the model.
+        ids: the prompts.
+        writes: layer and site; the site is empty for what the whole layer adds, or for the stream before the first.
+        at: the position of each row.
+        toward: the direction of each row.
+    """
+    ids = model.to_tokens(ids)[0]
+    refs = {}
+    for layer, site in writes:
+        if site:
+            refs[layer, site] = resolve(model, site, layer)
+        else:
+            refs[layer, "before"] = resolve(model, "resid_pre", max(layer, 0))
+            refs[layer, "after"] = resolve(model, "resid_post", max(layer, 0))
+    found = read_sites(model, ids, Plan.make(model, ids, (), [*refs.values()], at.to(ids.device)))
+    effects = []
+    for layer, site in writes:
+        if site:
+            value = found[refs[layer, site].key]
+        elif layer < 0:
+            value = found[refs[layer, "before"].key]
+        else:
+            value = found[refs[layer, "after"].key] - found[refs[layer, "before"].key]
+        effects.append((value[:, 0].double() * toward.to(value.device, torch.float64)).sum(1))
+    return {"effects": torch.stack(effects).float()}
+
+
+def by_token(
+    model, ids: Int[Tensor, "B L"], layer: int, at: Int[Tensor, "B 1"], toward: Float[Tensor, "B D"]
+) -> dict[str, Float[Tensor, "B L"]]:
+    """How far each source of a mixer's write goes in a direction, here or on a server."""
+    ids = model.to_tokens(ids)[0]
+    value = contributed(model, ids, layer, at.to(ids.device))["contributions"][:, 0]
+    return {"effects": torch.einsum("bld,bd->bl", value, toward.to(value))}
+
+
+def by_channel(
+    model, ids: Int[Tensor, "B L"], layer: int, at: Int[Tensor, "B 1"], toward: Float[Tensor, "B D"]
+) -> dict[str, Float[Tensor, "B _"]]:
+    """How far each channel of a mixer's write goes in a direction, and last out_proj's bias; here or on a server."""
+    ids = model.to_tokens(ids)[0]
+    ref = resolve(model, "after_skip", layer)
+    value = read_sites(model, ids, Plan.make(model, ids, (), [ref], at.to(ids.device)))[ref.key][:, 0]
+    with torch.no_grad(), model.trace(ids[:1, :1]):
+        projected = projection(model, layer).save()  # pyright: ignore[reportAttributeAccessIssue]
+    bias = projected[-1:].to(value)
+    toward = toward.to(value)
+    each = value * (toward @ (projected[:-1].to(value) - bias).T)
+    return {"effects": torch.cat([each, toward @ bias.T], dim=1)}
