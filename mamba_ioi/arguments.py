@@ -57,7 +57,8 @@ def parse(
     sub.add_argument(
         "--out", type=_path, metavar="DIR", help="folder of the result (default: results/MODEL/EXPERIMENT)"
     )
-
+    help = "of a Mamba-2's conv, resample the channels of its x, B or C alone (default: all); with conv_slices"
+    sub.add_argument("--channels", choices=("x", "B", "C"), help=help)
     _add_source(sub)
 
     sub = add("plot", "draw a saved result again, or all of a folder of 'reproduce' and its report")

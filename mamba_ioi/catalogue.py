@@ -49,6 +49,7 @@ class Row:
             found; None where it takes none.
         templates: which templates the pairs are of.
         takes_layer: whether it looks at one layer, the bottleneck unless one is named.
+        takes_channels: whether it can look at some of the channels of a Mamba-2's conv: those of x, B or C.
         needs_mamba: whether it works on Mambas only.
         needs_names: whether it speaks of the names in the prompts, so that it says nothing of other tasks.
         needs_alignment: whether marks and last tokens stand at the same positions in all rows; where the function takes
@@ -75,6 +76,7 @@ class Row:
     held_out: int | None = None
     templates: str = "aligned"
     takes_layer: bool = False
+    takes_channels: bool = False
     needs_mamba: bool = True
     needs_names: bool = False
     needs_alignment: bool = False
@@ -217,6 +219,7 @@ ROWS = (
         drawn_by=f"{_FIGURES}.conv_slices:conv_slices",
         paper=_OF_EACH,
         takes_layer=True,
+        takes_channels=True,
         decides={"shift": f"{_REPORT}.convolution:taps"},
     ),
     Row(

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,9 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if settings.layer is not None and not CATALOGUE[figure].takes_layer:
         raise ValueError(f"{arguments.experiment} looks at no single layer; --layer has no meaning for it")
+    if arguments.channels is not None and not CATALOGUE[figure].takes_channels:
+        raise ValueError(f"{arguments.experiment} tells no channels apart; --channels has no meaning for it")
+    settings = replace(settings, channels=arguments.channels)
     out = arguments.out or Path("results", *_folders(settings), arguments.experiment)
     asked = request(figure, settings, folder_identity(settings))
     if settings.source is not None:
@@ -169,6 +173,7 @@ def _list(arguments: argparse.Namespace) -> int:
         pairs += f" (the paper: {row.paper})" if row.paper else ""
         needs = "" if row.needs_mamba else "; any causal language model"
         layer = "; one layer" if row.takes_layer else ""
+        layer += "; some channels of a Mamba-2's conv" if row.takes_channels else ""
         names = "; the paper's prompts only" if row.needs_names else ""
         _say(f"{figure:12} {row.experiment:27} {row.shows}{pairs}{layer}{needs}{names}")
         _say(textwrap.indent(f"columns: {', '.join(row.columns)}", " " * 13))

@@ -33,6 +33,7 @@ def test_every_row_says_what_is_there(row) -> None:
     given |= {"names": {"n_pairs", "seed"}, "own": {"pairs", "seed"}, "prompts": {"seed"}}.get(row.input, set())
     assert given | set(row.arguments) <= set(parameters)
     assert "layer" not in parameters or row.takes_layer
+    assert ("channels" in parameters) == row.takes_channels
     assert callable(resolve_name(row.drawn_by))
     keys = {question.key for question in QUESTIONS}
     assert set(row.decides) | set(row.tells) <= keys and not set(row.decides) & set(row.tells)

@@ -366,6 +366,10 @@ def test_something_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("run", "arguments are required: EXPERIMENT"),
         ("run fortune_telling", "no experiment 'fortune_telling'; there are"),
         ("run cross_talk --layer 1", "--layer has no meaning"),
+        ("run resample_ablation --channels B", "resample_ablation tells no channels apart; --channels has no meaning"),
+        ("run conv_slices --channels D", "argument --channels: invalid choice: 'D'"),
+        ("run conv_slices --channels B", "channels='B' at the site 'conv_slice' of tiny: those of x, B and C are told"),
+        ("reproduce --channels B", "unrecognized arguments: --channels B"),
         ("run conv_slices --model planted --layer 17", "from 0 to 5"),
         ("run cross_talk --model ./absent", "there is no directory './absent'"),
         ("doctor --model ./absent", "there is no directory './absent'"),
@@ -451,6 +455,25 @@ def test_run_then_plot(folder: Path, tmp_path: Path, monkeypatch, capsys) -> Non
     (saved / "meta.json").unlink()
     (saved / "table.pkl").write_bytes(b"cos\nabort\n(tR.")
     assert "pickles are never loaded" in refusal(capsys, "plot", saved)
+
+
+def test_run_on_some_channels(tmp_path: Path, monkeypatch, capsys) -> None:
+    """What is stored is the function's result on those channels, says so, and is not taken for that on others."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["run", "conv_slices", "--model", "tiny-mamba2", *FEW, "--layer", "1", "--channels"]
+    assert main([*argv, "x"]) == 0
+    saved = tmp_path / "results" / "tiny-mamba2" / "conv_slices"
+    found, model = Result.load(saved), mamba_ioi.load_model("tiny-mamba2")
+    drawn = {"pairs": found.meta["pairs"], "layer": 1, "progress": False}
+    expected, everything = (
+        EXPERIMENTS["conv_slices"](model, channels=channels, **drawn).table.effect for channels in ("x", None)
+    )
+    pd.testing.assert_series_equal(found.table.effect, expected, atol=1e-6)
+    assert (found.table.effect - everything).abs().max() > 1e-3
+    assert found.meta["arguments"]["channels"] == found.meta["request"]["channels"] == "x"
+    assert ", layer 1, channels of x alone" in " ".join(text.get_text() for text in found.plot().texts)
+    assert "channels=x, and channels=B is asked for" in refusal(capsys, *argv, "B")
+    assert "channels=x, and channels=None is asked for" in refusal(capsys, *argv[:-1])
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,4 +178,7 @@ def test_every_experiment_runs_from_the_table_and_has_a_figure(name: str) -> Non
     else:
         with pytest.raises(ValueError, match="goes through all layers"):
             experiment(model, pairs=4, layer=1)
+    if not experiment.takes_channels:
+        with pytest.raises(ValueError, match="tells no channels apart; channels='x' has no meaning there"):
+            experiment(model, pairs=4, channels="x")
     assert result.plot().axes

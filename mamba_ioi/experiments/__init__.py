@@ -77,6 +77,7 @@ class Experiment(Row):
         pairs: int | None = None,
         seed: int = 27,
         layer: int | None = None,
+        channels: str | None = None,
         progress: bool = True,
     ) -> Result:
         """Run on pairs of any task, or draw the paper's prompts and run on these.
@@ -91,16 +92,20 @@ class Experiment(Row):
                 ``multiple``).
             seed: of the prompts that are drawn; it is kept in ``meta``.
             layer: the layer to look at, instead of the bottleneck.
+            channels: those of a Mamba-2's conv that are resampled, instead of all; see `conv_slices`.
             progress: show bars.
 
         Raises:
-            ValueError: as the experiment; for a layer where the experiment goes through all of them, marks where it
-                knows none, or data where it speaks of the names in the paper's prompts.
+            ValueError: as the experiment; for a layer where the experiment goes through all of them, channels where it
+                tells none apart, marks where it knows none, or data where it speaks of the names in the paper's
+                prompts.
         """
         function = self.work
         known = signature(function).parameters
         if layer is not None and not self.takes_layer:
             raise ValueError(f"{function.__name__} goes through all layers; layer={layer} has no meaning for it")
+        if channels is not None and not self.takes_channels:
+            raise ValueError(f"{function.__name__} tells no channels apart; channels={channels!r} has no meaning there")
         if marks is not None and ("marks" not in known or data is None):
             raise ValueError(f"{function.__name__} has no marks to go by, or no data that have them, not {marks!r}")
         arguments = dict(self.arguments)
@@ -108,6 +113,8 @@ class Experiment(Row):
             arguments["progress"] = progress
         if self.takes_layer:
             arguments["layer"] = layer
+        if self.takes_channels:
+            arguments["channels"] = channels
         if self.input == "nothing":
             return function(model, **arguments)
         if model.tokenizer is None:

@@ -21,7 +21,8 @@ def conv_slices(result: Result) -> Figure:
 
     Args:
         result: columns corruption (or the group), slice, position (of the output) and label (or mark), effect (mean
-            1 − NLD), and n if known; `meta["arguments"]["layer"]` is named in the title.
+            1 − NLD), and n if known; the `layer` of `meta["arguments"]`, and its `channels` if there are
+            any, are named in the title.
     """
     place = place_column(result)
     group = group_column(result, "slice", "effect")
@@ -45,7 +46,9 @@ def conv_slices(result: Result) -> Figure:
         axis.set_title(str(label).replace("->", "→"), parse_math=False)
         axis.set_ylabel("slice")
     scale.bar(figure, list(axes), pad=0.015, fraction=0.03, aspect=45)
-    layer = result.meta.get("arguments", {}).get("layer")
+    arguments = result.meta.get("arguments", {})
+    layer, channels = (arguments.get(name) for name in ("layer", "channels"))
     title = "Resample ablation of conv slices" + ("" if layer is None else f", layer {layer}")
+    title += "" if channels is None else f", channels of {channels} alone"
     set_heading(figure, result, title, prompts_note(result))
     return figure

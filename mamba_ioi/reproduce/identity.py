@@ -58,6 +58,8 @@ def request(figure: str, settings: Settings, identity: Mapping[str, Any]) -> dic
         asked["seed"] = settings.seed
     if row.takes_layer:
         asked["layer"] = settings.layer
+    if row.takes_channels:
+        asked["channels"] = settings.channels
     return asked
 
 

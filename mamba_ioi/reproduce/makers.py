@@ -32,6 +32,7 @@ class Settings:
         pairs: how many pairs, instead of each figure's own number.
         seed: of the prompts.
         layer: the layer to look at where one is needed, instead of the bottleneck.
+        channels: of a Mamba-2's conv, those that are resampled where taps are; None for all.
         source: where the pairs of another task come from; None for the paper's.
         marks: with a source, the places to go by instead of positions.
         metric: with a source, what is measured instead of the pairs' own metric.
@@ -46,6 +47,7 @@ class Settings:
     pairs: int | None = None
     seed: int = 27
     layer: int | None = None
+    channels: str | None = None
     source: Source | None = None
     marks: Sequence[str] | None = None
     metric: str | None = None
@@ -86,15 +88,16 @@ def make(row: Row, model: CausalLM, settings: Settings, given: Given | None = No
     from ..experiments import Experiment
     from ..result import Result
 
-    layer = settings.layer if row.takes_layer else None
+    chosen: dict[str, Any] = {"layer": settings.layer} if row.takes_layer else {}
+    chosen |= {"channels": settings.channels} if row.takes_channels else {}
     experiment = Experiment(**vars(row))
     if given is None or settings.source is None:
-        result = experiment(model, pairs=settings.pairs, seed=settings.seed, layer=layer, progress=settings.progress)
+        result = experiment(model, pairs=settings.pairs, seed=settings.seed, progress=settings.progress, **chosen)
         return _beside_the_paper(result, model.model_id)
     marks = given.marks if _takes_marks(row) else None
     with settings.source.named():
         result = experiment(
-            model, given.data, held_out=given.held_out, marks=marks, layer=layer, progress=settings.progress
+            model, given.data, held_out=given.held_out, marks=marks, progress=settings.progress, **chosen
         )
     return Result(result.table, result.meta | settings.source.told() | {"rows": len(given.data)})
 
@@ -152,10 +155,12 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, Given
     """The model, and the pairs of another task; what would fail in every figure is refused here.
 
     Raises:
-        ValueError: for a model that cannot be loaded, a layer that it does not have, or a tokenizer without names; for
-            a file or a row of it that is not as it should be, a mark that it lacks, or an unknown metric or task.
+        ValueError: for a model that cannot be loaded, a layer or channels that it does not have, or a tokenizer
+            without names; for a file or a row of it that is not as it should be, a mark that it lacks, or an unknown
+            metric or task.
     """
     from ..experiments.common import check_layer
+    from ..interventions.patch import some_channels
     from ..models.model import load_model
     from ..tasks import generate
 
@@ -163,6 +168,9 @@ def prepare(settings: Settings, figures: Sequence[str]) -> tuple[CausalLM, Given
     model.memory = settings.memory
     if settings.layer is not None:
         check_layer(model, settings.layer)
+    if settings.channels is not None:
+        model.require_mamba("channels of a conv")
+        some_channels(model, model.known_sites()["conv_slice"], settings.channels)
     if settings.source is not None:
         return model, given_pairs(model, settings, figures)
     if any(CATALOGUE[figure].draws for figure in figures):
