@@ -1,4 +1,4 @@
-"""The one-pass estimates against finite differences at every site, and against measured effects."""
+"""The one-pass estimates: at every site autograd by hand and finite differences, and beside measured effects."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from mamba_ioi.interventions.patch import Patch
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.run import cache, run
 from mamba_ioi.models.model import wrap
-from mamba_ioi.trace.sites import SITES
 
-from .conftest import random_mamba
+from .conftest import RANDOM
+from .plain import forward_by_hand
 
-SITES_WITH_POSITIONS = [name for name, site in SITES.items() if site.owner != "model" and site.by_position]
 LENGTH = 6
+MODELS = {
+    family: wrap(build(num_hidden_layers=2, dtype=torch.float64), None, model_id="random")
+    for family, build in RANDOM.items()
+}
+"""A random two-layer Mamba and Mamba-2 in float64; HF's own operations round to float32, ours do not."""
+SITES = [
+    (family, name)
+    for family, model in MODELS.items()
+    for name, site in model.known_sites().items()
+    if site.owner != "model" and site.by_position
+]
 
 
-@pytest.fixture(scope="module")
-def double():
-    """A random two-layer Mamba in float64; HF's own operations round to float32, ours do not."""
-    return wrap(random_mamba(num_hidden_layers=2, dtype=torch.float64), None, model_id="random")
+@pytest.fixture(scope="module", params=MODELS)
+def double(request):
+    return MODELS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +50,75 @@ def difference(model, tokens, read, patches=()):
     return logits[:, 0] - logits[:, 1]
 
 
-@pytest.mark.parametrize("site", SITES_WITH_POSITIONS)
-def test_the_estimate_is_the_slope_of_the_effect(double, prompts, site):
+@pytest.fixture(scope="module")
+def by_hand(prompts):
+    """By family, layer and site: the same estimates ``[L, B]``, from autograd through the forward by hand.
+
+    A number that is 0 is added to every value of every site, and to each state, so that its gradient is the total
+    derivative; of a state, through the states that follow from it.
+    """
     clean, source, read = prompts
+    found = {}
+    for family, model in MODELS.items():
+        there = forward_by_hand(model._module, source)
+        here = forward_by_hand(model._module, clean)
+        places = [(name, layer) for other, name in SITES if other == family for layer in (0, 1)]
+        zeros = {place: torch.zeros_like(here[key(*place)], requires_grad=True) for place in places}
+        edits = {place: plus(zero, by_position=place[0] == "h") for place, zero in zeros.items()}
+        logits = forward_by_hand(model._module, clean, edits)["hook_logits"]
+        value, source_value = (of_logits(all_logits, read) for all_logits in (logits, there["hook_logits"]))
+        gradients = torch.autograd.grad(value.sum(), list(zeros.values()))
+        for (name, layer), gradient in zip(places, gradients, strict=True):
+            change = ((there[key(name, layer)] - here[key(name, layer)]) * gradient).flatten(2).sum(-1)
+            found[family, name, layer] = (-change / (value - source_value)[:, None]).detach().transpose(0, 1)
+    return found
+
+
+def plus(zero, by_position):
+    """An edit for `forward_by_hand` that adds it; to a state, what it has for the state's position."""
+    return (lambda h, t: h + zero[:, t]) if by_position else (lambda value: value + zero)
+
+
+def key(name, layer):
+    return f"blocks.{layer}.hook_{name}"
+
+
+def of_logits(logits, read):
+    """The first token's logit less the second's, where each row is read, ``[B]``."""
+    read_off = logits[torch.arange(len(logits)), read.last].gather(1, read.tokens)
+    return read_off[:, 0] - read_off[:, 1]
+
+
+@pytest.mark.parametrize(("family", "site"), SITES)
+def test_the_estimate_is_the_total_derivative(prompts, by_hand, family, site):
+    """At every layer and position."""
+    clean, source, read = prompts
+    found = attributed_effects(MODELS[family], clean, read, site, [0, 1], source=source)
+    expected = torch.stack([by_hand[family, site, layer] for layer in (0, 1)]).to(found)
+    assert expected.abs().amax((1, 2)).min() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize(("family", "site"), SITES)
+def test_the_estimate_is_the_slope_of_the_effect(prompts, family, site):
+    clean, source, read = prompts
+    double = MODELS[family]
     estimates = attributed_effects(double, clean, read, site, [0, 1], source=source)
     assert estimates.shape == (2, LENGTH, 3)
     spread = difference(double, clean, read) - difference(double, source, read)
-    step = 1e-2  # the model's logits and norms are float32 whatever its weights are
+    step, rounding = 1e-2, 5e-5  # the model's logits and norms are float32 whatever its weights are
     for layer, position in ((0, 2), (1, 4)):
         here, there = (cache(double, tokens, [(site, layer)])[site, layer][:, [position]] for tokens in (clean, source))
         ends = [
             difference(double, clean, read, [Patch(site, layer, torch.lerp(here, there, at), position)])
-            for at in (step, -step)
+            for at in (step, -step, 2 * step, -2 * step)
         ]
-        slope = -(ends[0] - ends[1]) / (2 * step) / spread
+        near, far = (ends[0] - ends[1]) / (2 * step), (ends[2] - ends[3]) / (4 * step)
+        slope = -(4 * near - far) / 3 / spread  # without the cubic term
         largest = slope.abs().max()
         assert largest > 1e-3
-        torch.testing.assert_close(estimates[layer, position].to(slope), slope, rtol=0, atol=float(largest) * 5e-3)
+        atol = float(largest) * 5e-3 + rounding
+        torch.testing.assert_close(estimates[layer, position].to(slope), slope, rtol=0, atol=atol)
 
 
 def test_the_memory_changes_no_estimate(double, prompts, monkeypatch):
@@ -74,8 +135,9 @@ def test_gradients_leave_the_parameters_as_they_were(double, prompts):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in parameters)
 
 
-def test_resample_ablation_estimated():
-    model = load_model("tiny")
+@pytest.mark.parametrize("name", ["tiny", "tiny-mamba2"])
+def test_resample_ablation_estimated(name):
+    model = load_model(name)
     data = IOIDataset.generate(model.tokenizer, 6)
     measured = experiments.resample_ablation(model, data, progress=False)
     result = experiments.resample_ablation(model, data, estimate="attribution", progress=False)
@@ -100,8 +162,9 @@ def test_chosen_layers_and_positions_are_those_of_the_whole_map():
     assert len(merged) == len(part) and (merged.effect_x - merged.effect_y).abs().max() < 1e-5
 
 
-def test_the_estimate_finds_what_was_planted():
-    model = planted(n_layers=4, layer=2, slice=-1, n_names=12, seed=5)
+@pytest.mark.parametrize("family", MODELS)
+def test_the_estimate_finds_what_was_planted(family):
+    model = planted(n_layers=4, layer=2, slice=-1, n_names=12, seed=5, family=family)
     data = IOIDataset.generate(model.tokenizer, 8)
     result = experiments.resample_ablation(model, data, "out_proj", estimate="attribution", progress=False)
     largest = result.table.loc[result.table.groupby("corruption").effect.idxmax()]
