@@ -100,7 +100,7 @@ def test_results_as_in_the_paper_bear_every_claim_out(model: str) -> None:
         ),
         ("shift", made.fig8({-3: 0.5, -2: 0.0, -1: 0.4, 0: 0.0}), False, "taps −3 (0.502 of the way) and −1 (0.402 of"),
         ("shift", made.fig8({-3: 0.5, -2: 0.0, -1: 0.4, 0: 0.0}), False, "arrives +1 and +3 from its own token"),
-        ("shift", made.fig8({-1: 0.8, 0: 0.1}, shift=1), False, "arrives +2 from its own token"),
+        ("shift", made.fig8({-1: 0.8, 0: 0.1}, shift=1), False, ": there it reads +1 from a name's own token, what e"),
         ("shift", made.fig8({-1: 0.0, 0: 0.8}), False, "through tap 0 (0.802"),
         ("shift", made.fig8({-1: 0.05, 0: 0.01}), False, "names do not come in there"),
         (
@@ -116,6 +116,7 @@ def test_results_as_in_the_paper_bear_every_claim_out(model: str) -> None:
         ("linear", made.fig9(STEERED, n=0), None, "more pairs are needed"),
         ("linear", made.plane(), None, "hold 0.420 and 0.180 of the variance"),
         ("last", made.sec44((0.86, 0.87), (0.84, 0.86), (40, 30)), True, "Without the 10 edges that leave layer 1"),
+        ("last", made.sec44((0.86, 0.87), (0.84, 0.86), (29, 28)), True, "Without the 1 edge that leaves layer 1 be"),
         ("last", made.sec44((0.86, 0.87), (0.60, 0.86), (40, 30)), False, "from 0.860 to 0.600"),
         ("last", made.sec44((0.86, 0.87), (0.86, 0.80), (40, 30)), False, "from 0.870 to 0.800"),
         ("last", made.sec44((0.86, 0.87), (0.86, 0.87), (40, 40)), True, "there is nothing to cut"),
@@ -150,6 +151,7 @@ def test_one_figure_alone(claim: str, result: Result, holds: bool | None, said: 
             "begins to matter +1 and +3 from a changed name, in 2 steps",
         ),
         ("shift", made.fig10([0.9]), False, "begins to matter +0"),
+        ("shift", made.fig10([0.09]), False, "state hardly matters: resampled, it moves the answer 0.09"),
         ("shift", made.fig10([0.0, 0.2]), False, "0.202 of the way at the last position"),
         ("shift", made.fine({-1: 0.8, 0: 0.1}), True, "ACDC keeps taps 0 (without it NLD falls by 0.100) and −1"),
         ("shift", made.fine({-1: 0.4, -3: 0.5}), False, "ACDC keeps taps −1"),
@@ -238,6 +240,22 @@ def test_a_result_of_another_form_loses_its_own_sentence_only() -> None:
     claim = judge(results)[-1]
     assert [one.holds for one in claim.findings] == [None, True, True]
     assert "cannot be read (TypeError" in claim.findings[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        ({"ssm": "states"}, "overwriting all states h with the corrupt run's, C and D x staying live."),
+        ({"ssm": "conv"}, "resampling the conv's output, and with it x, B, C and delta."),
+        ({"ssm": "conv", "direct_step": True}, "resampling the conv's output, and with it x, B and C, delta staying"),
+        ({"ssm": "states", "direct_step": True}, "overwriting all states h"),
+    ],
+)
+def test_how_the_edge_into_the_ssm_was_cut(graph: dict, words: str) -> None:
+    """A Mamba-2's time step does not come out of its conv."""
+    fine = made.fine({-1: 0.8})
+    results = as_the_paper_says() | {"appd2": Result(fine.table, fine.meta | {"graph": fine.meta["graph"] | graph})}
+    assert f"The edge conv -> ssm was cut by {words}" in finding("circuit", "appd2", results).sentence
 
 
 def test_numbers_are_the_tables() -> None:

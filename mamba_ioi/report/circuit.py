@@ -13,6 +13,7 @@ from .layers import LAYER_UNKNOWN, NOWHERE
 
 CUTS = {
     "conv": "resampling the conv's output, and with it x, B, C and delta",
+    "conv, beside the time step": "resampling the conv's output, and with it x, B and C, delta staying live",
     "states": "overwriting all states h with the corrupt run's, C and D x staying live",
 }
 TENTH = 0.1
@@ -79,8 +80,9 @@ def cut(results: Results, setting: Setting) -> Finding:
     accuracy, nld = whole.accuracy - without.accuracy, whole.nld - without.nld
     holds: bool | None = bool(accuracy <= LOSS and nld <= LOSS)
     if gone:
+        leave = "leaves" if gone == 1 else "leave"
         sentence = (
-            f"Without the {plural(gone, 'edge')} that leave layer {layer} before the last position, the positional "
+            f"Without the {plural(gone, 'edge')} that {leave} layer {layer} before the last position, the positional "
             f"circuit's {'held-out ' if setting.held_out else ''}accuracy goes from {shown(whole.accuracy)} to "
             f"{shown(without.accuracy)}, its NLD from {shown(whole.nld)} to {shown(without.nld)}."
         )
@@ -144,11 +146,13 @@ def minimal(results: Results, setting: Setting) -> Finding:
 
 def fine(results: Results, setting: Setting) -> Finding:
     """Appendix D.2: ACDC inside the layers."""
-    cut = results["appd2"].meta.get("graph", {}).get("ssm", "conv")
+    graph = results["appd2"].meta.get("graph", {})
+    cut = graph.get("ssm", "conv")
     acdc = (setting.paper or {}).get("acdc", {}) if cut == "states" else {}
     known = {"on_paths": acdc["kept"], "of": acdc["edges"]} if acdc else {}
     held_out = {"accuracy": acdc.get("held_out_accuracy"), "nld": acdc.get("held_out_nld")}
-    remark = f" The edge conv -> ssm was cut by {CUTS[cut]}."
+    beside = ", beside the time step" if cut == "conv" and graph.get("direct_step") else ""
+    remark = f" The edge conv -> ssm was cut by {CUTS[cut + beside]}."
     if acdc:
         remark += (
             " The authors cut it so, too. Their held-out numbers may leave cut slices out, as such scores do in the "

@@ -73,10 +73,16 @@ def taps(results: Results, setting: Setting) -> Finding:
         sentence = (
             f"Layer {layer} takes {what} in through {'tap' if len(counted) == 1 else 'taps'} {brought} of its conv"
         )
-        if arrivals:
+        reads = sorted({int(offset) for offset in (own["after"] + own["slice"]).dropna()})
+        if reads == [0]:
             arrives = "a name arrives" if setting.own else "it arrives"
             token = "its own token" if setting.own else "the token that differs"
             sentence += f", so that {arrives} {listed([f'{offset:+d}' for offset in arrivals])} from {token}"
+        elif reads:
+            token = "a name's own token" if setting.own else "the token that differs"
+            part = "partly " if 0 in reads else ""
+            offsets = listed([f"{offset:+d}" for offset in reads])
+            sentence += f": there it reads {offsets} from {token}, {part}what earlier layers have put there"
         sentence += f"; the other taps: {by_tap or 'none'}. {over}"
     else:
         sentence = (
@@ -118,7 +124,9 @@ def states(results: Results, setting: Setting) -> Finding:
     holds = bool(steps == [1] and last >= HALF) if setting.normalized else None
     token = "changed name" if setting.own else "token that differs"
     article = "a" if setting.own else "the"
-    if steps:
+    if setting.normalized and max(course.max(), last) < NOTABLE:
+        how = "hardly matters"
+    elif steps:
         how = f"begins to matter {listed([f'{offset:+d}' for offset in steps])} from {article} {token}"
         how += "" if len(steps) == 1 else f", in {len(steps)} steps"
     else:
