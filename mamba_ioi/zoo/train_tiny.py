@@ -28,12 +28,14 @@ from transformers import (
 from ..checks import integer, whole_number
 from ..tasks.ioi import TEMPLATES
 from .fast_forward import fast_logits
+from .found import FOUND
 from .prompts import HELD_OUT_SHARE, Prompts
 from .tokenizer import TINY_NAMES, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-STEPS = 1200
+SEED, STEPS = 0, 1200
+"""Of the packaged models."""
 BATCH = 64
 LEARNING_RATE = 3e-3
 
@@ -97,7 +99,7 @@ def train(
     out: str | os.PathLike[str],
     *,
     family: str = "mamba",
-    seed: int = 0,
+    seed: int = SEED,
     steps: int = STEPS,
     n_test: int = 2000,
     progress: bool = True,
@@ -148,12 +150,13 @@ def train(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "minutes": round(minutes, 1),
         "final_loss": round(loss, 4),
+        "n_test": n_test,
         "held_out": [measure(FAMILIES[family], model, prompts, form, n_test) for form in range(4)],
     }
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(_card(FAMILIES[family], report, n_test), encoding="utf-8")
+    (out / "README.md").write_text(card(family, report), encoding="utf-8")
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
@@ -215,7 +218,19 @@ def _optimize(
     return loss.item()
 
 
-def _card(family: _Family, report: dict, n_test: int) -> str:
+def card(family: str, report: Mapping[str, Any]) -> str:
+    """The model card, in Markdown; with what was found of it if it is trained as the packaged model was.
+
+    Args:
+        family: as for `train`.
+        report: what `train` measured.
+    """
+    one = FAMILIES[family]
+    packaged = (report["seed"], report["steps"]) == (SEED, STEPS)
+    return _trained(one, report) + (FOUND[one.name] if packaged else "")
+
+
+def _trained(family: _Family, report: Mapping[str, Any]) -> str:
     rows = "\n".join(
         f"| {template} | {measured['candidates']:.4f} | {measured['vocabulary']:.4f} |"
         for template, measured in zip(TEMPLATES, report["held_out"], strict=True)
@@ -237,7 +252,7 @@ The {family.kind} that mamba_ioi ships, so that every experiment runs without a 
 - Training: {report["steps"]} steps of {report["batch"]} prompts, next-token loss with the answer counted once more,
   AdamW, seed {report["seed"]}; {report["minutes"]} minutes on one CPU core; last loss {report["final_loss"]}.
 
-Accuracy on {n_test} prompts a template with held-out name triples:
+Accuracy on {report["n_test"]} prompts a template with held-out name triples:
 
 | template | over the prompt's three names | over the vocabulary |
 |---|---|---|
