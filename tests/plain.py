@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
-from transformers import MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mamba_ioi.tasks.ioi import BOS, OBJECTS, PLACES, TEMPLATES, IOIDataset
 
@@ -189,37 +189,35 @@ def normed(mixer: nn.Module, parts) -> list[Tensor]:
 
 @torch.no_grad()
 def mixer_by_hand(mixer: nn.Module, hidden: Tensor, edits: dict[str, Edit]) -> Tensor:
-    """A mixer's output, position by position, with values passed through ``edits`` by site.
+    """A mixer's output, from the weights, with values passed through ``edits`` by site.
 
-    ``terms`` is [B, L, E, 4], ``ssm_input`` [B, L, E]; ``h`` gets the state and is called as ``edits["h"](state, t)``.
+    ``h`` gets the state and is called as ``edits["h"](state, t)``.
     """
-    in_proj, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
-    length, taps = hidden.shape[1], mixer.conv1d.weight.shape[-1]
-    terms = in_proj.new_zeros(*in_proj.shape, taps)
-    for t in range(length):
-        for tap in range(taps):
-            at = t + tap - (taps - 1)
-            if at >= 0:
-                terms[:, t, :, tap] = mixer.conv1d.weight[:, 0, tap] * in_proj[:, at]
-    terms = edits.get("terms", lambda value: value)(terms)
-    x = F.silu(terms.sum(-1) + mixer.conv1d.bias)
-    x = edits.get("ssm_input", lambda value: value)(x)
-    rank, n = mixer.time_step_rank, mixer.ssm_state_size
-    delta, B, C = normed(mixer, mixer.x_proj(x).split([rank, n, n], dim=-1))
-    delta = F.softplus(mixer.dt_proj(delta))
-    A = -mixer.A_log.exp()
-    h = x.new_zeros(x.shape[0], x.shape[2], n)
-    outputs = []
-    for t in range(length):
-        h = (delta[:, t, :, None] * A).exp() * h + delta[:, t, :, None] * B[:, t, None, :] * x[:, t, :, None]
-        if "h" in edits:
-            h = edits["h"](h, t)
-        outputs.append((h * C[:, t, None, :]).sum(-1) + mixer.D * x[:, t])
-    return mixer.out_proj(torch.stack(outputs, dim=1) * F.silu(gate))
+
+    def site(name: str, value: Tensor) -> Tensor:
+        return edits[name](value) if name in edits else value
+
+    def states(step, h: Tensor, length: int) -> Tensor:
+        found = []
+        for t in range(length):
+            h = step(h, t)
+            h = edits["h"](h, t) if "h" in edits else h
+            found.append(h)
+        return torch.stack(found, 1)
+
+    mix = ssd_by_hand if mixer.A_log.dim() == 1 else s6_by_hand
+    return mixer.out_proj(mix(mixer, hidden, site, states))
+
+
+def parts_of_in_proj(mixer: nn.Module, output: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """What in_proj gives, in parts, and which of them the conv takes."""
+    if mixer.A_log.dim() > 1:
+        return output.chunk(2, dim=-1), 0
+    return output.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1), 1
 
 
 @contextmanager
-def edited(module: MambaForCausalLM, edits: dict[tuple[str, int], Edit]) -> Iterator[None]:
+def edited(module: PreTrainedModel, edits: dict[tuple[str, int], Edit]) -> Iterator[None]:
     """While open, the module's values pass through ``edits``, by (site, layer)."""
     handles = []
     by_hand: dict[int, dict[str, Edit]] = {}
@@ -229,11 +227,11 @@ def edited(module: MambaForCausalLM, edits: dict[tuple[str, int], Edit]) -> Iter
             handles.append(block.norm.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]),)))
         elif site == "in_proj":
 
-            def half(_, args, output, edit=edit):
-                branch, gate = output.chunk(2, dim=-1)
-                return torch.cat([edit(branch), gate], dim=-1)
+            def conv_input(_, args, output, edit=edit, mixer=block.mixer):
+                parts, which = parts_of_in_proj(mixer, output)
+                return torch.cat([edit(part) if i == which else part for i, part in enumerate(parts)], dim=-1)
 
-            handles.append(block.mixer.in_proj.register_forward_hook(half))
+            handles.append(block.mixer.in_proj.register_forward_hook(conv_input))
         elif site == "out_proj":
             handles.append(block.mixer.out_proj.register_forward_hook(lambda _, args, output, edit=edit: edit(output)))
         else:
@@ -251,7 +249,7 @@ def edited(module: MambaForCausalLM, edits: dict[tuple[str, int], Edit]) -> Iter
 
 
 @torch.no_grad()
-def values(module: MambaForCausalLM, tokens: Tensor, site: str, layer: int) -> Tensor:
+def values(module: PreTrainedModel, tokens: Tensor, site: str, layer: int) -> Tensor:
     """The site's value, [B, L, ...]; ``h`` stacked over positions."""
     found: list[Tensor] = []
 
@@ -265,7 +263,7 @@ def values(module: MambaForCausalLM, tokens: Tensor, site: str, layer: int) -> T
 
 
 def resampled(
-    module: MambaForCausalLM, data: IOIDataset, site: str, layer: int, position: int | None, tap: int | None = None
+    module: PreTrainedModel, data: IOIDataset, site: str, layer: int, position: int | None, tap: int | None = None
 ) -> Tensor:
     """Logits [B, V] of the clean prompts with the site's value taken from the corrupt prompts."""
     corrupt = values(module, data.corrupt_tokens, site, layer)
@@ -295,7 +293,7 @@ def differences(logits: Tensor, data: IOIDataset) -> list[float]:
     return [float(row[one] - row[other]) for row, (one, other) in zip(logits, answers, strict=True)]
 
 
-def effects(module: MambaForCausalLM, data: IOIDataset, patched: Tensor) -> Tensor:
+def effects(module: PreTrainedModel, data: IOIDataset, patched: Tensor) -> Tensor:
     """1 - NLD of each row."""
     clean = differences(last_logits(module, data.clean_tokens, data.last_position), data)
     corrupt = differences(last_logits(module, data.corrupt_tokens, data.last_position), data)

@@ -23,14 +23,14 @@ from mamba_ioi.result import bootstrap_interval
 from mamba_ioi.tasks.ioi import CORRUPTIONS, TEMPLATES, IOIDataset
 
 from . import plain
-from .conftest import random_mamba
+from .conftest import RANDOM
 from .plain import NAMES
 
 
-@pytest.fixture(scope="module")
-def model() -> MambaModel:
+@pytest.fixture(scope="module", params=RANDOM)
+def model(request: pytest.FixtureRequest) -> MambaModel:
     tokenizer = plain.prompt_tokenizer(NAMES)
-    return wrap(random_mamba(seed=3, vocab_size=len(tokenizer)), tokenizer, model_id="random")
+    return wrap(RANDOM[request.param](seed=3, vocab_size=len(tokenizer)), tokenizer, model_id="random")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_conv_slices_equal_the_sum_by_hand(model: MambaModel, data: IOIDataset) 
     table = conv_slices(model, data, layer=1, positions=[1, 3, 4, 5, 6, 9, 16], progress=False).table
     assert sorted(table["slice"].unique()) == [-3, -2, -1, 0]
     for tap, position in [(-3, 6), (-2, 5), (-1, 4), (-1, 16), (0, 3)]:
-        patched = plain.resampled(model._module, data, "terms", 1, position, tap - 1)
+        patched = plain.resampled(model._module, data, "conv_slice", 1, position, tap - 1)
         expected = plain.effects(model._module, data, patched)
         for corruption in table["corruption"].unique():
             found = cell(table, corruption=corruption, slice=tap, position=position)
@@ -168,15 +168,10 @@ def test_state_similarity_equals_the_recurrence(model: MambaModel) -> None:
     ids = model.tokenizer("<|endoftext|>" + text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     length = ids.shape[1]
     assert length == 20 and ids[0, 0] == model.tokenizer.bos_token_id and len(table) == length**2
-    states = plain.values(model._module, ids, "h", 1)[0]
-    x = plain.values(model._module, ids, "ssm_input", 1)[0]
-    mixer = model._module.backbone.layers[1].mixer
-    with torch.no_grad():
-        delta, B, _ = mixer.x_proj(x).split([mixer.time_step_rank, 4, 4], dim=-1)
-        delta = torch.nn.functional.softplus(mixer.dt_proj(delta))
+    acts = plain.forward_by_hand(model._module, ids)
+    written, states = (acts[f"blocks.1.hook_{site}"][0].flatten(1).detach() for site in ("write", "h"))
     for i, j in [(0, 0), (3, 3), (3, 10), (7, 19), (15, 2), (19, 19)]:
-        contribution = delta[i][:, None] * B[i] * x[i][:, None]
-        expected = torch.nn.functional.cosine_similarity(contribution.flatten(), states[j].flatten(), dim=0)
+        expected = torch.nn.functional.cosine_similarity(written[i], states[j], dim=0)
         found = cell(table, i=i, j=j)
         assert found["similarity"] == pytest.approx(expected.item(), abs=1e-4)
         assert [found["label_i"], found["label_j"]] == [model.tokenizer.decode([ids[0, k]]) for k in (i, j)]
@@ -211,7 +206,7 @@ def test_labels(model: MambaModel) -> None:
 
 def test_bad_arguments(model: MambaModel, data: IOIDataset) -> None:
     everything = IOIDataset.generate(model.tokenizer, 20, templates="all")
-    one_layer = wrap(random_mamba(vocab_size=len(model.tokenizer), num_hidden_layers=1), None, model_id="one")
+    one_layer = wrap(RANDOM["mamba"](vocab_size=len(model.tokenizer), num_hidden_layers=1), None, model_id="one")
     for call, message in (
         (lambda: resample_ablation(model, data[:0]), "no rows"),
         (lambda: resample_ablation(model, everything), "templates='aligned'"),

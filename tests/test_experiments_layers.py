@@ -15,7 +15,7 @@ from mamba_ioi.result import bootstrap_interval
 from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain
-from .conftest import random_mamba
+from .conftest import RANDOM
 from .plain import NAMES
 
 TOKENIZER = plain.prompt_tokenizer(NAMES)
@@ -25,8 +25,8 @@ LAYERS = 3
 def module_of(kind: str) -> nn.Module:
     """A small random model of the kind, with weights large enough for every layer to matter."""
     V = len(TOKENIZER)
-    if kind == "mamba":
-        return random_mamba(seed=1, vocab_size=V, num_hidden_layers=LAYERS)
+    if kind in RANDOM:
+        return RANDOM[kind](seed=1, vocab_size=V, num_hidden_layers=LAYERS)
     configs = {
         "gpt2": GPT2Config(vocab_size=V, n_embd=16, n_layer=LAYERS, n_head=2, n_positions=32, initializer_range=0.5),
         "llama": LlamaConfig(
@@ -47,7 +47,7 @@ def module_of(kind: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(configs[kind]).eval()
 
 
-@pytest.fixture(scope="module", params=["mamba", "gpt2", "llama", "gptj"])
+@pytest.fixture(scope="module", params=[*RANDOM, "gpt2", "llama", "gptj"])
 def case(request: pytest.FixtureRequest) -> tuple[CausalLM, nn.ModuleList, IOIDataset]:
     module = module_of(request.param)
     blocks = next(m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS)

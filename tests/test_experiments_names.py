@@ -17,16 +17,16 @@ from mamba_ioi.models.model import MambaModel, wrap
 from mamba_ioi.tasks.ioi import IOIDataset, single_token_names
 
 from . import plain
-from .conftest import random_mamba
+from .conftest import RANDOM
 from .plain import NAMES
 
 LAYER, PAIRS, SEED = 1, 48, 3
 
 
-@pytest.fixture(scope="module")
-def model() -> MambaModel:
+@pytest.fixture(scope="module", params=RANDOM)
+def model(request: pytest.FixtureRequest) -> MambaModel:
     tokenizer = plain.prompt_tokenizer(NAMES)
-    return wrap(random_mamba(seed=8, vocab_size=len(tokenizer)), tokenizer, model_id="random")
+    return wrap(RANDOM[request.param](seed=8, vocab_size=len(tokenizer)), tokenizer, model_id="random")
 
 
 def means_by_hand(model: MambaModel, offset: int, n_pairs: int = PAIRS) -> dict[tuple[str, int], Tensor]:
@@ -187,7 +187,7 @@ def test_pca_equals_the_covariance_s_eigenvectors(model: MambaModel) -> None:
 
 
 def test_bad_arguments(model: MambaModel) -> None:
-    bare = wrap(random_mamba(vocab_size=len(model.tokenizer)), None, model_id="bare")
+    bare = wrap(RANDOM["mamba"](vocab_size=len(model.tokenizer)), None, model_id="bare")
     for call, message in (
         (lambda: name_means(model, 3, 2), "layers are whole numbers from 0 to 2"),
         (lambda: name_means(model, 1, 0), "n_pairs"),

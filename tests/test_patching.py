@@ -328,7 +328,7 @@ class TestAgainstPlainComputations:
             terms[:, 5, :, tap - 1] = value
             return terms
 
-        expected = self.patched(small, tokens, {("terms", 1): put})
+        expected = self.patched(small, tokens, {("conv_slice", 1): put})
         for patch in (
             Patch("conv_slice", 1, value[:, None], [5], slice=tap),
             Patch("blocks.1.hook_conv_slice.5", None, value, slice=tap),
@@ -351,7 +351,7 @@ class TestAgainstPlainComputations:
             return terms
 
         out = run(small, tokens, [Patch("conv_slice", 2, 0.25, slice=-1)], positions="all")
-        close(out, self.patched(small, tokens, {("terms", 2): put}))
+        close(out, self.patched(small, tokens, {("conv_slice", 2): put}))
 
     def test_layer_input_reaches_one_layer_and_resid_pre_the_stream(self, small, tokens, plain):
         value = noise(4, 9, 12)
