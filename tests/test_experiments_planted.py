@@ -182,3 +182,10 @@ def test_every_experiment_runs_from_the_table_and_has_a_figure(name: str) -> Non
         with pytest.raises(ValueError, match="tells no channels apart; channels='x' has no meaning there"):
             experiment(model, pairs=4, channels="x")
     assert result.plot().axes
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_on_a_mamba2_and_has_a_figure(name: str) -> None:
+    model = planted(family="mamba2", n_layers=2, layer=1, slice=-1, n_names=6, seed=1)
+    result = EXPERIMENTS[name](model, pairs=2, progress=False)
+    assert len(result.table) and result.plot().axes
