@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mamba_ioi import Patch, cache, load_model, metrics
+from mamba_ioi.experiments import EXPERIMENTS
 from mamba_ioi.interventions.patch import Resample
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
@@ -17,6 +18,7 @@ from mamba_ioi.models.model import MambaModel
 from mamba_ioi.tasks import generate
 from mamba_ioi.tasks.pairs import PromptPairs
 from mamba_ioi.zoo import EMBEDDED
+from mamba_ioi.zoo.found import FOUND
 from mamba_ioi.zoo.train_tiny import FAMILIES, card
 
 STOP, GAVE, LAST = 12, 16, 19
@@ -86,6 +88,13 @@ def test_what_the_card_says_is_what_is_measured(name: str) -> None:
     numbers, expected = told((EMBEDDED[name] / "README.md").read_text(encoding="utf-8")), effects(name)
     assert len(numbers) == len(expected)
     torch.testing.assert_close(torch.tensor(numbers), torch.tensor(expected), rtol=0, atol=0.0051)
+
+
+def test_what_removal_says_of_tiny_mamba2() -> None:
+    (least,) = re.findall(r"with any one of them removed, accuracy is (0\.\d+) or more", FOUND["tiny-mamba2"])
+    result = EXPERIMENTS["layer_removal"](load_model("tiny-mamba2"), pairs=40, progress=False)
+    table = result.table.set_index("layer")
+    assert table.accuracy[[1, 2, 3, 4, 5]].min() == pytest.approx(float(least)) and table.accuracy[0] < 0.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
