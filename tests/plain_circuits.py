@@ -77,6 +77,43 @@ def scan_of(mixer: nn.Module, inner: Tensor, dt: Tensor | None):
     return ssd_step, ssd_read, x.new_zeros(*x[:, 0].shape, n)
 
 
+def from_token_to_token(mixer: nn.Module, inner: Tensor, dt: Tensor | None) -> dict[str, Tensor]:
+    """``A_bar``, ``write`` and C, ``[B, L, *state]`` each or broadcastable to it, and D x, ``[B, L, E]``."""
+    n = mixer.ssm_state_size
+    A = -mixer.A_log.exp()
+    if dt is None:
+        delta, B, C = normed(mixer, mixer.x_proj(inner).split([mixer.time_step_rank, n, n], dim=-1))
+        delta = F.softplus(mixer.dt_proj(delta))
+        write = delta[..., None] * B[:, :, None] * inner[..., None]
+        return {"A_bar": (delta[..., None] * A).exp(), "write": write, "C": C[:, :, None], "D x": mixer.D * inner}
+    heads, groups = mixer.num_heads, mixer.n_groups
+    x, B, C = inner.split([mixer.intermediate_size, groups * n, groups * n], dim=-1)
+    x = x.unflatten(-1, (heads, mixer.head_dim))
+    B, C = (value.unflatten(-1, (groups, n)).repeat_interleave(heads // groups, dim=2) for value in (B, C))
+    delta = F.softplus(dt + mixer.dt_bias).clamp(*mixer.time_step_limit)
+    write = delta[..., None, None] * x[..., None] * B[:, :, :, None]
+    D_x = (mixer.D[:, None] * x).flatten(2)
+    return {"A_bar": (delta * A).exp()[..., None, None], "write": write, "C": C[:, :, :, None], "D x": D_x}
+
+
+def pair_by_pair(name: str, here: dict, there: dict, cut: set) -> Tensor:
+    """The scan's output, a term for each pair of positions, with writes and controls of another run where cut."""
+    A_bar, C = here["A_bar"].clone(), here["C"].clone()
+    length, outputs = C.shape[1], []
+    for t in range(length):
+        if (f"{name}.controls", f"{name}.ssm", t) in cut:
+            A_bar[:, t], C[:, t] = there["A_bar"][:, t], there["C"][:, t]
+    for t in range(length):
+        y = 0
+        for s in range(t + 1):
+            carried = (there if (f"{name}.write[{s}]", f"{name}.ssm", t) in cut else here)["write"][:, s]
+            for r in range(s + 1, t + 1):
+                carried = A_bar[:, r] * carried
+            y = y + (C[:, t] * carried).sum(-1)
+        outputs.append(y.flatten(1) + here["D x"][:, t])
+    return torch.stack(outputs, dim=1)
+
+
 @torch.no_grad()
 def mamba_run(
     module, tokens: Tensor, last: Tensor, corrupt: PlainRun | None = None, cut=(), positional=False, ssm="conv"
@@ -84,7 +121,7 @@ def mamba_run(
     """A Mamba's forward, position by position, with edges resampled from another run, coarse and fine.
 
     With ``ssm="states"`` a cut of ``conv -> ssm`` puts the other run's state in place at the position, or at all of
-    them, and a cut of ``ssm -> out`` reads the other run's state there.
+    them, and a cut of ``ssm -> out`` reads the other run's state there. With ``tokens``, writes and controls are cut.
     """
     run, cut = PlainRun(), set(cut)
     n_layers, length = len(module.backbone.layers), tokens.shape[1]
@@ -112,7 +149,7 @@ def mamba_run(
             run.values[f"{name}.conv[{slice_}]"] = term
             conv = conv + edge(name, f"{name}.conv[{slice_}]", term, f"{name}.conv[{slice_}]")
         run.values[f"{name}.conv"] = conv
-        inner = F.silu(conv if ssm == "states" else edge(f"{name}.conv", f"{name}.ssm", conv))
+        inner = F.silu(edge(f"{name}.conv", f"{name}.ssm", conv) if ssm == "conv" else conv)
         step, read, h = scan_of(mixer, inner, dt)
         outputs, states = [], []
         there = outside.get(f"{name}.h")
@@ -129,6 +166,12 @@ def mamba_run(
             outputs.append(read(state(f"{name}.ssm", name, p, h), p))
         run.values[f"{name}.ssm"], run.values[f"{name}.skip"] = torch.stack(outputs, dim=1), gate
         run.values[f"{name}.h"] = torch.stack(states, dim=1)
+        if ssm == "tokens":
+            here = from_token_to_token(mixer, inner, dt)
+            run.values |= {f"{name}.{key}": value for key, value in here.items()}
+            if corrupt is not None:
+                there = {key: outside[f"{name}.{key}"] for key in here}
+                run.values[f"{name}.ssm"] = pair_by_pair(name, here, there, cut)
         y = run.values[f"{name}.ssm"]
         y = y if ssm == "states" else edge(f"{name}.ssm", name, y)
         gate = edge(name, f"{name}.skip", gate, f"{name}.skip")

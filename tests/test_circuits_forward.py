@@ -20,7 +20,8 @@ from .conftest import RANDOM, random_mamba
 
 N, LENGTH, ROWS, VOCAB = 3, 7, 4, 61
 STATES = [Graph(N, True, None, "states"), Graph(N, True, LENGTH, "states")]
-GRAPHS = [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH), *STATES]
+TOKEN_EDGES = Graph(N, True, LENGTH, "tokens")
+GRAPHS = [Graph(N), Graph(N, True), Graph(N, False, LENGTH), Graph(N, True, LENGTH), *STATES, TOKEN_EDGES]
 TOKENS = torch.randint(0, VOCAB, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(5))
 LAST = torch.full((ROWS,), LENGTH - 1)
 
@@ -44,7 +45,7 @@ def keep(graph: Graph, cut: list[set]) -> torch.Tensor:
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 def test_any_set_of_edges_equals_the_twin(model: MambaModel, graph: Graph) -> None:
     module, positional = model._module, graph.length is not None
-    corrupt = plain.mamba_run(module, TOKENS[1], LAST)
+    corrupt = plain.mamba_run(module, TOKENS[1], LAST, ssm=graph.ssm)
     run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     sets = cuts(graph, 40)
     found = resampled_logits(model, graph, TOKENS[0], LAST, run, keep(graph, sets))
@@ -53,7 +54,7 @@ def test_any_set_of_edges_equals_the_twin(model: MambaModel, graph: Graph) -> No
     assert ((found - found[-1]).abs().amax((1, 2)) > 1e-2).sum() > 5  # the edges do something
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES], ids=str)
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES, TOKEN_EDGES], ids=str)
 def test_whole_and_empty_graph(model: MambaModel, graph: Graph) -> None:
     run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     masks = torch.stack([torch.ones(len(graph.pairs), graph.width), torch.zeros(len(graph.pairs), graph.width)])
@@ -77,7 +78,7 @@ def test_the_unembedding_is_one_product_of_all_rows(model: MambaModel, monkeypat
     assert [tuple(value.shape) for value in seen] == [(ROWS, 1, model.d_model)] and seen[0].is_contiguous()
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES], ids=str)
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES, TOKEN_EDGES], ids=str)
 def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
     run, graph = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm), graph.on(model)
     generator = torch.Generator().manual_seed(1)
@@ -90,7 +91,7 @@ def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
     torch.testing.assert_close(whole, left, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True, LENGTH), *STATES], ids=str)
+@pytest.mark.parametrize("graph", [Graph(N), Graph(N, True, LENGTH), *STATES, TOKEN_EDGES], ids=str)
 def test_each_row_its_own_circuit(model: MambaModel, graph: Graph) -> None:
     run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
     masks = torch.rand(2, ROWS, len(graph.pairs), graph.width, generator=torch.Generator().manual_seed(4)) < 0.6

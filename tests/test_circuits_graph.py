@@ -128,9 +128,75 @@ def test_states_go_on_from_position_to_position(seed: int) -> None:
     assert set(graph.edges(graph.prune(mask))) == state_paths(graph, set(graph.edges(mask)))
 
 
-def test_what_the_ssm_edge_carries_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="conv or states, not 'h'"):
+def test_what_the_ssm_edge_carries_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="conv, states or tokens, not 'h'"):
         Graph(2, True, ssm="h")
+    with pytest.raises(ValueError, match="kept apart by position: give a length"):
+        Graph(2, True, ssm="tokens")
+
+
+def test_writes_go_to_later_positions_alone() -> None:
+    """A layer has 4 + 1 + 1 + 2 edges a position, and one from each position to each that is not before it."""
+    graph = Graph(2, True, 5, "tokens")
+    assert len(graph) == (1 + 2 + 3) * 5 + 2 * (8 * 5 + 15) == len(graph.edges()) == int(graph.whole().sum())
+    edges = [("1.write[2]", "1.ssm", 4), ("1.controls", "1.ssm", 3), ("1.write[3]", "1.ssm", 3)]
+    assert graph.edges(graph.mask(edges)) == (edges[1], edges[0], edges[2])
+    assert graph.edges(graph.mask([("0.write[3]", "0.ssm")])) == tuple(("0.write[3]", "0.ssm", t) for t in (3, 4))
+    for edge in (("1.write[2]", "1.ssm", 1), ("1.write[5]", "1.ssm", 4), ("1.conv", "1.ssm", 2)):
+        with pytest.raises(ValueError, match="is not in"):
+            graph.mask([edge])
+    known = Graph.of(2, [("embed", "1", 0), ("1.write[0]", "1.ssm", 4)])
+    assert known == Graph(2, True, 5, "tokens") and layer_of("1.write[12]") == layer_of("1.controls") == 1
+    fine, mask = Graph(2, length=5, ssm="tokens").refine(Graph(2, length=5).mask([("embed", "1", 2)]))
+    assert fine == graph and int(mask.sum()) == 1 + 2 * (8 * 5 + 15)
+
+
+def token_paths(graph: Graph, kept: set) -> set:
+    """Every edge on a path, of one fine layer whose writes and controls are edges; by walking all of them."""
+    ends: dict = {}
+
+    def join(start, stop, edge=()) -> None:
+        if not edge or edge in kept:
+            ends.setdefault(start, []).append((edge, stop))
+
+    for p in range(graph.length):
+        join("embed", ("in", p), ("embed", "0", p))
+        for s in range(-3, 1):
+            if p + s >= 0:
+                join(("in", p + s), ("conv", p), ("0", f"0.conv[{s}]", p))
+        for made in ("write", "controls"):
+            join(("conv", p), (made, p))
+            if graph.direct_step:
+                join(("in", p), (made, p))
+        join(("conv", p), ("ssm", p))  # by D x
+        join(("controls", p), ("decay", p), ("0.controls", "0.ssm", p))
+        for t in range(p, graph.length):
+            join(("write", p), ("ssm", t), (f"0.write[{p}]", "0.ssm", t))
+            join(("decay", p), ("ssm", t))
+        join(("ssm", p), ("out", p), ("0.ssm", "0", p))
+        join(("in", p), ("gate", p), ("0", "0.skip", p))
+        join(("gate", p), ("out", p), ("0.skip", "0", p))
+    last = graph.length - 1
+    join(("out", last), "end", ("0", "output", last))
+    join("embed", "end", ("embed", "output", last))
+    found: set = set()
+
+    def walk(node, path: list) -> None:
+        if node == "end":
+            found.update(path)
+        for edge, stop in ends.get(node, ()):
+            walk(stop, [*path, edge])
+
+    walk("embed", [])
+    return found - {()}
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("direct_step", [False, True])
+def test_pruning_follows_writes_and_controls(seed: int, direct_step: bool) -> None:
+    graph = Graph(1, True, 5, "tokens", direct_step)
+    mask = torch.rand(len(graph.pairs), 5, generator=torch.Generator().manual_seed(seed)) < 0.3 + 0.06 * seed
+    assert set(graph.edges(graph.prune(mask))) == token_paths(graph, set(graph.edges(mask)))
 
 
 def test_refining_keeps_layers_whole() -> None:

@@ -25,7 +25,7 @@ from mamba_ioi import (
     run,
     token_contributions,
 )
-from mamba_ioi.circuits import token_edges
+from mamba_ioi.circuits import Circuit, eap, evaluate, token_edges
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import Resample, sweep
 from mamba_ioi.models.model import MambaModel, wrap
@@ -613,7 +613,16 @@ def test_on_a_server(tiny, data, monkeypatch):
             one, other = (function(model, ids, 1, targets=[-1, 5]) for model in (there, tiny))
             torch.testing.assert_close(one, other, **ROUNDED)
         assert torch.equal(*(generate(model, ids, 2, patches=[Cut(1, 3, -1)]) for model in (there, tiny)))
-        one, other = (token_edges(model, two, steps=2, layers=1).table for model in (there, tiny))
-        pd.testing.assert_frame_equal(one, other, check_exact=False, rtol=0, atol=1e-5)
+        given = {"positional": True, "fine": True, "ssm": "tokens"}
+        for score in (
+            lambda model: token_edges(model, two, steps=2, layers=1, controls=True),
+            lambda model: eap(model, two, steps=1, **given),
+        ):
+            one, other = (score(model).table for model in (there, tiny))
+            pd.testing.assert_frame_equal(one, other, check_exact=False, rtol=0, atol=1e-5)
+        edges = [("embed", "1", p) for p in range(20)] + [("1.write[16]", "1.ssm", 19), ("1.controls", "1.ssm", 18)]
+        circuit = Circuit.of(tiny, [*edges, ("1.ssm", "1", 19), ("1", "output", 19)])
+        one, other = (evaluate(model, two, circuit) for model in (there, tiny))
+        assert one.logit_diff == pytest.approx(other.logit_diff, abs=1e-4)
     finally:
         worker.process.kill()

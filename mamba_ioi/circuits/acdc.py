@@ -13,8 +13,10 @@ from tqdm.auto import tqdm
 from ..checks import real_number
 from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit, edge_table
-from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
+from .graph import Graph
 from .measure import MANY, Evaluator, graph_for
+from .pairs import Pairs
+from .paths import INNER, SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ def acdc(
 ) -> Circuit:
     """Drop edges whose removal lowers the mean normalized logit difference by no more than the threshold (App. D.2).
 
-    Nodes are taken backwards from the output; of a layer, first its SSM and skip, then its conv slices, then the edges
+    Nodes are taken backwards from the output; of a layer, first its SSM (where ``ssm`` is ``tokens``, the writes and
+    controls that it is made of) and skip, then its conv slices, then the edges
     into it, from the latest source to the earliest. Edges are removed by resampling them, on top of everything that is
     outside the circuit. ``ssm -> out`` and ``skip -> out`` are not tested: they stay where ``conv -> ssm`` and
     ``in -> skip`` do, for to cut the one is to cut the other (with positions, ``ssm -> out`` is tested).
@@ -52,12 +55,13 @@ def acdc(
     Args:
         model: a model from `load_model`; with ``fine`` a Mamba.
         data: pairs of prompts; the metric is their mean.
-        circuit: where to start from; None for the whole graph.
+        circuit: where to start from; None for the whole graph, with positions where ``ssm`` is ``tokens``.
         threshold: the largest drop of the mean NLD at which an edge goes.
         fine: test the edges inside layers too.
         exact: test sequentially.
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, or ``states``, the states h, as the authors
-            have it (see `Graph`); None: as the circuit has it, ``conv`` if it is not said there.
+            have it, or ``tokens``, what each position gives to each later one, which needs positions (see `Graph`);
+            None: as the circuit has it, ``conv`` if it is not said there.
         absolute: NLD over |max - min| (App. B), or over max - min.
         metric: another metric, as `PromptPairs` has them, whose drop counts; the pairs' own if None.
         batch_rows: how many rows, candidates times prompts, run at once; None: up to 128, as ``model.memory`` allows.
@@ -77,7 +81,8 @@ def acdc(
         raise ValueError(f"the threshold is a drop of the metric, 0 or more, not {threshold!r}")
     threshold = drop
     if circuit is None:
-        circuit = Circuit.of(model, Graph(model.n_layers).edges())
+        length = Pairs.of(model, data, positional=True).length if ssm == "tokens" else None
+        circuit = Circuit.of(model, Graph(model.n_layers, length=length).edges())
     graph = graph_for(circuit, data, model, ssm)
     mask = graph.mask(circuit.edges)
     if fine:
@@ -91,8 +96,8 @@ def acdc(
     final = evaluator.measure(kept[None]).means()
     logger.info("%d edges kept, %d tested in %d runs", int(kept.sum()), search.tested, search.runs)
     table = edge_table(graph.edges())
-    table["kept"] = kept.flatten().tolist()
-    table["effect"] = search.effects.flatten().tolist()
+    table["kept"] = kept[graph.whole()].tolist()
+    table["effect"] = search.effects[graph.whole()].tolist()
     meta = {
         "found_by": f"acdc, threshold {threshold:g}, {'sequential' if exact else 'joint'} tests",
         "threshold": threshold,
@@ -118,7 +123,7 @@ def steps(graph: Graph) -> list[list[int]]:
             start = graph.inside(layer).start
             if graph.length is not None or (graph.direct_step and graph.ssm == "conv"):
                 groups.append([start + SSM_OUT])
-            groups.append([start + SSM, start + SKIP])
+            groups.append([start + SSM, start + SKIP, *range(start + INNER, start + graph.inner)])
             groups.append([start + k for k in range(SLICE.start, SLICE.stop)][::-1])
         groups.append(list(range(len(graph.pairs)))[graph.into(layer)][::-1])
     return groups

@@ -35,7 +35,7 @@ class Circuit:
         table: one row an edge: src, dst, position where there is one, and what the search found out (`score` of EAP;
             `kept` and `effect` of ACDC, which also lists the edges that were dropped).
         meta: how the circuit was found.
-        ssm: what a fine circuit's edges conv -> ssm carry, ``conv`` or ``states`` (see `Graph`).
+        ssm: what a fine circuit's edges conv -> ssm carry, ``conv`` or ``states``, or ``tokens`` (see `Graph`).
         direct_step: whether the layers' time steps come from their inputs and not out of their convs (see `Graph`).
 
     Raises:
@@ -70,7 +70,8 @@ class Circuit:
         """
         edges = list(edges)
         graph = Graph.of(model.n_layers, edges)
-        known = {"fine": graph.fine, "length": graph.length, "direct_step": graph.on(model).direct_step, **known}
+        kind = {"fine": graph.fine, "length": graph.length, "ssm": graph.ssm}
+        known = {**kind, "direct_step": graph.on(model).direct_step, **known}
         return cls(tuple(edges), model.n_layers, **known)
 
     @property

@@ -22,7 +22,9 @@ The two variants of integrated gradients:
 Fine edges are scored in the same way, by the gradients at the conv's output, the gate and the SSM's output; inside
 layers nothing is interpolated on its own, so coarse scores are the same with and without them. By the algebra, the
 four slices' scores of a layer sum to that of ``conv -> ssm``; ``in -> skip`` and ``skip -> out`` are one value, and
-score the same.
+score the same. Where positions are kept apart, ``ssm="tokens"`` has the writes and controls of each position in place
+of ``conv -> ssm`` (see `graph`): their scores are the gradient at the scan's output times what resampling one of them
+changes there, all from the same backward pass.
 
 With positions, the sum over positions is not taken: (i -> j, p) has the share of position p. With marks it is taken by
 places: (i -> j, mark) has, of each row, the share of the position where the mark stands in that row, and (i -> j,
@@ -53,11 +55,14 @@ from ..remote.requests import ask, require_gradients
 from ..result import Result
 from ..tasks.pairs import Metric, PromptPairs, metric_name
 from ..trace.conv import ConvStages, conv_terms
+from ..trace.mixing import contracted
 from ..trace.scan import ScanStages
+from ..trace.tokens import controls_effects, written
 from .circuit import edge_table
 from .forward import Pass, Run, beginning, record, require_fine, run_nodes
-from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
+from .graph import Graph
 from .pairs import Pairs
+from .paths import INNER, SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT
 
 VARIANTS = ("standard", "paper")
 MOST_ROWS = 32
@@ -92,7 +97,8 @@ def eap(
         variant: ``standard`` or ``paper``: what is interpolated, and whether gradients pass through the patch. See this
             module's text.
         fine: score also the edges inside layers: conv slices, SSM and skip.
-        ssm: what the edges conv -> ssm carry: ``conv`` only; `exact_effects` measures ``states``.
+        ssm: what the edges conv -> ssm carry: ``conv``, or with ``positional`` and ``fine`` ``tokens``: the writes of
+            each position to each later one, and the controls, in their place; `exact_effects` measures ``states`` too.
         absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
         metric: another metric, as `PromptPairs` has them, whose own change is scored; the pairs' own if None.
         batch_rows: how many rows run at once; as many, up to 32, as ``model.memory`` allows if None.
@@ -106,21 +112,23 @@ def eap(
     Raises:
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
             are kept; for marks that are unknown or stand at one position; for an unknown variant, less than one step or
-            ``ssm="states"``; on a server whose sandbox has no gradients; for a model that carries edits or hooks, or
-            whose layers read more than the residual stream.
+            ``ssm="states"``, or ``tokens`` without positions; on a server whose sandbox has no gradients; for a model
+            that carries edits or hooks, or whose layers read more than the residual stream.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
     steps = whole_number(steps, "steps", least=1)
-    if ssm != "conv":
-        raise ValueError(f"eap estimates what resampling the conv's output does, ssm='conv'; exact_effects has {ssm!r}")
+    if ssm not in ("conv", "tokens"):
+        raise ValueError(f"eap estimates ssm='conv' or 'tokens'; of what carries the edges conv -> ssm, not {ssm!r}")
+    if ssm == "tokens" and not (fine and positional and marks is None):
+        raise ValueError("edges from token to token are scored with fine=True and positional=True, and without marks")
     if fine:
         require_fine(model)
     require_gradients(model, "edge attribution patching")
     model.require_stream("circuits", edges=True)
     by_position = positional and marks is None
     pairs = Pairs.of(model, data, positional=by_position, marks=marks, metric=metric)
-    graph = Graph(model.n_layers, fine, pairs.length if by_position else None).on(model)
+    graph = Graph(model.n_layers, fine, pairs.length if by_position else None, ssm).on(model)
     total = torch.zeros(len(graph.pairs), len(pairs.marks) or graph.width, dtype=torch.float64)
     row = backward_bytes(model, pairs.length - int(pairs.start[0])) + 2 * state_bytes(model)  # where runs begin
     rows = fitting_rows(model, row, MOST_ROWS) if batch_rows is None else batch_rows
@@ -153,7 +161,7 @@ def score_table(graph: Graph, scores: Float[Tensor, "n_pairs width"], marks: Seq
     With ``marks``, these are what the columns of ``scores`` are of, and ``mark`` takes the place of ``position``.
     """
     if not marks:
-        return edge_table(graph.edges()).assign(score=scores.flatten().tolist())
+        return edge_table(graph.edges()).assign(score=scores[graph.whole()].tolist())
     rows = [(src, dst, mark) for src, dst in graph.pairs for mark in marks]
     return pd.DataFrame(rows, columns=["src", "dst", "mark"]).assign(score=scores.flatten().tolist())
 
@@ -185,7 +193,9 @@ def attributed_batch(
     parts = []
     for part in batch.to(model.device).batches(len(batch)):
         begins = beginning(model, part.clean, int(part.start[0]))
-        runs = [record(model, ids, part.last, begins, fine=graph.fine) for ids in (part.clean, part.corrupt)]
+        runs = [
+            record(model, ids, part.last, begins, fine=graph.fine, ssm=graph.ssm) for ids in (part.clean, part.corrupt)
+        ]
         _, spread = part.scale(*(one.logits for one in runs), absolute=absolute)
         spread = spread if part.metric == "nld" else torch.ones_like(spread)
         parts.append((part, *runs, 1 / (spread * n_rows * len(alphas))))
@@ -306,25 +316,37 @@ class Attributed(Pass):
     def conv(self, layer: int, conv: ConvStages) -> None:
         """Score the edges into the conv's taps, and from them into the scan."""
         start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
-        convolved, weight = conv.peek("conv"), conv.weight.detach()
+        convolved, weight, tokens = conv.peek("conv"), conv.weight.detach(), self.graph.writes
         d_input = self.corrupt.inner[layer]["conv_input"] - self.here(layer, "conv_input", conv.x.transpose(1, 2))
 
         def contract(gradient: Tensor) -> None:
             terms = conv_terms(d_input.transpose(1, 2), weight)
             by_slice = by_place(gradient[..., None] * terms, width, places, keep=-1)
             scores[start : start + SLICE.stop] += by_slice
-            scores[start + SSM] += by_slice.sum(0)
+            if not tokens:
+                scores[start + SSM] += by_slice.sum(0)
 
         convolved.register_hook(contract)
 
     def scan(self, layer: int, scan: ScanStages) -> None:
-        """Score the edge out of the scan."""
+        """Score the edge out of the scan, and those of writes and controls into it."""
         start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
-        output = scan.peek("ssm_output")
+        output, kind, A, initial = scan.peek("ssm_output"), type(scan), scan.peek("A").detach(), scan.initial
+        first, stop, flows = start + INNER + self.begins.position, start + self.graph.inner, None
+        if self.graph.writes:
+            names, live = ("ssm_input", "delta", "B", "C"), scan.flow()
+            there = {name: self.corrupt.inner[layer][name] for name in names}
+            flows = {name: self.here(layer, name, live[name]) for name in names}, there
         d_output = self.corrupt.inner[layer]["ssm_output"] - self.here(layer, "ssm_output", output)
 
         def contract(gradient: Tensor) -> None:
             scores[start + SSM_OUT] += by_place(gradient * d_output, width, places)
+            if flows is not None:
+                here, there = (kind.units(flow, A) for flow in flows)
+                gain = gradient.to(here.delta).unflatten(-1, here.x.shape[2:])
+                scores[start + SSM] += controls_effects(here, there, gain, initial)
+                moved = contracted(here, range(width), gain, lambda s: written(there, s) - written(here, s))
+                scores[first:stop] += moved.T
 
         output.register_hook(contract)
 

@@ -39,7 +39,8 @@ def exact_effects(
         positional: resample every edge at every position alone.
         fine: the edges inside layers too.
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, which is what `eap` estimates; or
-            ``states``, the states h, as the authors' ACDC has it (see `Graph`).
+            ``states``, the states h, as the authors' ACDC has it; or with positions ``tokens``, what each position
+            gives to each later one (see `Graph`).
         absolute: NLD over |max - min| (App. B), or over max - min.
         metric: another metric, as `PromptPairs` has them, whose own change is measured; the pairs' own if None.
         batch_rows: how many rows, edges times prompts, run at once; None: up to 128, as ``model.memory`` allows.
@@ -52,10 +53,10 @@ def exact_effects(
     length = Pairs.of(model, data, positional=True).length if positional else None
     graph = Graph(model.n_layers, fine, length, ssm).on(model)
     evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
-    whole = torch.ones(len(graph.pairs), graph.width, dtype=torch.bool)
+    whole = graph.whole()
     before = evaluator.measure(whole[None]).score.double().mean()
-    effects = torch.zeros(len(graph), dtype=torch.float64)
-    for some in tqdm(torch.arange(len(graph)).split(evaluator.batch_rows), desc="exact effects", disable=not progress):
+    effects, every = torch.zeros(whole.numel(), dtype=torch.float64), whole.flatten().nonzero().flatten()
+    for some in tqdm(every.split(evaluator.batch_rows), desc="exact effects", disable=not progress):
         masks = whole.flatten().expand(len(some), -1).clone()
         masks[torch.arange(len(some)), some] = False
         effects[some] = evaluator.measure(masks.view(len(some), *whole.shape)).score.double().mean(1) - before

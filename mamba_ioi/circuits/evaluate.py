@@ -92,7 +92,7 @@ def evaluate(
     graph = graph_for(circuit, data, model, ssm)
     evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=2)
     mask = graph.mask(circuit.edges)
-    order = rank(torch.zeros(mask.shape), "random", random_seed)
+    order = rank(torch.zeros(mask.shape).where(graph.whole(), torch.nan), "random", random_seed)
     found = evaluator.measure(torch.stack([mask, prefix_mask(graph, order, len(circuit))]))
 
     def evaluation(i: int, random: Evaluation | None = None) -> Evaluation:

@@ -123,4 +123,5 @@ def layer_view(circuit: Circuit, layer: int) -> Circuit:
     if not 0 <= layer < circuit.n_layers:
         raise ValueError(f"layers are 0 to {circuit.n_layers - 1}, not {layer}")
     near = tuple(edge for edge in circuit.edges if layer in (layer_of(edge[0]), layer_of(edge[1])))
-    return Circuit(near, circuit.n_layers, circuit.fine, circuit.length)
+    kind = circuit.n_layers, circuit.fine, circuit.length
+    return Circuit(near, *kind, ssm=circuit.ssm, direct_step=circuit.direct_step)

@@ -131,15 +131,18 @@ class Run:
         sources: what embed and each layer add to the residual stream, n_layers + 1 times ``[B, L, D]``.
         inner: for each layer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (in_proj's conv
             branch) and ``gate``; for the edge conv -> ssm also ``conv`` and ``ssm_output``, or what the states follow
-            from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``. Of a Mamba-2 ``conv_input`` and ``conv`` are
-            ``[B, L, X]``, ``delta`` ``[B, L, H]`` and ``B`` ``[B, L, G, N]``. Empty if not asked for.
+            from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``, or for edges from token to token these, ``C``, as
+            ``B``, and ``ssm_output``. Of a Mamba-2 ``conv_input`` and ``conv`` are ``[B, L, X]``, ``delta``
+            ``[B, L, H]`` and ``B`` ``[B, L, G, N]``. Empty if not asked for.
         logits: at each row's read position, ``[B, V]``.
+        ssm: which of these was asked for, as `graph` has it.
     """
 
     begins: Beginning
     sources: list[Float[Tensor, "B L D"]]
     inner: list[dict[str, Float[Tensor, "B L E"]]]
     logits: Float[Tensor, "B V"]
+    ssm: str = "conv"
 
 
 class Record(Pass):
@@ -169,10 +172,10 @@ class Record(Pass):
             if self.ssm == "conv":
                 self.values["conv"] = stages.peek("conv")
             return
-        if self.ssm == "conv":
+        if self.ssm != "states":
             self.values["ssm_output"] = stages.peek("ssm_output")
-        else:
-            self.values |= stages.inflow()
+        if self.ssm != "conv":
+            self.values |= stages.inflow() if self.ssm == "states" else stages.flow()
         self.inner.append(self.values)
 
     def after(self, layer, resid, added):
@@ -195,7 +198,7 @@ def record(
     visitor = Record(begins or Beginning(), fine, ssm)
     with torch.no_grad(), model.trace(tokens[:, visitor.begins.position :]):
         found = recorded(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
-    return Run(visitor.begins, *found)
+    return Run(visitor.begins, *found, ssm=ssm)
 
 
 def recorded(model, visitor: Record, read: Tensor) -> tuple:

@@ -29,11 +29,23 @@ What the edge ``39.conv -> 39.ssm`` carries, and ``39.ssm -> 39`` after it, is s
     carries what is read of the states, C h: to cut it at a position is to read the corrupt run's state there, and the
     later states stay as they are. Without positions the two edges are one.
 
+``tokens``
+    What one position gives to another. It needs positions, and in the edge's place there are
+
+        39.write[s] -> 39.ssm      at t >= s: what the write at s (B_bar x there) gives to the scan's output at t
+        39.controls -> 39.ssm      at t: delta, as the state decays there, and C, by which it is read
+
+    To cut a write is to put the corrupt run's write at s in its place in the output at t alone, under the decays and C
+    that are there; to cut the controls at t, to let the state decay by the corrupt run's delta there, for all outputs
+    from t on, and read it by the corrupt run's C. D x stays live: through it the conv's output reaches the scan's at
+    its own position, along no edge. ``39.ssm -> 39`` carries the scan's output, D x included.
+
 In a Mamba-2 the conv gives x, B and C, and the time step delta comes from the layer's input beside it, along no edge
-(``direct_step``): it stays live whatever is cut, but for states and outputs that are the corrupt run's themselves.
+(``direct_step``): it stays live whatever is cut, but for states, writes, controls and outputs that are the corrupt
+run's themselves.
 
 Order: edges by destination (layers, then output), then source (embed, layers); a layer's eight inner edges follow those
-into it, as listed above; positions of an edge are adjacent.
+into it, as listed above, and after them its writes; positions of an edge are adjacent.
 """
 
 from __future__ import annotations
@@ -47,29 +59,27 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..checks import integer, scalar
+from .paths import INNER, SLICES, SSM, WRITES, needed, reached
 
 Edge = tuple[str, str] | tuple[str, str, int]
 """``(src, dst)``, or ``(src, dst, position)``."""
 
 EMBED, OUTPUT = "embed", "output"
-SLICES = (-3, -2, -1, 0)
-INNER = 8
-"""How many edges a layer has inside; `SLICE`, `SSM`, `SKIP`, `SSM_OUT`, `SKIP_OUT` say where they stand among them."""
-SLICE, SSM, SKIP, SSM_OUT, SKIP_OUT = slice(0, 4), 4, 5, 6, 7
-SSM_CUTS = ("conv", "states")
-_NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[123]|0)\])?|ssm|skip))?")
+SSM_CUTS = ("conv", "states", "tokens")
+_NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[123]|0)\])?|ssm|skip|controls|write\[\d+\]))?")
 
 
-def inner_edges(layer: int) -> list[tuple[str, str]]:
-    """The eight edges inside a layer, in order."""
+def inner_edges(layer: int, writes: int = 0) -> list[tuple[str, str]]:
+    """The edges inside a layer, in order; those of so many positions' writes, if any, in place of conv -> ssm."""
     node = str(layer)
     slices = [(node, f"{node}.conv[{s}]") for s in SLICES]
     return [
         *slices,
-        (f"{node}.conv", f"{node}.ssm"),
+        (f"{node}.controls" if writes else f"{node}.conv", f"{node}.ssm"),
         (node, f"{node}.skip"),
         (f"{node}.ssm", node),
         (f"{node}.skip", node),
+        *((f"{node}.write[{s}]", f"{node}.ssm") for s in range(writes)),
     ]
 
 
@@ -92,7 +102,8 @@ class Graph:
         n_layers: how many layers (blocks) the model has.
         fine: whether layers are split into conv slices, SSM and skip.
         length: the number of positions, if edges are kept apart by position.
-        ssm: what the edge into a layer's SSM carries, ``conv`` or ``states``; without fine nodes it has no meaning.
+        ssm: what the edge into a layer's SSM carries, ``conv`` or ``states``, or ``tokens``; without fine nodes it has
+            no meaning.
         direct_step: whether a layer's time step comes from its input and not out of its conv, as in a Mamba-2.
         pairs: every (src, dst), in order; n_pairs of them.
         index: where each (src, dst) stands in `pairs`.
@@ -112,20 +123,25 @@ class Graph:
         if n_layers is None or n_layers < 1 or (self.length is not None and (length is None or length < 1)):
             raise ValueError(f"a graph has at least one layer and one position, not {self.n_layers} and {self.length}")
         if self.ssm not in SSM_CUTS:
-            raise ValueError(f"ssm is what the edge conv -> ssm carries, {' or '.join(SSM_CUTS)}, not {self.ssm!r}")
+            raise ValueError(f"ssm is what the edge conv -> ssm carries, conv, states or tokens, not {self.ssm!r}")
+        if self.fine and self.ssm == "tokens" and length is None:
+            raise ValueError("edges from token to token (ssm='tokens') are kept apart by position: give a length")
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "length", length)
         found: list[tuple[str, str]] = []
         for layer in range(self.n_layers):
             found += [(source, str(layer)) for source in self.sources(layer)]
-            found += inner_edges(layer) if self.fine else []
+            found += inner_edges(layer, self.writes) if self.fine else []
         found += [(source, OUTPUT) for source in self.sources(self.n_layers)]
         object.__setattr__(self, "pairs", tuple(found))
         object.__setattr__(self, "index", {pair: i for i, pair in enumerate(found)})
 
     @classmethod
     def of(cls, n_layers: int, edges: Iterable[Edge]) -> Graph:
-        """The smallest kind of graph that holds these edges: fine if an inner one is there, positional if one is."""
+        """The smallest kind of graph that holds these edges: fine if an inner one is there, positional if one is.
+
+        Its ssm is ``tokens`` if a write or controls are among them, else ``conv``.
+        """
         edges = list(edges)
         positional = {len(edge) == 3 for edge in edges}
         if len(positional) > 1:
@@ -133,7 +149,8 @@ class Graph:
         fine = any("." in node for edge in edges for node in edge[:2])
         positions = [edge[2] for edge in edges if len(edge) == 3]
         length = 1 + max(positions) if positions else None
-        return cls(n_layers, fine, length)
+        tokens = any("." in edge[0] and edge[0].split(".")[1].startswith(("write[", "controls")) for edge in edges)
+        return cls(n_layers, fine, length, "tokens" if tokens else "conv")
 
     def on(self, model) -> Graph:
         """The same graph of this model, whose layers have their time steps from where it says."""
@@ -144,8 +161,20 @@ class Graph:
         """The size of a mask's second dimension: `length`, or 1 if edges are not kept apart by position."""
         return self.length or 1
 
+    @property
+    def writes(self) -> int:
+        """How many positions' writes are sources of edges in each layer: all, or none."""
+        return self.length or 0 if self.fine and self.ssm == "tokens" else 0
+
     def __len__(self) -> int:
-        return len(self.pairs) * self.width
+        return len(self.pairs) * self.width - self.n_layers * self.writes * (self.writes - 1) // 2
+
+    def whole(self) -> Bool[Tensor, "n_pairs width"]:
+        """The mask of all edges: every pair at every position, but for writes at positions before them."""
+        mask = torch.ones(len(self.pairs), self.width, dtype=torch.bool)
+        for layer in range(self.n_layers if self.writes else 0):
+            mask[self.inside(layer)][WRITES].triu_()
+        return mask
 
     def stored(self) -> dict[str, int | bool | str | None]:
         """What tells the graph, as a result's ``meta["graph"]`` holds it."""
@@ -156,21 +185,26 @@ class Graph:
         """The nodes with an edge into a layer (``n_layers`` stands for the output)."""
         return [EMBED, *map(str, range(layer))]
 
+    @property
+    def inner(self) -> int:
+        """How many edges there are inside a layer."""
+        return INNER + self.writes if self.fine else 0
+
     def into(self, layer: int) -> slice:
         """Where the edges into a layer's input stand in `pairs` (``n_layers``: into the output)."""
-        start = layer * (layer + 1) // 2 + (INNER * layer if self.fine else 0)
+        start = layer * (layer + 1) // 2 + (self.inner * layer)
         return slice(start, start + layer + 1)
 
     def inside(self, layer: int) -> slice:
         """Where a layer's inner edges stand in `pairs`."""
         start = self.into(layer).stop
-        return slice(start, start + (INNER if self.fine else 0))
+        return slice(start, start + self.inner)
 
     def edges(self, mask: Bool[Tensor, "n_pairs width"] | None = None) -> tuple[Edge, ...]:
         """The edges that a mask holds, in order; all of them without a mask."""
         if mask is None:
-            mask = torch.ones(len(self.pairs), self.width, dtype=torch.bool)
-        held = mask.nonzero().tolist()
+            mask = self.whole()
+        held = (mask & self.whole()).nonzero().tolist()
         return tuple((*self.pairs[i], p) if self.length else self.pairs[i] for i, p in held)
 
     def mask(self, edges: Iterable[Edge]) -> Bool[Tensor, "n_pairs width"]:
@@ -179,13 +213,15 @@ class Graph:
         Raises:
             ValueError: for an edge that is not in the graph.
         """
-        mask = torch.zeros(len(self.pairs), self.width, dtype=torch.bool)
+        mask, whole = torch.zeros(len(self.pairs), self.width, dtype=torch.bool), self.whole()
         for edge in edges:
             pair, position = (str(scalar(edge[0])), str(scalar(edge[1]))), integer(edge[2]) if len(edge) == 3 else None
             outside = len(edge) == 3 and (position is None or not 0 <= position < (self.length or 0))
-            if pair not in self.index or outside:
+            there = None if pair not in self.index or outside else whole[self.index[pair]]
+            if there is None or (position is not None and not there[position]):
                 raise ValueError(f"the edge {edge!r} is not in {self}")
-            mask[self.index[pair], slice(None) if position is None else position] = True
+            at = slice(None) if position is None else position
+            mask[self.index[pair], at] = there[at]
         return mask
 
     def refine(self, mask: Bool[Tensor, "n_pairs width"]) -> tuple[Graph, Bool[Tensor, "n_fine width"]]:
@@ -193,7 +229,7 @@ class Graph:
         if self.fine:
             return self, mask
         graph = replace(self, fine=True)
-        fine = torch.ones(len(graph.pairs), self.width, dtype=torch.bool)
+        fine = graph.whole()
         for layer in range(self.n_layers + 1):
             fine[graph.into(layer)] = mask[self.into(layer)]
         return graph, fine
@@ -204,95 +240,23 @@ class Graph:
         A source whose input is all resampled gives what it gives in the corrupt run, and what reaches no output is
         never read. Positions: a layer passes what it receives at p to any position from p on (which holds for a
         causal model), the gate to p alone; the output is read at the last position. Where ``ssm`` is ``states``, the
-        conv's output reaches the layer's output at its own position without an edge.
+        conv's output reaches the layer's output at its own position without an edge, and where it is ``tokens`` the
+        scan's.
         """
-        forward = self._reach(mask)
-        backward = self._needed(mask)
-        return mask & forward & backward
+        return mask & self.whole() & reached(self, mask) & needed(self, mask)
 
-    def _reach(self, mask: Tensor) -> Tensor:
-        """Which edges have a source that a path from embed reaches, ``[n_pairs, width]``."""
-        reached = torch.zeros_like(mask)
-        outputs = [torch.ones(self.width, dtype=torch.bool)]
+    def live_layers(self, kept: Bool[Tensor, "n_pairs"]) -> list[bool]:
+        """Whether each layer may lie on a path, of edges of which any position is kept."""
+        plain = replace(self, length=None, ssm="conv" if self.writes else self.ssm)
+        mask = torch.zeros(len(plain.pairs), 1, dtype=torch.bool)
         for layer in range(self.n_layers + 1):
-            into = self.into(layer)
-            reached[into] = torch.stack(outputs)
-            arrives = (mask[into] & reached[into]).any(0)
-            if layer == self.n_layers:
-                break
-            if not self.fine:
-                outputs.append(self._onwards(arrives))
-                continue
-            inner, kept = reached[self.inside(layer)], mask[self.inside(layer)]
-            inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in SLICES])
-            conv = (inner[SLICE] & kept[SLICE]).any(0)
-            step = arrives & self.direct_step
-            inner[SKIP] = arrives
-            if self.ssm == "conv":
-                inner[SSM] = conv
-                inner[SSM_OUT] = self._onwards((inner[SSM] & kept[SSM]) | step)
-            else:
-                inner[SSM_OUT] = self._carried(conv | step, kept[SSM])
-                inner[SSM] = conv | step | self._shift(inner[SSM_OUT], 1)
-            inner[SKIP_OUT] = inner[SKIP] & kept[SKIP]
-            through = (inner[SSM_OUT] & kept[SSM_OUT]) | (inner[SKIP_OUT] & kept[SKIP_OUT])
-            outputs.append(through if self.ssm == "conv" else through | conv)
-        return reached
-
-    def _needed(self, mask: Tensor) -> Tensor:
-        """Which edges have a destination from which a path leads to the output, ``[n_pairs, width]``."""
-        needed = torch.zeros_like(mask)
-        last = torch.zeros(self.width, dtype=torch.bool)
-        last[-1] = True
-        needed[self.into(self.n_layers)] = last
-        leaves = torch.zeros(self.n_layers, self.width, dtype=torch.bool)
-        leaves |= (mask & needed)[self.into(self.n_layers)][1:]
-        for layer in reversed(range(self.n_layers)):
-            if self.fine:
-                inner, kept = needed[self.inside(layer)], mask[self.inside(layer)]
-                inner[SSM_OUT] = inner[SKIP_OUT] = leaves[layer]
-                read = leaves[layer] & kept[SSM_OUT]
-                inner[SKIP] = leaves[layer] & kept[SKIP_OUT]
-                if self.ssm == "conv":
-                    step = inner[SSM] = self._backwards(read)
-                    inner[SLICE] = inner[SSM] & kept[SSM]
-                else:
-                    carried = step = self._carried(read.flip(0), kept[SSM].flip(0)).flip(0)
-                    inner[SSM] = read | self._shift(carried, -1)
-                    inner[SLICE] = carried | leaves[layer]
-                through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(SLICES)]
-                arrives = torch.stack([*through, inner[SKIP] & kept[SKIP], step & self.direct_step]).any(0)
-            else:
-                arrives = self._backwards(leaves[layer])
-            into = self.into(layer)
-            needed[into] = arrives
-            leaves[:layer] |= (mask[into] & arrives)[1:]
-        return needed
-
-    def _carried(self, begins: Bool[Tensor, "width"], kept: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
-        """Where a state holds what came in at that position or before it, with no cut from there on."""
-        places = torch.arange(len(kept))
-        came, cut = (torch.where(at, places, -1).cummax(0).values for at in (begins, ~kept))
-        return came > cut
-
-    def _onwards(self, at: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
-        """The positions from any of these on."""
-        return at.int().cummax(0).values.bool()
-
-    def _backwards(self, at: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
-        """The positions up to any of these."""
-        return self._onwards(at.flip(0)).flip(0)
-
-    def _shift(self, at: Bool[Tensor, "width"], by: int) -> Bool[Tensor, "width"]:
-        """Moved ``by`` positions later (not at all if edges are not kept apart by position)."""
-        if self.length is None or by == 0:
-            return at
-        moved = torch.zeros_like(at)
-        if by > 0:
-            moved[by:] = at[:-by]
-        else:
-            moved[:by] = at[-by:]
-        return moved
+            mask[plain.into(layer), 0] = kept[self.into(layer)]
+            if layer < self.n_layers:
+                mask[plain.inside(layer), 0] = kept[self.inside(layer)][: plain.inner]
+                if self.writes:  # by D x at least
+                    mask[plain.inside(layer)][SSM] = True
+        used = plain.prune(mask)
+        return [bool(used[plain.into(layer)].any()) for layer in range(self.n_layers)]
 
 
 def describe(edges: Sequence[Edge]) -> str:

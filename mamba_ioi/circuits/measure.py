@@ -213,17 +213,15 @@ def task_metrics(
 def row_bytes(model, graph: Graph, length: int, together: int) -> int:
     """What a row, a candidate on a prompt, needs: its forward and sources, and a share of the prompt's references."""
     references = reference_bytes(model, graph, length)
-    overwritten = (
-        FLOAT * model.d_inner * (2 * length + 4 * model.d_state) if graph.fine and graph.ssm == "states" else 0
-    )
+    overwritten = FLOAT * model.d_inner * (2 * length + 4 * model.d_state) if graph.fine and graph.ssm != "conv" else 0
     return forward_bytes(model, length) + overwritten + stream_bytes(model, length) + references // together
 
 
 def reference_bytes(model, graph: Graph, length: int) -> int:
     """What is held of a prompt: sources of the corrupt and of a base run, inner values, states where runs begin."""
     inner = FLOAT * model.n_layers * length * 4 * inner_width(model) if graph.fine else 0
-    if graph.fine and graph.ssm == "states":  # B beside gate, conv_input, ssm_input and delta
-        inner += FLOAT * model.n_layers * length * model.sizes().get("G", 1) * model.d_state
+    if graph.fine and graph.ssm != "conv":  # B and C beside gate, conv_input, ssm_input and delta
+        inner += 2 * FLOAT * model.n_layers * length * model.sizes().get("G", 1) * model.d_state
     return 2 * stream_bytes(model, length) + inner + state_bytes(model)
 
 
@@ -233,6 +231,10 @@ def graph_for(circuit: Circuit, data: PromptPairs, model, ssm: str | None = None
         hint = "; minimal_circuit makes one of scores" if isinstance(circuit, Result) else ""
         raise ValueError(f"a circuit is a Circuit, not {type(circuit).__name__}{hint}")
     ssm = circuit.ssm if ssm is None else ssm
+    if circuit.fine and "tokens" in (ssm, circuit.ssm) and ssm != circuit.ssm:
+        raise ValueError(
+            f"the circuit has ssm={circuit.ssm!r}, and other edges into its SSMs than ssm={ssm!r}: find one with that"
+        )
     if circuit.length is None:
         return Graph(circuit.n_layers, circuit.fine, None, ssm).on(model)
     length = Pairs.of(model, data, positional=True).length

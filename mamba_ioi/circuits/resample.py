@@ -5,14 +5,15 @@ With the sources' values of the same run (paper, Equation 11),
     input_j = resid_j - sum_i (1 - keep_ij) d_i = corrupt_resid_j + sum_i keep_ij d_i,    d_i = output_i - corrupt_i
 
 so any set of edges is resampled at once. Inner nodes of a Mamba layer blend their own value with the corrupt run's,
-w live + (1 - w) corrupt; a state that is blended at a position is what the next one follows from.
+w live + (1 - w) corrupt; a state that is blended at a position is what the next one follows from, and of edges from
+token to token each target's output is made of the writes that it takes.
 Layers on no path from embed to output of any candidate are skipped, and so are those below the first node at which any
 candidate differs from a circuit whose run is known. Positions before the prompts part are those of the corrupt run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from ..trace.conv import ConvStages, conv_terms
 from ..trace.scan import ScanStages
+from ..trace.tokens import exchanged
 from .forward import Pass, Run, run_nodes
-from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
+from .graph import Graph
+from .paths import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, WRITES
 
 
 class Resampled(Pass):
@@ -56,9 +59,7 @@ class Resampled(Pass):
         self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
         inner = [keep[:, :, graph.inside(j)] for j in range(graph.n_layers if graph.fine else 0)]
         self.inner: list = [narrow(weights).to(device, dtype) if (weights != 1).any() else None for weights in inner]
-        anywhere = replace(graph, length=None)
-        used = anywhere.prune((keep != 0).amax((0, 1, 3))[:, None])
-        self.live = [bool(used[graph.into(j)].any()) for j in range(graph.n_layers)]
+        self.live = graph.live_layers((keep != 0).amax((0, 1, 3)))
         self.wanted = {source for mix in self.mixes[first:] for source, _ in mix.terms}
         self.base = torch.zeros_like(corrupt.sources[0])
         self.differences: list = []  # a tensor each, or None where a layer was skipped
@@ -106,24 +107,28 @@ class Resampled(Pass):
             return
         if stages.KIND == "conv":
             self.conv(layer, stages, weights)
-        elif self.graph.ssm == "states":
+            return
+        if self.graph.ssm == "states":
             self.resample_states(layer, stages, weights[:, :, SSM], weights[:, :, SSM_OUT])
-        elif (weights[:, :, SSM_OUT] != 1).any():
+            return
+        if self.graph.ssm == "tokens":
+            self.exchange(layer, stages, weights[:, :, WRITES][:, :, self.begins.position :], weights[:, :, SSM])
+        if (weights[:, :, SSM_OUT] != 1).any():
             kept = weights[:, :, SSM_OUT, :, None]
             stages.set("ssm_output", blend(self.corrupt.inner[layer]["ssm_output"], stages.peek("ssm_output"), kept))
 
     def conv(self, layer: int, conv: ConvStages, weights: Float[Tensor, "C R inner w"]) -> None:
         """Blend the conv's terms, and in a graph whose ssm is fed by the conv, their sum."""
-        corrupt, states = self.corrupt.inner[layer], self.graph.ssm == "states"
+        corrupt, apart = self.corrupt.inner[layer], self.graph.ssm != "conv"
         slices = weights[:, :, SLICE]
-        if (slices != 1).any() or (not states and (weights[:, :, SSM] != 1).any()):
+        if (slices != 1).any() or (not apart and (weights[:, :, SSM] != 1).any()):
             live = conv.peek("conv")
             if (slices != 1).any():
                 change = corrupt["conv_input"].transpose(1, 2) - conv.x.unflatten(0, (-1, corrupt["gate"].shape[0]))
                 terms = conv_terms(change.flatten(0, 1), conv.weight).unflatten(0, change.shape[:2])
                 share = (1 - slices).movedim(2, -1)[..., None, :].to(terms)
                 live = live + (terms * share).sum(-1).flatten(0, 1)
-            conv.set("conv", live if states else blend(corrupt["conv"], live, weights[:, :, SSM, :, None]))
+            conv.set("conv", live if apart else blend(corrupt["conv"], live, weights[:, :, SSM, :, None]))
 
     def resample_states(
         self, layer: int, scan: ScanStages, kept: Float[Tensor, "C R w"], read: Float[Tensor, "C R w"]
@@ -150,6 +155,29 @@ class Resampled(Pass):
         if (read != 1).any():
             corrupt = [scan.read(there.at(t), t) for t in range(length)]
             scan.set("y", blend(torch.stack(corrupt, dim=2), scan.peek("y"), read[..., None]))
+
+    def exchange(
+        self, layer: int, scan: ScanStages, writes: Float[Tensor, "C R s w"], controls: Float[Tensor, "C R w"]
+    ) -> None:
+        """Put the corrupt run's writes into outputs in place of the live ones, and its controls.
+
+        Args:
+            layer: which layer.
+            scan: its scan.
+            writes: the share of the live write at s that the output at each position takes.
+            controls: the share of the live controls.
+        """
+        if (writes == 1).all() and (controls == 1).all():
+            return
+        corrupt, here = self.corrupt.inner[layer], scan.by_unit()
+        there, y = scan.units(corrupt, scan.peek("A")), scan.peek("y").unflatten(-1, here.x.shape[2:])
+        size = len(y) // len(writes)  # rows of a candidate; of all where they are the same
+        there, parts = there.times(size // len(there.x)), []
+        for one, kept, start in zip(writes, controls, range(0, len(y), size), strict=True):
+            part, times = slice(start, start + size), 1 if len(one) == 1 else size // len(one)
+            own = y[part], here.rows(part), there, one.repeat(times, 1, 1), kept.repeat(times, 1)
+            parts.append(exchanged(*own, None if scan.initial is None else scan.initial[part]))
+        scan.set("y", torch.cat(parts).flatten(2))
 
 
 class CorruptStates:
@@ -321,6 +349,7 @@ def _weights(graph: Graph, tokens: Tensor, corrupt: Run, keep: Tensor) -> Float[
     if (others, start + left) != tokens.shape:
         there = others, start + left
         raise ValueError(f"clean and corrupt prompts must have one shape, not {tuple(tokens.shape)} and {there}")
-    if graph.fine and ("delta" in corrupt.inner[0]) != (graph.ssm == "states"):
+    if graph.fine and corrupt.ssm != graph.ssm:
         raise ValueError(f"the corrupt run must be recorded as the graph is, with ssm={graph.ssm!r}")
-    return keep[..., start if width > 1 else 0 :].float()
+    kept = keep.float().where(graph.whole(), 1.0) if graph.writes else keep.float()
+    return kept[..., start if width > 1 else 0 :]

@@ -57,7 +57,7 @@ def scored_graph(
         if (src, dst) not in graph.index:
             raise ValueError(f"the scores hold an edge {src}->{dst} that a model of {n_layers} layers does not have")
         values[graph.index[src, dst], max(int(position), 0)] = score
-    if len(table) != len(graph) or values.isnan().any():
+    if len(table) != len(graph) or values[graph.whole()].isnan().any():
         raise ValueError(f"scores are one number for each of {len(graph)} edges; these are {len(table)}")
     return graph, values
 
@@ -66,23 +66,24 @@ def rank(scores: Float[Tensor, "n_pairs W"], by: Ranking = "signed", seed: int =
     """The edges' flat indices, the most needed first.
 
     Args:
-        scores: of each edge.
+        scores: of each edge; not a number where there is none.
         by: ``signed``: the most negative first, as the paper ranks; ``absolute``: the largest first, whatever its sign;
             ``random``: shuffled.
         seed: of the shuffling.
     """
     if by not in RANKINGS:
         raise ValueError(f"a ranking is one of {', '.join(RANKINGS)}, not {by!r}")
-    flat = scores.flatten()
+    every = scores.isnan().logical_not().flatten().nonzero().flatten()
+    flat = scores.flatten()[every]
     if by == "random":
         seed = whole_number(seed, "seed", least=0, most=2**63 - 1)
-        return torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
-    return torch.argsort(flat if by == "signed" else -flat.abs(), stable=True)
+        return every[torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))]
+    return every[torch.argsort(flat if by == "signed" else -flat.abs(), stable=True)]
 
 
 def prefix_mask(graph: Graph, order: Int[Tensor, "n_edges"], k: int) -> Tensor:
     """The mask of the first k edges of a ranking, ``[n_pairs, W]``."""
-    mask = torch.zeros(len(graph), dtype=torch.bool)
+    mask = torch.zeros(len(graph.pairs) * graph.width, dtype=torch.bool)
     mask[order[:k]] = True
     return mask.view(len(graph.pairs), graph.width)
 

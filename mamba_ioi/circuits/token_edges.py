@@ -6,13 +6,19 @@ between the clean and the corrupt run (integrated gradients on the embeddings, a
 
     score(s -> t) = mean over rows of g_t . C_t (A_bar_(s+1) ... A_bar_t) (w'_s - w_s)
 
-with C, A_bar and w of the clean run. One backward pass a step gives every g_t; then all pairs of a layer are one sum
-over rectangles of targets and sources, in O(L^2 E N) time, with states at a few positions in memory.
+with C, A_bar and w of the clean run. What is not in the writes goes by the controls of a position t: delta, as the
+state decays there, and C, by which it is read. Their score is the same sum over targets, with what the corrupt run's
+controls change at y from t on. One backward pass a step gives every g_t; then all pairs of a layer are one sum over
+rectangles of targets and sources, in O(L^2 E N) time, with states at a few positions in memory.
+
+In circuits these are the edges ``39.write[s] -> 39.ssm`` and ``39.controls -> 39.ssm`` of a graph with ``ssm="tokens"``
+(see `graph`), which `eap`, `exact_effects`, `acdc` and `evaluate` take beside all others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 
 import pandas as pd
@@ -25,14 +31,14 @@ from ..checks import integers, whole_number
 from ..experiments.common import resample_effects
 from ..interventions.attribution import frozen
 from ..interventions.cut import Cut
-from ..interventions.patch import resolve
+from ..interventions.patch import Resample, resolve
 from ..interventions.run import run
 from ..memory import backward_bytes, fitting_rows
 from ..remote.requests import ask, require_gradients
 from ..result import Result
 from ..tasks.pairs import Metric, PromptPairs, metric_name
-from ..trace.cut import NAMES
 from ..trace.mixing import Units, contracted
+from ..trace.tokens import controls_effects, written
 from .forward import Beginning, Pass, beginning, run_nodes
 from .pairs import Pairs
 
@@ -47,6 +53,7 @@ def token_edges(
     steps: int = 5,
     layers: Sequence[int] | int | None = None,
     exact: bool = False,
+    controls: bool = False,
     absolute: bool = True,
     metric: Metric | None = None,
     progress: bool = False,
@@ -61,13 +68,15 @@ def token_edges(
         steps: how many points between clean and corrupt run the gradients are taken at; 1 is at the clean run alone.
         layers: which layers; all that have a scan if None.
         exact: measure instead: each edge cut alone (`Cut`, resampled), by a sweep.
+        controls: score also each position's controls: delta, as the state decays there, and C, by which it is read.
         absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
         metric: another metric, as `PromptPairs` has them, whose own change is scored; the pairs' own if None.
         progress: show a progress bar.
 
     Returns:
         A Result with a row for each layer and pair of positions, source <= target: layer, source, target, score: the
-        change of the metric when the edge is resampled, averaged over rows. Negative: the edge is needed.
+        change of the metric when the edge is resampled, averaged over rows. Negative: the edge is needed. With
+        ``controls``, also a row for each layer and target with source -1: the target's controls resampled.
 
     Raises:
         ValueError: for pairs that are not aligned; for a layer without a scan, or less than one step; on a server whose
@@ -86,54 +95,63 @@ def token_edges(
     model.require_stream("token edges", edges=True)
     checked = Pairs.of(model, pairs, positional=True, metric=metric)
     if exact:
-        scores = _measured(model, pairs, checked, chosen, absolute, progress)
+        scores = _measured(model, pairs, checked, chosen, controls, absolute, progress)
     else:
         require_gradients(model, "attribution of token edges")
-        scores = _estimated(model, checked, chosen, steps, absolute, progress)
+        scores = _estimated(model, checked, chosen, steps, controls, absolute, progress)
     if not scores.isfinite().all():
         raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
     target, source = torch.tril_indices(checked.length, checked.length)
+    if controls:  # whose column is the last
+        every = torch.arange(checked.length)
+        target, source = torch.cat([target, every]), torch.cat([source, torch.full_like(every, -1)])
     parts = [
         pd.DataFrame({"layer": layer, "source": source, "target": target, "score": found[target, source]})
         for layer, found in zip(chosen, scores, strict=True)
     ]
-    arguments = {"steps": None if exact else steps, "layers": chosen, "exact": exact, "absolute": absolute}
+    arguments = {"steps": None if exact else steps, "layers": chosen, "exact": exact, "controls": controls}
+    arguments["absolute"] = absolute
     arguments["metric"] = metric_name(checked.metric)
     table = pd.concat(parts, ignore_index=True)
     return Result.create("token_edges", table, model=model, arguments=arguments, n_rows=len(checked))
 
 
 def _estimated(
-    model, pairs: Pairs, layers: Sequence[int], steps: int, absolute: bool, progress: bool
-) -> Float[Tensor, "layers L L"]:
-    """The scores ``[layers, target, source]`` by integrated gradients."""
-    total = torch.zeros(len(layers), pairs.length, pairs.length, dtype=torch.float64)
+    model, pairs: Pairs, layers: Sequence[int], steps: int, controls: bool, absolute: bool, progress: bool
+) -> Float[Tensor, "layers L S"]:
+    """The scores ``[layers, target, source]`` by integrated gradients; the last source stands for the controls."""
+    total = torch.zeros(len(layers), pairs.length, pairs.length + 1, dtype=torch.float64)
     rows = fitting_rows(model, backward_bytes(model, pairs.length - int(pairs.start[0])), MOST_ROWS)
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
     batches = list(pairs.chunks(rows))
     with frozen(model), tqdm(total=len(batches) * steps, desc="token edges", disable=not progress) as bar:
         note = bar.update if model.remote is None else None
         for batch in batches:
-            total += ask(model, attributed_tokens, batch, list(layers), alphas, len(pairs), absolute, note)["scores"]
+            given = batch, list(layers), alphas, len(pairs), controls, absolute, note
+            total += ask(model, attributed_tokens, *given)["scores"]
             if note is None:
                 bar.update(steps)
     return total
 
 
 def _measured(
-    model, data: PromptPairs, pairs: Pairs, layers: Sequence[int], absolute: bool, progress: bool
-) -> Float[Tensor, "layers L L"]:
+    model, data: PromptPairs, pairs: Pairs, layers: Sequence[int], controls: bool, absolute: bool, progress: bool
+) -> Float[Tensor, "layers L S"]:
     """The scores ``[layers, target, source]``, each edge resampled alone; before the prompts part there are none."""
     begin, stop = int(pairs.start.min()), int(pairs.last.max()) + 1
-    edges = [(i, t, s) for i, t in product(range(len(layers)), range(begin, stop)) for s in range(begin, t + 1)]
-    cuts = [[Cut(layers[i], s, t, resample=True)] for i, t, s in edges]
+    targets = list(product(range(len(layers)), range(begin, stop)))
+    edges = [(i, t, s) for i, t in targets for s in range(begin, t + 1)]
+    cuts: list[Sequence[Cut | Resample]] = [[Cut(layers[i], s, t, resample=True)] for i, t, s in edges]
+    if controls:
+        edges += [(i, t, pairs.length) for i, t in targets]
+        cuts += [[Resample(site, layers[i], t) for site in ("A_bar", "C")] for i, t in targets]
     metric = "logit_diff" if pairs.metric == "nld" else pairs.metric
     lost = resample_effects(model, data, cuts, metric=metric, description="token edges" if progress else None)
     if pairs.metric == "nld":
         ends = [run(model, ids, positions=pairs.last) for ids in (pairs.clean, pairs.corrupt)]
         _, spread = pairs.scale(*ends, absolute=absolute)
         lost[:, pairs.order.cpu()] /= spread.to(lost)
-    scores = torch.zeros(len(layers), pairs.length, pairs.length, dtype=torch.float64)
+    scores = torch.zeros(len(layers), pairs.length, pairs.length + 1, dtype=torch.float64)
     for (i, t, s), change in zip(edges, (-lost).double().mean(1).tolist(), strict=True):
         scores[i, t, s] = change
     return scores
@@ -145,15 +163,16 @@ def attributed_tokens(
     layers: Sequence[int],
     alphas: list[float],
     n_rows: int,
+    controls: bool,
     absolute: bool,
     note: Callable[[], object] | None,
-) -> dict[str, Float[Tensor, "layers L L"]]:
+) -> dict[str, Float[Tensor, "layers L S"]]:
     """A batch's share of the ``scores``, which are over ``n_rows`` rows; here or on a server that has gradients."""
-    total = torch.zeros(len(layers), batch.length, batch.length, dtype=torch.float64)
+    total = torch.zeros(len(layers), batch.length, batch.length + 1, dtype=torch.float64)
     parts = []
     for part in batch.to(model.device).batches(len(batch)):
         begins = beginning(model, part.clean, int(part.start[0]))
-        clean, corrupt = (written(model, ids, part, begins, layers) for ids in (part.clean, part.corrupt))
+        clean, corrupt = (run_writes(model, ids, part, begins, layers) for ids in (part.clean, part.corrupt))
         _, spread = part.scale(clean.logits, corrupt.logits, absolute=absolute)
         spread = spread if part.metric == "nld" else torch.ones_like(spread)
         parts.append((part, begins, clean, corrupt, 1 / (spread * n_rows * len(alphas)), {}))
@@ -168,24 +187,19 @@ def attributed_tokens(
             note()
     for part, begins, clean, corrupt, _, gradients in parts:
         for index, layer in enumerate(layers):
-            units, length = clean.units[layer], part.length - begins.position
-            differences = Differences(clean.kinds[layer], clean.inflow[layer], corrupt.inflow[layer])
-            gain = gradients[layer].to(units.delta).unflatten(-1, units.x.shape[2:])
-            scores = contracted(units, range(length), gain, differences.at)
-            total[index, begins.position :, begins.position :] += scores.double().cpu()
+            here, there, begin = clean.units[layer], corrupt.units[layer], begins.position
+            gain = gradients[layer].to(here.delta).unflatten(-1, here.x.shape[2:])
+            every, initial = range(part.length - begin), None if begins.states is None else begins.states[layer].ssm
+            moved = contracted(here, every, gain, partial(differences, here, there))
+            total[index, begin:, begin:-1] += moved.double().cpu()
+            if controls:
+                total[index, begin:, -1] += controls_effects(here, there, gain, initial).double().cpu()
     return {"scores": total}
 
 
-class Differences:
-    """How far the corrupt run's writes are from the clean run's."""
-
-    def __init__(self, kind, clean: dict[str, Tensor], corrupt: dict[str, Tensor]) -> None:
-        self.kind, self.clean, self.corrupt = kind, clean, corrupt
-
-    def at(self, s: slice) -> Float[Tensor, "R S *state"]:
-        """The differences at some positions."""
-        there, here = (self.kind.written(*(one[name][:, s] for name in NAMES)) for one in (self.corrupt, self.clean))
-        return there - here
+def differences(here: Units, there: Units, s: slice) -> Tensor:
+    """How far the writes of two runs are from each other at some positions, ``[R, S, U, P, N]``."""
+    return written(there, s) - written(here, s)
 
 
 class Writes(Pass):
@@ -194,8 +208,6 @@ class Writes(Pass):
     Attributes:
         start: the embeddings.
         units: each layer's scan, by units.
-        inflow: what its writes are made of.
-        kinds: its class.
         logits: at the position that is read.
     """
 
@@ -206,8 +218,6 @@ class Writes(Pass):
         Pass.__init__(self, begins)
         self.layers = layers
         self.units: dict[int, Units] = {}
-        self.inflow: dict[int, dict[str, Tensor]] = {}
-        self.kinds: dict[int, type] = {}
 
     def embed(self, value):
         self.start = value
@@ -216,11 +226,10 @@ class Writes(Pass):
     def opened(self, layer, stages):
         Pass.opened(self, layer, stages)
         if stages.KIND == "scan" and layer in self.layers:
-            self.units[layer], self.inflow[layer] = stages.by_unit(), stages.inflow()
-            self.kinds[layer] = type(stages)
+            self.units[layer] = stages.by_unit()
 
 
-def written(model, tokens: Tensor, batch: Pairs, begins: Beginning, layers: Sequence[int]) -> Writes:
+def run_writes(model, tokens: Tensor, batch: Pairs, begins: Beginning, layers: Sequence[int]) -> Writes:
     """Run the model on the tokens, from where the run begins, and keep what its scans write."""
     visitor = Writes(begins, layers)
     with torch.no_grad(), model.trace(tokens[:, begins.position :]):
@@ -229,7 +238,7 @@ def written(model, tokens: Tensor, batch: Pairs, begins: Beginning, layers: Sequ
 
 
 def kept(model, visitor: Writes, batch: Pairs) -> Writes:
-    """The body of `written`'s trace."""
+    """The body of `run_writes`'s trace."""
     visitor.logits = run_nodes(model, visitor, batch.last)
     return visitor
 

@@ -51,6 +51,11 @@ class Units:
         """The scan of some rows."""
         return Units(self.delta[part], self.A, self.B[part], self.C[part], self.x[part])
 
+    def times(self, count: int) -> Units:
+        """The scan of the same rows, so many times."""
+        delta, B, C, x = (one.repeat(count, *[1] * (one.dim() - 1)) for one in (self.delta, self.B, self.C, self.x))
+        return Units(delta, self.A, B, C, x)
+
     def of(self, units: Sequence[int]) -> Units:
         """The scan of some units."""
         shared = self.B.shape[2] == 1

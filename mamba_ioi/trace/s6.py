@@ -5,6 +5,8 @@ This file is shipped to remote servers: it uses torch and nnsight alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -76,9 +78,11 @@ class S6Stages(ScanStages):
         """``B_bar x`` at one position, or at several."""
         return B_bar * x[..., None]
 
-    def by_unit(self) -> Units:
-        """The scan by channels."""
-        return Units(self.peek("delta"), self.peek("A"), self.B[:, :, None], self.C[:, :, None], self.x[..., None])
+    @staticmethod
+    def units(flow: Mapping[str, Tensor], A: Float[Tensor, "E N"]) -> Units:
+        """A run's scan by channels."""
+        B, C = (flow[name][:, :, None] for name in ("B", "C"))
+        return Units(flow["delta"], A, B, C, flow["ssm_input"][..., None])
 
     def read(self, h: Float[Tensor, "*runs B E N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*out E"]:
         """``y`` at a position of this run, were its states those."""

@@ -82,9 +82,18 @@ class ScanStages(Stages):
         """``write`` at one position, or at several, from what `inflow` has there."""
         raise NotImplementedError
 
+    @staticmethod
+    def units(flow: Mapping[str, Tensor], A: Tensor) -> Units:
+        """A run's scan by its units, channels or heads, from its `flow`."""
+        raise NotImplementedError
+
+    def flow(self) -> dict[str, Tensor]:
+        """What the outputs follow from, but for A and D: `inflow`, and ``C``."""
+        return self.inflow() | {"C": self.C.clone()}
+
     def by_unit(self) -> Units:
         """The scan by its units: channels, or heads."""
-        raise NotImplementedError
+        return self.units(self.flow(), self.peek("A"))
 
     def decay_at(self, t: int) -> Tensor:
         """``A_bar`` at a position of this run, as it multiplies a state."""

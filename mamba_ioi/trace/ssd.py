@@ -7,6 +7,7 @@ outside of the operation. This file is shipped to remote servers: it uses torch 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -83,10 +84,11 @@ class SSDStages(ScanStages):
         """``B_bar x`` at one position, or at several."""
         return B_bar[..., None, :] * x.unflatten(-1, (B_bar.shape[-2], -1))[..., None]
 
-    def by_unit(self) -> Units:
-        """The scan by heads."""
-        B, C = (by_head(tensor, self.heads[0]) for tensor in (self.B, self.C))
-        return Units(self.peek("delta"), self.peek("A")[:, None], B, C, self._by_head(self.x))
+    @staticmethod
+    def units(flow: Mapping[str, Tensor], A: Float[Tensor, "H"]) -> Units:
+        """A run's scan by heads."""
+        B, C = (by_head(flow[name], len(A)) for name in ("B", "C"))
+        return Units(flow["delta"], A[:, None], B, C, flow["ssm_input"].unflatten(-1, (len(A), -1)))
 
     def read(self, h: Float[Tensor, "*runs B H P N"], t: int, rows: slice = slice(None)) -> Float[Tensor, "*out E"]:
         """``y`` at a position of this run, were its states those."""
