@@ -391,14 +391,32 @@ class TestCut:
         sweep(MODELS["mamba"], ids, [[Cut(1, [3, 5], [2, 6, 8])]], readout)
         assert begun == [6]
 
-    def test_generate(self, model, ids):
+    @pytest.mark.parametrize("kind", [{}, {"resample": True}, {"resample": True, "conv": True}], ids=str)
+    def test_generate(self, model, exact, ids, source, kind):
         """What is cut from the prompt's targets lasts through what follows from them."""
-        patches = [Cut([0, 1], [1, 2, 4], [5, 7, 8])]
-        found = generate(model, ids, 3, patches=patches)
-        text = ids
+        sources, targets = list(range(9)), [5, 7, 8]
+        patches, other = [Cut([0, 1], sources, targets, **kind)], source if kind else None
+        found = generate(model, ids, 3, patches=patches, source=other)
+        text, there = ids, [by_hand(exact, source, layer) for layer in (0, 1)]
         for _ in range(3):
-            text = torch.cat([text, run(model, text, patches).argmax(-1, keepdim=True)], 1)
+            edits, longer = {}, text.shape[1] - ids.shape[1]
+            mask = pair_mask(sources, targets, length=text.shape[1])
+            for layer, acts in enumerate(there):
+                write, taps = (
+                    torch.cat([acts[name], acts[name][:, :longer]], 1) if kind.get(wanted) else None
+                    for name, wanted in (("write", "resample"), ("conv_slice", "conv"))
+                )
+                edits |= cut_edits(layer, mask, write, taps)
+            text = torch.cat([text, logits_by_hand(exact, text, edits)[:, -1].argmax(-1, keepdim=True)], 1)
         assert torch.equal(found, text)
+        assert not torch.equal(generate(model, ids, 3), text)
+
+    def test_generate_in_parts(self, ids, source):
+        model = copy.deepcopy(MODELS["mamba"])
+        given = {"patches": [Cut(LAYER, *OWN, resample=True)], "source": source}
+        whole = generate(model, ids, 3, **given)
+        model.memory = 1
+        assert torch.equal(generate(model, ids, 3, **given), whole)
 
     def test_refused(self, model, ids, source):
         for cut, sentence in (
@@ -418,8 +436,10 @@ class TestCut:
             run(model, ids, [Cut(1, [2, 3], [6]), Cut(1, [1, 2], [5, 6])])
         with pytest.raises(ValueError, match="source tokens have the shape of tokens"):
             run(model, ids, [Cut(1, 1, 2, resample=True)], source=source[:, :4])
-        with pytest.raises(ValueError, match="needs source tokens"):
+        with pytest.raises(ValueError, match="needs source tokens: give source= to run, sweep or generate"):
             generate(model, ids, 1, patches=[Cut(1, 1, 2, resample=True)])
+        with pytest.raises(ValueError, match="source tokens have the shape of tokens"):
+            generate(model, ids, 1, patches=[Cut(1, 1, 2, resample=True)], source=source[:, :4])
 
 
 @pytest.fixture(scope="module")
@@ -612,7 +632,8 @@ def test_on_a_server(tiny, data, monkeypatch):
         for function in (hidden_attention, token_contributions):
             one, other = (function(model, ids, 1, targets=[-1, 5]) for model in (there, tiny))
             torch.testing.assert_close(one, other, **ROUNDED)
-        assert torch.equal(*(generate(model, ids, 2, patches=[Cut(1, 3, -1)]) for model in (there, tiny)))
+        for given in ({"patches": [Cut(1, 3, -1)]}, {"patches": [Cut(1, 3, -1, resample=True)], "source": source}):
+            assert torch.equal(*(generate(model, ids, 2, **given) for model in (there, tiny)))
         given = {"positional": True, "fine": True, "ssm": "tokens"}
         for score in (
             lambda model: token_edges(model, two, steps=2, layers=1, controls=True),

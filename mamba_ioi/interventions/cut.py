@@ -38,7 +38,8 @@ class Cut:
         sources: the positions s: one, a list (negative: from the end), or each row's own, a LongTensor ``[B, k]``
             counted from 0, -1 for none.
         targets: the positions t, likewise. A source after a target gives it nothing.
-        resample: put what the source run (``source=`` of `run` and `sweep`) writes in the place of what is cut.
+        resample: put what the source run (``source=`` of `run`, `sweep` and `generate`) writes in the place of what is
+            cut.
         conv: cut the taps of the conv that reach from a source to a target too (the terms in ``conv_slice``; of a
             position that is source and target, tap 0). Then delta, B, C and x of the target follow.
     """
@@ -63,7 +64,7 @@ def check_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, *, resampled
         if not isinstance(getattr(cut, name), bool):
             raise ValueError(f"{name} of a cut is True or False, not {getattr(cut, name)!r}")
     if cut.resample and not resampled:
-        raise ValueError("a cut with resample=True needs source tokens: give source= to run or sweep")
+        raise ValueError("a cut with resample=True needs source tokens: give source= to run, sweep or generate")
     layers = integers(cut.layer, "layer")
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(f"a cut names at least one layer, each once, not {cut.layer!r}")

@@ -20,8 +20,8 @@ from ..trace.state import LayerState
 from ..trace.walk import walk
 from .cut import Cut
 from .patch import Patch, resolve
-from .plan import Plan, unembed
-from .run import Tokens, row_parts, run
+from .plan import Plan, source_values, unembed
+from .run import Tokens, row_parts, run, source_tokens
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
@@ -34,6 +34,7 @@ def generate(
     *,
     patches: Sequence[Patch | Cut] = (),
     new_patches: Sequence[Patch] = (),
+    source: Tokens | None = None,
 ) -> Int[Tensor, "B M"]:
     """The prompts and the tokens that follow, each the most likely one; an end-of-text token does not end them.
 
@@ -50,9 +51,11 @@ def generate(
         new_patches: what to change while the new tokens are read, one at a time. The last of them is not read, so the
             positions are L to L + T - 2, counted from 0 as in the whole text; None is all of them, and ``h_start`` is
             the state before the token. A callable sees the site at one position, ``[B, 1, ...]``.
+        source: the prompts that a `Cut` with ``resample=True`` takes the writes of, row for row and of one shape.
 
     Raises:
-        ValueError: for texts of several lengths, a number of tokens below 1, or a patch that does not fit.
+        ValueError: for texts of several lengths, a number of tokens below 1, a patch that does not fit, or source
+            prompts of another shape.
     """
     model.require_mamba("patched runs")
     model.require_stream("generations with patches")
@@ -60,11 +63,12 @@ def generate(
     if last is not None and len(lengths := sorted({position + 1 for position in last.tolist()})) > 1:
         raise ValueError(f"generation needs prompts of one length, not of {lengths} tokens: generate them one by one")
     new = whole_number(max_new_tokens, "max_new_tokens", least=1)
-    plan = Plan.make(model, ids, patches, ())
+    other = source_tokens(model, ids, source)
+    plan = Plan.make(model, ids, patches, (), resampled=other is not None)
     if isinstance(new_patches, Patch) or not all(isinstance(patch, Patch) for patch in new_patches):
         raise ValueError(f"new_patches are a list whose entries are Patch, not this {type(new_patches).__name__}")
     if not model.all_scans:
-        return _anew(model, ids, new, patches, new_patches)
+        return _anew(model, ids, new, patches, new_patches, other)
     first = ids.shape[1]
     later: list[list[Patch]] = [[] for _ in range(new - 1)]
     for patch in new_patches:
@@ -75,13 +79,18 @@ def generate(
     parts = row_parts(model, ids, plan, rows, logits=False)
     found = []
     for part in parts:
-        own = [one.rows(part, len(ids)) for one in plans]
-        found.append(ask(model, continue_greedily, ids[part], plan.rows(part, len(ids)), own)["tokens"])
+        own, there = [one.rows(part, len(ids)) for one in plans], None if other is None else other[part]
+        found.append(ask(model, continue_greedily, ids[part], there, plan.rows(part, len(ids)), own)["tokens"])
     return torch.cat(found)
 
 
 def _anew(
-    model: MambaModel, ids: Int[Tensor, "B L"], new: int, patches: Sequence[Patch | Cut], new_patches: Sequence[Patch]
+    model: MambaModel,
+    ids: Int[Tensor, "B L"],
+    new: int,
+    patches: Sequence[Patch | Cut],
+    new_patches: Sequence[Patch],
+    source: Int[Tensor, "B L"] | None,
 ) -> Int[Tensor, "B M"]:
     """`generate` where positions leave more than a state behind: the growing text is run anew at every step."""
     first, stop = ids.shape[1], ids.shape[1] + new - 1
@@ -89,7 +98,8 @@ def _anew(
     later = [(at, patch) for patch in new_patches for at, patch in _at_each(model, patch, first, stop)]
     for end in range(first, first + new):
         now = [_moved(patch, at) for at, patch in later if at < end]
-        ids = torch.cat([ids, run(model, ids, [*begun, *now]).argmax(-1, keepdim=True)], dim=1)
+        there = None if source is None else torch.cat([source, ids[:, first:]], dim=1)  # what follows is not looked at
+        ids = torch.cat([ids, run(model, ids, [*begun, *now], source=there).argmax(-1, keepdim=True)], dim=1)
     return ids
 
 
@@ -149,8 +159,13 @@ def _at_each(model: MambaModel, patch: Patch, first: int, stop: int) -> list[tup
     return found
 
 
-def continue_greedily(model, ids: Int[Tensor, "B L"], plan: Plan, later: Sequence[Plan]) -> dict[str, Tensor]:
+def continue_greedily(
+    model, ids: Int[Tensor, "B L"], source: Int[Tensor, "B L"] | None, plan: Plan, later: Sequence[Plan]
+) -> dict[str, Tensor]:
     """`generate` on some rows, here or on a server: one trace reads the prompt, and one each new token."""
+    if source is not None:
+        keys = {key for change in plan.changes for key in change.resampled(ids.shape[1])}
+        plan = dataclasses.replace(plan, source=source_values(model, source, keys))
     states: list[LayerState] | None = None
     found = [ids.to(model.device)]
     for changes in (plan, *later):
