@@ -1,4 +1,4 @@
-"""What a scan moves from token to token: `hidden_attention`, and what each source adds to the stream.
+"""What a scan or an attention moves from token to token: its matrix, and what each source adds to the stream.
 
 What runs inside a trace here uses torch alone.
 """
@@ -20,12 +20,16 @@ from ..trace.change import look_at
 from ..trace.mixing import contributions, mean_mixing, unit_mixing
 from ..trace.sites import owner
 from ..trace.walk import Visitor, leave_out, walk
+from .attention import attention_contributed, attention_pattern, find_attention
 from .patch import resolve
 from .positions import kept_positions, refuse_ends, refuse_padding
 from .run import Tokens
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
+    from ..trace.attention import AttentionPath
+
+Part = Literal["scan", "attention"]
 
 _TINY = 1e-6
 """What stands for a zero where a factor is read off a product, relative to the others: its square adds nothing."""
@@ -39,6 +43,7 @@ def hidden_attention(
     reduce: Literal["mean"] | None = "mean",
     units: Sequence[int] | int | None = None,
     targets: int | Sequence[int] | Int[Tensor, "B T"] | None = None,
+    part: Part = "scan",
 ) -> Float[Tensor, "B T L"] | Float[Tensor, "B U T L"]:
     """The scan of a layer as a matrix between tokens: ``alpha[t, s] = C_t (A_bar_(s+1) ... A_bar_t) B_bar_s``.
 
@@ -46,32 +51,46 @@ def hidden_attention(
     of SSD (H) (arXiv 2403.01590, equation 9; 2405.21060, section 2). A source s is a position of the scan's input: a
     token that the conv reads through its tap -1 is written one position later.
 
+    With ``part="attention"``, the pattern of a layer's attention, of which the units are its heads: a head's output is
+    ``z_t = sum over s <= t of pattern[t, s] v_s``, with the values v_s.
+
     Args:
-        model: a model from `load_model`.
+        model: a model from `load_model`; for ``part="attention"`` a hybrid or a transformer.
         tokens: token ids ``[B, L]``, a text, or texts (padded on the right).
-        layer: a layer with a scan, counted from 0.
+        layer: a layer with a scan, or with an attention, counted from 0.
         reduce: ``"mean"``: over the units; None: each unit's own.
         units: which units, counted from 0; None for all.
         targets: the positions t: one, a list (negative: from the end), or each row's own, ``[B, T]``; None for all.
+        part: which part of the layer, ``"scan"`` or ``"attention"``.
 
     Returns:
         ``[B, T, L]``, or with ``reduce=None`` ``[B, U, T, L]``; 0 where s is after t. On the model's device, in the
-        precision of the scan.
+        precision of the scan, or for an attention in float32 at least.
 
     Raises:
-        ValueError: for a layer without a scan, a unit or position that is not there, a position where one of the texts
-            has ended, or a model that carries edits or hooks.
+        ValueError: for a layer without that part, a unit or position that is not there, a position where one of the
+            texts has ended, a model that carries edits or hooks, or an attention that does not call transformers'
+            attention function.
     """
     if reduce not in ("mean", None):
         raise ValueError(f"reduce is 'mean' or None, not {reduce!r}")
-    ids, at = _checked(model, tokens, layer, targets)
-    count = model.sizes()[model.layer_sites(layer)["delta"].shape[-1]]
+    path, ids, at = _checked(model, tokens, layer, targets, part)
+    if path is None:
+        count = model.sizes()[model.layer_sites(layer)["delta"].shape[-1]]
+    else:
+        count = model._module.config.get_text_config().num_attention_heads
     chosen = None if units is None else integers(units, "unit")
     if chosen is not None and not (chosen and all(0 <= unit < count for unit in chosen)):
         raise ValueError(f"units of layer {layer} are 0 to {count - 1}, at least one of them, not {units!r}")
     row = FLOAT * at.shape[1] * ids.shape[1] * (1 if reduce else len(chosen or range(count)))
-    parts = _parts(model, ids, row)
-    return _joined([ask(model, mixing, ids[part], layer, reduce, chosen, at[part])["alpha"] for part in parts])
+    found = []
+    for rows in _parts(model, ids, row + (0 if path is None else _pattern_bytes(ids, count))):
+        if path is None:
+            found.append(ask(model, mixing, ids[rows], layer, reduce, chosen, at[rows])["alpha"])
+        else:
+            given = ids[rows], layer, path, reduce, chosen, at[rows]
+            found.append(ask(model, attention_pattern, *given)["alpha"])
+    return _joined(found)
 
 
 def token_contributions(
@@ -80,6 +99,7 @@ def token_contributions(
     layer: int,
     *,
     targets: int | Sequence[int] | Int[Tensor, "B T"] | None = None,
+    part: Part = "scan",
 ) -> Float[Tensor, "B T L D"]:
     """What each source position adds to the residual stream at each target, through a layer's scan, gate and out_proj.
 
@@ -87,28 +107,60 @@ def token_contributions(
     out_proj's bias count with the source that is the target. The gate is the target's own; so is the scale of a norm
     after it (Mamba-2), which is taken as it is in the run.
 
+    With ``part="attention"``, what each source adds through the pattern and the values of a layer's attention and its
+    output projection: the sum over sources is the site ``attn_out``. The projection's bias counts with the target; the
+    scale of a norm that follows is taken as it is in the run.
+
     Args:
-        model: a model from `load_model`.
+        model: a model from `load_model`; for ``part="attention"`` a hybrid or a transformer.
         tokens: token ids ``[B, L]``, a text, or texts (padded on the right).
-        layer: a layer with a scan, counted from 0.
+        layer: a layer with a scan, or with an attention, counted from 0.
         targets: the positions t: one, a list (negative: from the end), or each row's own, ``[B, T]``; None for all.
+        part: which part of the layer, ``"scan"`` or ``"attention"``.
 
     Returns:
         ``[B, T, L, D]``; 0 where the source is after the target.
 
     Raises:
-        ValueError: as `hidden_attention`.
+        ValueError: as `hidden_attention`; and for an attention whose output is no such sum, as it is gated.
     """
-    ids, at = _checked(model, tokens, layer, targets)
+    path, ids, at = _checked(model, tokens, layer, targets, part)
     row = FLOAT * at.shape[1] * ids.shape[1] * model.d_model
-    parts = _parts(model, ids, row)
-    return _joined([ask(model, contributed, ids[part], layer, at[part])["contributions"] for part in parts])
+    if path is None:
+        parts = _parts(model, ids, row)
+        return _joined([ask(model, contributed, ids[part], layer, at[part])["contributions"] for part in parts])
+    heads, found = model._module.config.get_text_config().num_attention_heads, []
+    values = FLOAT * heads * ids.shape[1] * model.d_model
+    for rows in _parts(model, ids, row + values + _pattern_bytes(ids, heads)):
+        one = ask(model, attention_contributed, ids[rows], layer, path, at[rows])
+        if not (off := float(one["off"])) <= 10 * torch.finfo(model.dtype).eps ** 0.5:
+            raise ValueError(
+                f"what the attention of layer {layer} of {model.model_id} adds to the stream is not the sum of its "
+                f"values by its pattern: it differs by {off:.2g} of the largest value"
+            )
+        found.append(one["contributions"])
+    return _joined(found)
 
 
-def _checked(model: MambaModel, tokens: Tokens, layer: int, targets) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B T"]]:
-    """The token ids and each row's targets."""
-    resolve(model, "write", layer)
+def _checked(
+    model: MambaModel, tokens: Tokens, layer: int, targets, part: Part
+) -> tuple[AttentionPath | None, Int[Tensor, "B L"], Int[Tensor, "B T"]]:
+    """Where the attention is (None: the scan is asked for), the token ids, and each row's targets."""
+    if part not in ("scan", "attention"):
+        raise ValueError(f"part is 'scan' or 'attention', not {part!r}")
+    resolve(model, "resid_pre", layer)
+    sites = model.layer_sites(layer)
+    if part == "scan" and "write" not in sites and "attn_out" in sites:
+        raise ValueError(f"layer {layer} of {model.model_id} has no scan; give part='attention' for its attention")
+    if part == "scan":
+        resolve(model, "write", layer)
     model.require_stream("tokens' contributions")
+    path = find_attention(model, layer) if part == "attention" else None
+    return path, *_ids_and_targets(model, tokens, targets)
+
+
+def _ids_and_targets(model: MambaModel, tokens: Tokens, targets) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B T"]]:
+    """The token ids, and each row's targets."""
     ids, last = model.to_tokens(tokens)
     if targets is None:
         return ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -122,6 +174,11 @@ def _parts(model: MambaModel, ids: Int[Tensor, "B L"], row: int) -> list[slice]:
     """The rows to work on at once, each of which has a result of so many bytes."""
     rows = fitting_rows(model, forward_bytes(model, ids.shape[1]) + 2 * row, len(ids))
     return [slice(start, min(start + rows, len(ids))) for start in range(0, len(ids), rows)]
+
+
+def _pattern_bytes(ids: Int[Tensor, "B L"], heads: int) -> int:
+    """What a row's patterns take, and the values that they are read off with."""
+    return 3 * FLOAT * heads * ids.shape[1] ** 2
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
