@@ -24,6 +24,7 @@ from .interventions.patch import Resample
 from .interventions.readout import Readout
 from .interventions.run import run
 from .interventions.sweep import sweep
+from .interventions.token_to_token import hidden_attention, token_contributions
 from .models.model import CausalLM, MambaModel, load_model, wrap
 from .tasks.ioi import IOIDataset
 from .zoo import shapes
@@ -224,6 +225,29 @@ def tested_edges(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line
     yield Line("ACDC, a tested edge", each / hf, "an untouched forward", f"{shown}; untouched {hf:.2f} s")
 
 
+def between_tokens(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line]:
+    """What one layer moves between 512 tokens, as a matrix and as contributions to the stream, and their memory."""
+    one, length = of_shape(model.family, 1, model.dtype, str(model.device)), 512
+    tokens = torch.randint(0, 500, (1, length), device=model.device)
+    block, x = one._module.backbone.layers[0], torch.randn(1, length, one.d_model, dtype=model.dtype)
+    x = x.to(model.device)
+
+    def layer() -> None:
+        with torch.no_grad():
+            block(x)
+
+    works = {"hidden_attention": hidden_attention, "token_contributions": token_contributions}
+    for name, work in works.items():
+        layer()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        hf, ours = timed(repeats, layer, lambda work=work: work(one, tokens, 0))
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+        times = (
+            f"{ours:.2f} s for E {one.d_inner}, N {one.d_state}; the layer {hf:.3f} s; the peak grew by {grown:.2f} GiB"
+        )
+        yield Line(f"{name}, a layer, {length} tokens", ours / hf, "an untouched forward of the layer", times)
+
+
 def imports(model: MambaModel, prompts: int, repeats: int) -> Iterator[Line]:
     """Importing the package, and what `load_model` needs of it, in a process of their own."""
     theirs = "import nnsight, transformers; from transformers import MambaForCausalLM"
@@ -260,6 +284,7 @@ WORKS: dict[str, Callable[[MambaModel, int, int], Iterator[Line]]] = {
     "attribution": attribution,
     "eap": gradients,
     "acdc": tested_edges,
+    "tokens": between_tokens,
     "import": imports,
     "exponents": exponents,
 }

@@ -50,7 +50,14 @@ def test_every_work_runs_on_a_small_model_of_the_family(family: str, monkeypatch
     assert main(words) == 0
     said = capsys.readouterr().out
     assert all(re.match(r".{36,} +-?\d+\.\d{3} of .* \(.*\)$", line) for line in said.splitlines())
-    for work in ("traced forward of 4 prompts", "resample h", "EAP, 5 steps", "ACDC, a tested edge", "cost by layers"):
+    for work in (
+        "traced forward of 4 prompts",
+        "resample h",
+        "EAP, 5 steps",
+        "ACDC, a tested edge",
+        "cost by layers",
+        "hidden_attention, a layer",
+    ):
         assert work in said
     model = bench.of_shape(family, 3)
     assert model.n_layers == 3 and model.family == family and name in model.model_id
