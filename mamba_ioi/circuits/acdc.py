@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 from ..checks import real_number
 from ..tasks.pairs import Metric, PromptPairs, metric_name
 from .circuit import Circuit, edge_table
-from .graph import Graph
+from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .measure import MANY, Evaluator, graph_for
 from .pairs import Pairs
-from .paths import INNER, SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ def steps(graph: Graph) -> list[list[int]]:
             start = graph.inside(layer).start
             if graph.length is not None or (graph.direct_step and graph.ssm == "conv"):
                 groups.append([start + SSM_OUT])
-            groups.append([start + SSM, start + SKIP, *range(start + INNER, start + graph.inner)])
+            groups.append([start + SSM, start + SKIP, *range(len(graph.pairs))[graph.written(layer)]])
             groups.append([start + k for k in range(SLICE.start, SLICE.stop)][::-1])
         groups.append(list(range(len(graph.pairs)))[graph.into(layer)][::-1])
     return groups

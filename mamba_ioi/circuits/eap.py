@@ -60,9 +60,8 @@ from ..trace.scan import ScanStages
 from ..trace.tokens import controls_effects, written
 from .circuit import edge_table
 from .forward import Pass, Run, beginning, record, require_fine, run_nodes
-from .graph import Graph
+from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .pairs import Pairs
-from .paths import INNER, SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT
 
 VARIANTS = ("standard", "paper")
 MOST_ROWS = 32
@@ -332,7 +331,7 @@ class Attributed(Pass):
         """Score the edge out of the scan, and those of writes and controls into it."""
         start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
         output, kind, A, initial = scan.peek("ssm_output"), type(scan), scan.peek("A").detach(), scan.initial
-        first, stop, flows = start + INNER + self.begins.position, start + self.graph.inner, None
+        writes, flows = self.graph.written(layer), None
         if self.graph.writes:
             names, live = ("ssm_input", "delta", "B", "C"), scan.flow()
             there = {name: self.corrupt.inner[layer][name] for name in names}
@@ -346,7 +345,7 @@ class Attributed(Pass):
                 gain = gradient.to(here.delta).unflatten(-1, here.x.shape[2:])
                 scores[start + SSM] += controls_effects(here, there, gain, initial)
                 moved = contracted(here, range(width), gain, lambda s: written(there, s) - written(here, s))
-                scores[first:stop] += moved.T
+                scores[writes][-width:] += moved.T
 
         output.register_hook(contract)
 

@@ -59,18 +59,24 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..checks import integer, scalar
-from .paths import INNER, SLICES, SSM, WRITES, needed, reached
 
 Edge = tuple[str, str] | tuple[str, str, int]
 """``(src, dst)``, or ``(src, dst, position)``."""
 
 EMBED, OUTPUT = "embed", "output"
+SLICES = (-3, -2, -1, 0)
+INNER = 8
+"""How many edges a layer has inside; `SLICE`, `SSM`, `SKIP`, `SSM_OUT`, `SKIP_OUT` say where they stand among them."""
+SLICE, SSM, SKIP, SSM_OUT, SKIP_OUT = slice(0, 4), 4, 5, 6, 7
 SSM_CUTS = ("conv", "states", "tokens")
 _NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[123]|0)\])?|ssm|skip|controls|write\[\d+\]))?")
 
 
 def inner_edges(layer: int, writes: int = 0) -> list[tuple[str, str]]:
-    """The edges inside a layer, in order; those of so many positions' writes, if any, in place of conv -> ssm."""
+    """The eight edges inside a layer, in order.
+
+    Those of so many positions' writes, if any, follow, and the controls are in the place of conv.
+    """
     node = str(layer)
     slices = [(node, f"{node}.conv[{s}]") for s in SLICES]
     return [
@@ -173,7 +179,7 @@ class Graph:
         """The mask of all edges: every pair at every position, but for writes at positions before them."""
         mask = torch.ones(len(self.pairs), self.width, dtype=torch.bool)
         for layer in range(self.n_layers if self.writes else 0):
-            mask[self.inside(layer)][WRITES].triu_()
+            mask[self.written(layer)].triu_()
         return mask
 
     def stored(self) -> dict[str, int | bool | str | None]:
@@ -185,20 +191,20 @@ class Graph:
         """The nodes with an edge into a layer (``n_layers`` stands for the output)."""
         return [EMBED, *map(str, range(layer))]
 
-    @property
-    def inner(self) -> int:
-        """How many edges there are inside a layer."""
-        return INNER + self.writes if self.fine else 0
-
     def into(self, layer: int) -> slice:
         """Where the edges into a layer's input stand in `pairs` (``n_layers``: into the output)."""
-        start = layer * (layer + 1) // 2 + (self.inner * layer)
+        start = layer * (layer + 1) // 2 + ((INNER + self.writes) * layer if self.fine else 0)
         return slice(start, start + layer + 1)
 
     def inside(self, layer: int) -> slice:
-        """Where a layer's inner edges stand in `pairs`."""
+        """Where a layer's inner edges stand in `pairs`, but for its writes."""
         start = self.into(layer).stop
-        return slice(start, start + self.inner)
+        return slice(start, start + (INNER if self.fine else 0))
+
+    def written(self, layer: int) -> slice:
+        """Where the edges of a layer's writes stand in `pairs`, if there are any."""
+        start = self.inside(layer).stop
+        return slice(start, start + self.writes)
 
     def edges(self, mask: Bool[Tensor, "n_pairs width"] | None = None) -> tuple[Edge, ...]:
         """The edges that a mask holds, in order; all of them without a mask."""
@@ -243,7 +249,7 @@ class Graph:
         conv's output reaches the layer's output at its own position without an edge, and where it is ``tokens`` the
         scan's.
         """
-        return mask & self.whole() & reached(self, mask) & needed(self, mask)
+        return mask & self.whole() & self._reach(mask) & self._needed(mask)
 
     def live_layers(self, kept: Bool[Tensor, "n_pairs"]) -> list[bool]:
         """Whether each layer may lie on a path, of edges of which any position is kept."""
@@ -252,11 +258,105 @@ class Graph:
         for layer in range(self.n_layers + 1):
             mask[plain.into(layer), 0] = kept[self.into(layer)]
             if layer < self.n_layers:
-                mask[plain.inside(layer), 0] = kept[self.inside(layer)][: plain.inner]
+                mask[plain.inside(layer), 0] = kept[self.inside(layer)]
                 if self.writes:  # by D x at least
                     mask[plain.inside(layer)][SSM] = True
         used = plain.prune(mask)
         return [bool(used[plain.into(layer)].any()) for layer in range(self.n_layers)]
+
+    def _reach(self, mask: Tensor) -> Tensor:
+        """Which edges have a source that a path from embed reaches, ``[n_pairs, width]``."""
+        reached = torch.zeros_like(mask)
+        outputs = [torch.ones(self.width, dtype=torch.bool)]
+        for layer in range(self.n_layers + 1):
+            into = self.into(layer)
+            reached[into] = torch.stack(outputs)
+            arrives = (mask[into] & reached[into]).any(0)
+            if layer == self.n_layers:
+                break
+            if not self.fine:
+                outputs.append(self._onwards(arrives))
+                continue
+            inner, kept = reached[self.inside(layer)], mask[self.inside(layer)]
+            inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in SLICES])
+            conv = (inner[SLICE] & kept[SLICE]).any(0)
+            step = arrives & self.direct_step
+            inner[SKIP] = arrives
+            if self.ssm == "conv":
+                inner[SSM] = conv
+                inner[SSM_OUT] = self._onwards((inner[SSM] & kept[SSM]) | step)
+            elif self.ssm == "tokens":
+                writes = self.written(layer)
+                inner[SSM], reached[writes] = conv | step, (conv | step)[:, None]
+                written = (mask[writes] & reached[writes]).any(0)
+                inner[SSM_OUT] = written | self._onwards(inner[SSM] & kept[SSM]) | conv
+            else:
+                inner[SSM_OUT] = self._carried(conv | step, kept[SSM])
+                inner[SSM] = conv | step | self._shift(inner[SSM_OUT], 1)
+            inner[SKIP_OUT] = inner[SKIP] & kept[SKIP]
+            through = (inner[SSM_OUT] & kept[SSM_OUT]) | (inner[SKIP_OUT] & kept[SKIP_OUT])
+            outputs.append(through | conv if self.ssm == "states" else through)
+        return reached
+
+    def _needed(self, mask: Tensor) -> Tensor:
+        """Which edges have a destination from which a path leads to the output, ``[n_pairs, width]``."""
+        needed = torch.zeros_like(mask)
+        last = torch.zeros(self.width, dtype=torch.bool)
+        last[-1] = True
+        needed[self.into(self.n_layers)] = last
+        leaves = torch.zeros(self.n_layers, self.width, dtype=torch.bool)
+        leaves |= (mask & needed)[self.into(self.n_layers)][1:]
+        for layer in reversed(range(self.n_layers)):
+            if self.fine:
+                inner, kept = needed[self.inside(layer)], mask[self.inside(layer)]
+                inner[SSM_OUT] = inner[SKIP_OUT] = leaves[layer]
+                read = leaves[layer] & kept[SSM_OUT]
+                inner[SKIP] = leaves[layer] & kept[SKIP_OUT]
+                if self.ssm == "conv":
+                    step = inner[SSM] = self._backwards(read)
+                    inner[SLICE] = inner[SSM] & kept[SSM]
+                elif self.ssm == "tokens":
+                    writes = self.written(layer)
+                    inner[SSM], needed[writes] = self._backwards(read), read
+                    step = (inner[SSM] & kept[SSM]) | (mask[writes] & needed[writes]).any(1)
+                    inner[SLICE] = step | read
+                else:
+                    carried = step = self._carried(read.flip(0), kept[SSM].flip(0)).flip(0)
+                    inner[SSM] = read | self._shift(carried, -1)
+                    inner[SLICE] = carried | leaves[layer]
+                through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(SLICES)]
+                arrives = torch.stack([*through, inner[SKIP] & kept[SKIP], step & self.direct_step]).any(0)
+            else:
+                arrives = self._backwards(leaves[layer])
+            into = self.into(layer)
+            needed[into] = arrives
+            leaves[:layer] |= (mask[into] & arrives)[1:]
+        return needed
+
+    def _carried(self, begins: Bool[Tensor, "width"], kept: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
+        """Where a state holds what came in at that position or before it, with no cut from there on."""
+        places = torch.arange(len(kept))
+        came, cut = (torch.where(at, places, -1).cummax(0).values for at in (begins, ~kept))
+        return came > cut
+
+    def _onwards(self, at: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
+        """The positions from any of these on."""
+        return at.int().cummax(0).values.bool()
+
+    def _backwards(self, at: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:
+        """The positions up to any of these."""
+        return self._onwards(at.flip(0)).flip(0)
+
+    def _shift(self, at: Bool[Tensor, "width"], by: int) -> Bool[Tensor, "width"]:
+        """Moved ``by`` positions later (not at all if edges are not kept apart by position)."""
+        if self.length is None or by == 0:
+            return at
+        moved = torch.zeros_like(at)
+        if by > 0:
+            moved[by:] = at[:-by]
+        else:
+            moved[:by] = at[-by:]
+        return moved
 
 
 def describe(edges: Sequence[Edge]) -> str:

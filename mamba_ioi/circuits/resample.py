@@ -23,8 +23,7 @@ from ..trace.conv import ConvStages, conv_terms
 from ..trace.scan import ScanStages
 from ..trace.tokens import exchanged
 from .forward import Pass, Run, run_nodes
-from .graph import Graph
-from .paths import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, WRITES
+from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 
 
 class Resampled(Pass):
@@ -57,8 +56,14 @@ class Resampled(Pass):
         self.candidates = keep.shape[0]
         device, dtype = corrupt.sources[0].device, corrupt.sources[0].dtype
         self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
-        inner = [keep[:, :, graph.inside(j)] for j in range(graph.n_layers if graph.fine else 0)]
-        self.inner: list = [narrow(weights).to(device, dtype) if (weights != 1).any() else None for weights in inner]
+        self.inner: list = []  # of each layer, the weights inside it, and of its writes; None where all is kept
+        self.writes: list = []
+        for layer in range(graph.n_layers if graph.fine else 0):
+            inner = keep[:, :, graph.inside(layer).start : graph.written(layer).stop]
+            parts = narrow(inner).to(device, dtype).split([inner.shape[2] - graph.writes, graph.writes], dim=2)
+            own, writes = parts if (inner != 1).any() else (None, None)
+            self.inner.append(own)
+            self.writes.append(writes)
         self.live = graph.live_layers((keep != 0).amax((0, 1, 3)))
         self.wanted = {source for mix in self.mixes[first:] for source, _ in mix.terms}
         self.base = torch.zeros_like(corrupt.sources[0])
@@ -112,7 +117,7 @@ class Resampled(Pass):
             self.resample_states(layer, stages, weights[:, :, SSM], weights[:, :, SSM_OUT])
             return
         if self.graph.ssm == "tokens":
-            self.exchange(layer, stages, weights[:, :, WRITES][:, :, self.begins.position :], weights[:, :, SSM])
+            self.exchange(layer, stages, self.writes[layer][:, :, self.begins.position :], weights[:, :, SSM])
         if (weights[:, :, SSM_OUT] != 1).any():
             kept = weights[:, :, SSM_OUT, :, None]
             stages.set("ssm_output", blend(self.corrupt.inner[layer]["ssm_output"], stages.peek("ssm_output"), kept))
@@ -331,7 +336,7 @@ def first_difference(
     """
     unlike = (keep != mask.to(keep)).flatten(0, 1).any(0).any(1)
     for layer in range(graph.n_layers):
-        if unlike[graph.into(layer)].any() or unlike[graph.inside(layer)].any():
+        if unlike[graph.into(layer).start : graph.written(layer).stop].any():
             return layer
     return graph.n_layers
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from ..checks import integers
 from ..memory import FLOAT, fitting_rows, forward_bytes
 from ..remote.requests import ask
-from ..trace.anatomy import skip_block
 from ..trace.change import look_at
 from ..trace.mixing import contributions, mean_mixing, unit_mixing
 from ..trace.sites import owner
-from ..trace.walk import Visitor, leave_out, walk
+from ..trace.walk import Visitor, each_alone, leave_out, walk
 from .attention import attention_contributed, attention_pattern, find_attention
 from .patch import resolve
 from .positions import kept_positions, refuse_ends, refuse_padding
@@ -278,12 +277,4 @@ def looked_into(model, layer: int) -> Inside:
 
 def projection(model, layer: int) -> Float[Tensor, "_ D"]:
     """The body of a trace of one token: what each channel alone, and none, adds to the stream; no weight is read."""
-    for below in range(layer):
-        skip_block(model, below, model.layers[below].input)
-    out_proj = model.layers[layer].mixer.out_proj
-    given = out_proj.input
-    out_proj.input = torch.eye(given.shape[-1] + 1, given.shape[-1], dtype=given.dtype, device=given.device)[None]
-    found = out_proj.output[0]
-    out_proj.output = found[None, :1]
-    leave_out(model, layer + 1)
-    return found * model.layers[layer].mixer_scale
+    return each_alone(model, layer, model.layers[layer].mixer.out_proj) * model.layers[layer].mixer_scale

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .anatomy import skip_block
+from .walk import each_alone, leave_out
 
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 """What an attention is called, where the module that gives what is added to the stream is another: a norm after it."""
@@ -89,9 +89,7 @@ def attended(model, layer: int, path: AttentionPath) -> Attended:
     output, *others = function.output
     function.output = (output[..., :size].contiguous(), *others)
     projected, added = getattr(attn, path.project).output.clone(), block.attn_out.clone()
-    for above in range(layer + 1, model.n_layers):
-        skip_block(model, above, model.layers[above].input)
-    model.unembedding.skip(model.unembedding.input)
+    leave_out(model, layer + 1)
     pattern = output[..., size:].transpose(1, 2)
     values = values.repeat_interleave(pattern.shape[1] // values.shape[1], dim=1)
     return Attended(pattern, values, projected, added)
@@ -99,14 +97,4 @@ def attended(model, layer: int, path: AttentionPath) -> Attended:
 
 def head_projection(model, layer: int, path: AttentionPath) -> Float[Tensor, "_ D"]:
     """The body of a trace of one token: what the projection makes of each channel alone, and of none."""
-    for below in range(layer):
-        skip_block(model, below, model.layers[below].input)
-    project = getattr(child(model.layers[layer], path.attn), path.project)
-    given = project.input
-    project.input = torch.eye(given.shape[-1] + 1, given.shape[-1], dtype=given.dtype, device=given.device)[None]
-    found = project.output[0]
-    project.output = found[None, :1]
-    for above in range(layer + 1, model.n_layers):
-        skip_block(model, above, model.layers[above].input)
-    model.unembedding.skip(model.unembedding.input)
-    return found
+    return each_alone(model, layer, getattr(child(model.layers[layer], path.attn), path.project))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .anatomy import cut_head, output_logits, skip_block
@@ -76,6 +77,21 @@ def logits_at(model, read: Int[Tensor, "B"]) -> Tensor:
     """The logits of the model's output at one position a row, which alone are unembedded."""
     cut_head(model, read)
     return output_logits(model)[:, 0]
+
+
+def each_alone(model, layer: int, project) -> Float[Tensor, "_ D"]:
+    """In a trace of one token: what a layer's projection makes of each channel alone, and of none; no weight is read.
+
+    Nothing else of the model runs.
+    """
+    for below in range(layer):
+        skip_block(model, below, model.layers[below].input)
+    given = project.input
+    project.input = torch.eye(given.shape[-1] + 1, given.shape[-1], dtype=given.dtype, device=given.device)[None]
+    found = project.output[0]
+    project.output = found[None, :1]
+    leave_out(model, layer + 1)
+    return found
 
 
 def leave_out(model, first: int) -> None:
