@@ -87,7 +87,13 @@ def parse(
     sub.add_argument("--prompts", type=_from_one, default=32, metavar="N", help="of the forward (default: 32)")
     sub.add_argument("--device", help="such as cuda or cuda:1 (default: cpu)")
     sub.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: float32)")
-    sub.add_argument("--only", metavar="WORKS", help="these only, such as forward,sweep,h,attribution,eap,acdc")
+    sub.add_argument("--only", metavar="WORKS", help="these only, such as forward,sweep,h,attribution,eap,acdc,tokens")
+
+    sub = add("attention", "write a page that shows what each token of a prompt reads of others, layer by layer")
+    _add_model(sub)
+    sub.add_argument("--prompt", required=True, metavar="TEXT", help="the text, as it stands")
+    sub.add_argument("--units", metavar="UNITS", help="channels or heads to show alone as well, such as 0,5")
+    sub.add_argument("--out", type=_path, required=True, metavar="FILE", help="the page to write, such as a.html")
 
     sub = add("train-tiny", "train the packaged model 'tiny', or 'tiny-mamba2', anew")
     sub.add_argument(

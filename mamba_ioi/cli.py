@@ -1,4 +1,4 @@
-"""The command line: `mamba-ioi reproduce`, `run`, `plot`, `list`, `tasks`, `doctor`, `bench` and `train-tiny`.
+"""The command line, `mamba-ioi`: reproduce, run, plot, list, tasks, doctor, bench, attention and train-tiny.
 
 Exit status 0; 1 if a figure failed or `doctor` found something wrong; 2, with one line on stderr, for bad input. What
 needs torch is imported by the commands that compute, so that help, lists and refusals come at once.
@@ -228,6 +228,28 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _attention(arguments: argparse.Namespace) -> int:
+    from .experiments.token_page import token_page
+    from .files import replace_files
+    from .models.model import load_model
+
+    units = None if arguments.units is None else _numbers(arguments.units)
+    with _quiet():
+        chosen = {"device": arguments.device, "dtype": arguments.dtype, "remote": arguments.remote}
+        page = token_page(load_model(arguments.model, **chosen), arguments.prompt, units=units)
+    replace_files(arguments.out.parent, {arguments.out.name: page.encode("utf-8", "backslashreplace")})
+    _say(f"saved as {arguments.out}")
+    return 0
+
+
+def _numbers(words: str) -> list[int]:
+    """Whole numbers with commas between."""
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise ValueError(f"units are whole numbers with commas between, such as 0,5, not {words!r}") from None
+
+
 def _train_tiny(arguments: argparse.Namespace) -> int:
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -264,6 +286,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "tasks": _tasks,
     "doctor": _doctor,
     "bench": _bench,
+    "attention": _attention,
     "train-tiny": _train_tiny,
     "--version": _version,
 }
