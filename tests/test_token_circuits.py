@@ -115,8 +115,7 @@ class TestScores:
         def sites(ids: Tensor) -> dict[str, Tensor]:
             with torch.no_grad():
                 acts = forward_by_hand(module, ids)
-            return {key.rpartition("_")[2] if "_bar" not in key else key[-5:]: value for key, value in acts.items()
-                    if key.startswith(f"blocks.{layer}.")}  # fmt: skip
+            return {name: acts[f"blocks.{layer}.hook_{name}"] for name in ("A_bar", "write", "C")}
 
         logits = forward_by_hand(module, pairs.clean_tokens, {("y", layer): leaf})["hook_logits"][:, -1]
         rows = torch.arange(3)
