@@ -217,3 +217,30 @@ def test_a_resample_needs_a_source(small, prompts):
         sweep(small, clean, [[Resample("h", 1, 0)]], readout(last))
     with pytest.raises(ValueError, match="shape"):
         sweep(small, clean, [[Resample("h", 1, 0)]], readout(last), source=source[:, :5])
+
+
+def test_callables_see_every_row(small, prompts):
+    """Beside other changes, in the order given, and as a hook on the untouched model has it."""
+    clean, _, last = prompts
+    seen = []
+
+    def scaled(view):
+        seen.append(len(view))
+        return view * torch.linspace(0.5, 2, len(view)).reshape(-1, *[1] * (view.dim() - 1))
+
+    interventions = [
+        [Patch("h", 1, scaled, [3])],
+        [Resample("h", 1)],
+        [Patch("resid_pre", 1, scaled)],
+        [],
+        [Patch("ssm_input", 0, scaled, [2, 5]), Resample("y", 2, [4])],
+    ]
+    expected = check(small, prompts, interventions)
+    assert set(seen) == {7}
+    rows = torch.linspace(0.5, 2, 7).reshape(-1, 1, 1)
+    block = small._module.backbone.layers[1]
+    handle = block.register_forward_pre_hook(lambda _, args: (args[0] * rows, *args[1:]))
+    with torch.no_grad():
+        hooked = small._module(clean).logits[torch.arange(7), last]
+    handle.remove()
+    torch.testing.assert_close(expected[2], hooked.gather(1, readout(last).tokens), rtol=1e-4, atol=1e-4)

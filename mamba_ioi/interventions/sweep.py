@@ -65,7 +65,8 @@ def sweep(
         model: a Mamba.
         tokens: the prompts to run, ``[B, L]``.
         interventions: each one a set of changes made together, at sites inside the layers or ``embed``; ``[]`` is the
-            plain run. A tensor's first dimension counts the rows of ``tokens`` (or is 1).
+            plain run. A tensor's first dimension counts the rows of ``tokens`` (or is 1). An intervention with a
+            callable is a run of the whole prompts, so that it sees every row as in `run`.
         readout: which logits to return.
         source: the prompts that `Resample` and a `Cut` with ``resample=True`` take values from, row for row with
             ``tokens``.
@@ -84,6 +85,27 @@ def sweep(
     readout.check(tokens, model.vocab_size)
     if not model.all_scans:
         return _plain_runs(model, tokens, source, interventions, readout, description)
+    called = [any(isinstance(one, Patch) and callable(one.value) for one in some) for some in interventions]
+    if any(called):
+        found = torch.empty(len(called), *readout.read.shape, dtype=compute_dtype(model.dtype))
+        for whole, runs in ((True, _plain_runs), (False, _shared_runs)):
+            places = [index for index, one in enumerate(called) if one == whole]
+            some = [interventions[index] for index in places]
+            if some:
+                found[places] = runs(model, tokens, source, some, readout, description)
+        return found
+    return _shared_runs(model, tokens, source, interventions, readout, description)
+
+
+def _shared_runs(
+    model: CausalLM,
+    tokens: Int[Tensor, "B L"],
+    source: Int[Tensor, "B L"] | None,
+    interventions: Sequence[Sequence[Patch | Resample | Cut]],
+    readout: Readout,
+    description: str | None,
+) -> Float[Tensor, "I B K"]:
+    """A sweep whose runs start from one base run."""
     checked = [_changes(model, tokens, changes, source) for changes in interventions]
     model.require_stream("sweeps")
     limits = Budget.of(model, tokens.shape[1])
@@ -107,7 +129,10 @@ def _plain_runs(
     readout: Readout,
     description: str | None,
 ) -> Float[Tensor, "I B K"]:
-    """A sweep where positions leave more than a state behind: every intervention is a run of the whole prompts."""
+    """A sweep of which every intervention is a run of the whole prompts.
+
+    So it is where positions leave more than a state behind, and where a callable is to see every row.
+    """
     refuse_touched(model, "sweeps")
     values: dict[str, Tensor] = {}
     results, read = [], readout.read
@@ -140,10 +165,7 @@ def _checked(model: CausalLM, tokens: Tensor, change: Patch | Resample, source: 
     """The change, which a sweep can make."""
     if isinstance(change, Resample) and source is None:
         raise ValueError("a Resample needs source tokens to take its values from")
-    checked = check_patch(model, tokens, change)
-    if callable(checked.value):
-        raise ValueError("a sweep's values are tensors and floats; a callable is for run, cache and generate")
-    return checked
+    return check_patch(model, tokens, change)
 
 
 @dataclass(frozen=True)
