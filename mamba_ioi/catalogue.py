@@ -374,6 +374,32 @@ ROWS = (
         arguments={"sources": ("n1+1", "n2+1", "n3+1", "n4+1", "n5+1")},
         needs_names=True,
     ),
+    Row(
+        figure="lens",
+        experiment="logit_lens",
+        label="Logit lens",
+        shows="what the stream says of the answer after each layer",
+        reading="Rows are layers, columns tokens or marks: the logit difference that the final norm and the head give "
+        "of the residual stream there (above 0: the right answer is ahead of the corrupt prompt's).",
+        columns=("layer", "position", "label", "logit_diff", "low", "high", "probability", "rank", "n"),
+        function=f"{_EXPERIMENTS}.logit_lens:logit_lens",
+        drawn_by=f"{_FIGURES}.logit_lens:logit_lens",
+        needs_mamba=False,
+        tells={"later": "mamba_ioi.report.reading:lens"},
+    ),
+    Row(
+        figure="direct",
+        experiment="direct_effects",
+        label="Direct effects",
+        shows="what each layer writes of the answer at the last position",
+        reading="A point for each write to the last position: what it adds to the logit difference, the final norm's "
+        "scale as it is in the run. The points add up to the logit difference.",
+        columns=("layer", "part", "effect", "low", "high", "n"),
+        function=f"{_EXPERIMENTS}.direct_effects:direct_effects",
+        drawn_by=f"{_FIGURES}.direct_effects:direct_effects",
+        needs_mamba=False,
+        decides={"later": "mamba_ioi.report.reading:later_layers"},
+    ),
 )
 """Every figure, in the paper's order."""
 

@@ -225,6 +225,8 @@ def as_the_paper_says(model: str = TINY) -> dict[str, Result]:
         "appd3": circuit("appd3", model=model),
         "sec44": sec44((0.86, 0.87), (0.84, 0.86), (40, 30), layer, model),
         "knockout": knockout(layer, layers, model),
+        "lens": lens({i: 8.0 if i >= layer else 0.5 for i in range(-1, layers)}, model),
+        "direct": direct({i: 4.0 if i == layer else 1.0 for i in range(layers)}, model),
     }
     return {figure: found[figure] for figure in CATALOGUE}
 
@@ -239,6 +241,27 @@ def knockout(layer: int, layers: int, model: str = TINY) -> Result:
         for value in [0.4 if i == layer else 0.0]
     ]
     return result("knockout", rows, model)
+
+
+def lens(differences: Mapping[int, float], model: str = TINY) -> Result:
+    """The logit difference after each layer at the last position, and none at the first."""
+    rows = [
+        {"layer": i, "position": p, "label": label, "logit_diff": value, "low": value - 0.1, "high": value + 0.1}
+        | {"probability": 0.9, "rank": 1.0 if value > 4 else 90.0, "n": 160}
+        for i, difference in differences.items()
+        for p, label, value in ((0, "BOS", 0.0), (1, "out", difference))
+    ]
+    return result("lens", rows, model)
+
+
+def direct(effects: Mapping[int, float], model: str = TINY) -> Result:
+    """What each layer's mixer adds to the logit difference."""
+    written = [(-1, "embed", 0.0), *((layer, "mixer", effect) for layer, effect in effects.items()), (-1, "bias", 0.0)]
+    rows = [
+        {"layer": layer, "part": part, "effect": effect, "low": effect - 0.1, "high": effect + 0.1, "n": 160}
+        for layer, part, effect in written
+    ]
+    return result("direct", rows, model, logit_diff=sum(effects.values()))
 
 
 def store(out: Path, results: Mapping[str, Result], pictures: bool = True) -> Path:

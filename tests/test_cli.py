@@ -419,7 +419,7 @@ def test_models_that_cannot_be_used(folder: Path, gpt2: Path, tmp_path: Path, ca
 def test_a_model_that_is_no_mamba_gets_the_figures_it_can_have(gpt2: Path, tmp_path: Path, capsys) -> None:
     assert main(["reproduce", "--model", str(gpt2), *FEW, "--out", str(tmp_path)]) == 0
     assert "fig4         left out: " in capsys.readouterr().out
-    expected = {"fig3", "fig5", "fig5_greedy", "appd1", "appd3"}
+    expected = {"fig3", "fig5", "fig5_greedy", "appd1", "appd3", "lens", "direct"}
     assert {path.name for path in (tmp_path / "results").iterdir()} == expected
 
 

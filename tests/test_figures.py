@@ -156,6 +156,21 @@ def diagram(experiment: str, sizes: dict[str, int] = SIZES) -> Result:
     return Result.create(experiment, table, model=SimpleNamespace(model_id="tiny"), arguments={})
 
 
+def lens() -> Result:
+    rows = [
+        (layer, position, f"pos{position}", 0.5 * layer * position, 0.1, 0.2, 0.5, 3.0, 40)
+        for layer in range(-1, 6)
+        for position in range(12)
+    ]
+    return make("logit_lens", rows, "layer position label logit_diff low high probability rank n", 6)
+
+
+def direct() -> Result:
+    writes = [(-1, "embed"), *((layer, part) for layer in range(6) for part in ("mixer", "mlp")), (-1, "bias")]
+    rows = [(layer, part, 0.3 * layer, 0.3 * layer - 0.1, 0.3 * layer + 0.1, 40) for layer, part in writes]
+    return make("direct_effects", rows, "layer part effect low high n", 6)
+
+
 def knocked_out() -> Result:
     rows = [
         (source, target, layer, 0.1 * layer, 0.1 * layer - 0.05, 0.1 * layer + 0.05, 0.9, 40)
@@ -182,6 +197,8 @@ EXAMPLES = {
     "exact_effects": lambda: scores("exact_effects"),
     "faithfulness": sizes,
     "knockout": knocked_out,
+    "logit_lens": lens,
+    "direct_effects": direct,
     **CIRCUIT_EXAMPLES,
 }
 

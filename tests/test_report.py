@@ -77,6 +77,8 @@ def test_results_as_in_the_paper_bear_every_claim_out(model: str) -> None:
         ("task", made.fig5({-1: 0.9, 0: 0.1, 1: 0.5}), True, "names in 0.900 of the prompts"),
         ("task", made.fig5({-1: 0.4, 0: 0.1, 1: 0.5}), False, "a task that the model does not do"),
         ("bottleneck", made.fig4({0: 0.9, 1: 0.8, 2: 0.1}), True, "Layer 1 stands out"),
+        ("later", made.lens({-1: 0.0, 0: 1.0, 1: 9.0, 2: 10.0}), None, "after layer 1; the answer is first in the"),
+        ("later", made.lens({-1: 0.0, 0: -1.0}), None, "the mean logit difference is"),
         ("bottleneck", made.fig4({0: 0.9, 1: 0.8, 2: 0.5}), False, "No layer stands out; layer 1 comes first"),
         ("bottleneck", made.fig4({0: 0.9, 1: 0.3, 2: 0.1}), False, "No layer stands out"),
         ("bottleneck", made.fig4({0: 0.9}), None, "no layer besides layer 0"),
@@ -135,6 +137,21 @@ def test_results_as_in_the_paper_bear_every_claim_out(model: str) -> None:
 )
 def test_one_figure_alone(claim: str, result: Result, holds: bool | None, said: str) -> None:
     found = finding(claim, result.meta["request"]["figure"], one(result))
+    assert found.holds is holds and said in found.sentence, found.sentence
+
+
+@pytest.mark.parametrize(
+    ("effects", "holds", "said"),
+    [
+        ({0: 1.0, 1: 6.0, 2: 3.0}, True, "the layers after it write 0.300"),
+        ({0: 1.0, 1: 8.5, 2: 0.5}, False, "layer 1 writes 0.850 of it"),
+        ({0: 1.0, 1: 9.0}, None, "is the last one"),
+        ({0: -1.0, 1: 0.5, 2: 0.1}, None, "there is no answer to share out"),
+    ],
+)
+def test_what_is_written_after_the_bottleneck(effects: dict[int, float], holds: bool | None, said: str) -> None:
+    (claim,) = (one for one in judge({"direct": made.direct(effects)}, bottleneck=1) if one.key == "later")
+    (found,) = (one for one in claim.findings if one.figure == "direct")
     assert found.holds is holds and said in found.sentence, found.sentence
 
 

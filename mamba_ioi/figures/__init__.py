@@ -15,11 +15,13 @@ from mamba_ioi.figures.companions import save_companions
 from mamba_ioi.figures.conv_slices import conv_slices
 from mamba_ioi.figures.cross_talk import cross_talk
 from mamba_ioi.figures.diagram import ModelSizes
+from mamba_ioi.figures.direct_effects import direct_effects
 from mamba_ioi.figures.faithfulness import faithfulness
 from mamba_ioi.figures.intervals import intervals
 from mamba_ioi.figures.knockout import knockout
 from mamba_ioi.figures.last_position import last_position_only
 from mamba_ioi.figures.layer_removal import greedy_layer_removal, layer_removal
+from mamba_ioi.figures.logit_lens import logit_lens
 from mamba_ioi.figures.name_steering import name_pca, name_steering
 from mamba_ioi.figures.resample_ablation import resample_ablation
 from mamba_ioi.figures.residual_graph import residual_edges, residual_graph
@@ -44,6 +46,7 @@ __all__ = [
     "circuit_tables",
     "conv_slices",
     "cross_talk",
+    "direct_effects",
     "draw",
     "edge_scores",
     "faithfulness",
@@ -53,6 +56,7 @@ __all__ = [
     "last_position_only",
     "layer_parts",
     "layer_removal",
+    "logit_lens",
     "name_pca",
     "name_steering",
     "resample_ablation",

@@ -87,6 +87,12 @@ QUESTIONS = (
         "The bottleneck writes at the last position only",
     ),
     Question(
+        "later",
+        "Layers after the bottleneck write the answer too",
+        "What the layers after 39 do is left open (Section 6).",
+        "Layers after the bottleneck write the answer too",
+    ),
+    Question(
         "circuit",
         "A small circuit does the task",
         "EAP finds 188 of 1225 edges with accuracy above 0.85; ACDC keeps 364 of 1609 with the layers' parts (App. D).",
