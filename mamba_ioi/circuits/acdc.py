@@ -107,7 +107,7 @@ def acdc(
         "metric": metric_name(evaluator.pairs.metric),
     }
     kind = graph.n_layers, graph.fine, graph.length
-    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, graph.ssm, graph.direct_step)
+    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, *graph.inner_kind)
 
 
 def steps(graph: Graph) -> list[list[int]]:
@@ -119,11 +119,11 @@ def steps(graph: Graph) -> list[list[int]]:
     groups = [list(range(len(graph.pairs)))[graph.into(graph.n_layers)][::-1]]
     for layer in reversed(range(graph.n_layers)):
         if graph.fine:
-            start = graph.inside(layer).start
+            inside = graph.inside(layer)
             if graph.length is not None or (graph.direct_step and graph.ssm == "conv"):
-                groups.append([start + SSM_OUT])
-            groups.append([start + SSM, start + SKIP, *range(len(graph.pairs))[graph.written(layer)]])
-            groups.append([start + k for k in range(SLICE.start, SLICE.stop)][::-1])
+                groups.append([inside.stop + SSM_OUT])
+            groups.append([inside.stop + SSM, inside.stop + SKIP, *range(len(graph.pairs))[graph.written(layer)]])
+            groups.append(list(range(len(graph.pairs)))[inside][SLICE][::-1])
         groups.append(list(range(len(graph.pairs)))[graph.into(layer)][::-1])
     return groups
 
@@ -192,10 +192,10 @@ class Search:
         """Keep ``skip -> out`` and ``ssm -> out`` only with the edges they continue."""
         continuations = {SKIP: SKIP_OUT} if self.graph.length is not None else {SKIP: SKIP_OUT, SSM: SSM_OUT}
         for layer in range(self.graph.n_layers if self.graph.fine else 0):
-            start = self.graph.inside(layer).start
+            end = self.graph.inside(layer).stop
             for edge, continuation in continuations.items():
-                if start + edge in group:
-                    self.mask[start + continuation] &= self.mask[start + edge]
+                if end + edge in group:
+                    self.mask[end + continuation] &= self.mask[end + edge]
 
     def _without(self, edges: list[tuple[int, int]]) -> Tensor:
         mask = self.mask.clone()

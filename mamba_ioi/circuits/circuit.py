@@ -15,7 +15,7 @@ import pandas as pd
 from ..checks import integer
 from ..files import replace_files
 from ..result import jsonable
-from .graph import Edge, Graph, describe
+from .graph import TAPS, Edge, Graph, describe
 
 FORMAT = "mamba_ioi.circuit"
 FORMAT_VERSION = 2
@@ -37,6 +37,7 @@ class Circuit:
         meta: how the circuit was found.
         ssm: what a fine circuit's edges conv -> ssm carry, ``conv`` or ``states``, or ``tokens`` (see `Graph`).
         direct_step: whether the layers' time steps come from their inputs and not out of their convs (see `Graph`).
+        taps: how many taps the layers' convs have.
 
     Raises:
         ValueError: if an edge is not in the graph, or ``ssm`` is neither.
@@ -52,6 +53,7 @@ class Circuit:
     meta: dict[str, Any] = field(default_factory=dict)
     ssm: str = "conv"
     direct_step: bool = False
+    taps: int = TAPS
 
     def __post_init__(self) -> None:
         graph = self.graph
@@ -69,15 +71,15 @@ class Circuit:
         are; else the largest is the last).
         """
         edges = list(edges)
-        graph = Graph.of(model.n_layers, edges)
-        kind = {"fine": graph.fine, "length": graph.length, "ssm": graph.ssm}
-        known = {**kind, "direct_step": graph.on(model).direct_step, **known}
+        graph = Graph.of(model.n_layers, edges).on(model)
+        inner = {"ssm": graph.ssm, "direct_step": graph.direct_step, "taps": graph.taps}
+        known = {"fine": graph.fine, "length": graph.length, **inner, **known}
         return cls(tuple(edges), model.n_layers, **known)
 
     @property
     def graph(self) -> Graph:
         """The graph that the edges are from."""
-        return Graph(self.n_layers, self.fine, self.length, self.ssm, self.direct_step)
+        return Graph(self.n_layers, self.fine, self.length, self.ssm, self.direct_step, self.taps)
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -133,6 +135,7 @@ class Circuit:
             "length": self.length,
             "ssm": self.ssm,
             "direct_step": self.direct_step,
+            "taps": self.taps,
             "accuracy": self.accuracy,
             "nld": self.nld,
             "edges": [list(edge) for edge in self.edges],
@@ -175,6 +178,7 @@ class Circuit:
                 meta=stored["meta"],
                 ssm=stored["ssm"] if stored["format_version"] > 1 else "conv",
                 direct_step=stored.get("direct_step", False),
+                taps=stored.get("taps", TAPS),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no complete circuit: {error}") from error

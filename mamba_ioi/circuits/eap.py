@@ -297,13 +297,13 @@ class Attributed(Pass):
         if not self.graph.fine or site.name != "skip":
             return
         gate: Tensor = model.layers[layer].mixer.gate
-        start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
+        end, width, scores, places = self.graph.inside(layer).stop, self.width, self.scores, self.places
         d_gate = self.corrupt.inner[layer]["gate"] - self.here(layer, "gate", gate)
 
         def contract(gradient: Tensor) -> None:
             score = by_place(gradient * d_gate, width, places)
-            scores[start + SKIP] += score
-            scores[start + SKIP_OUT] += score
+            scores[end + SKIP] += score
+            scores[end + SKIP_OUT] += score
 
         gate.register_hook(contract)
 
@@ -314,22 +314,22 @@ class Attributed(Pass):
 
     def conv(self, layer: int, conv: ConvStages) -> None:
         """Score the edges into the conv's taps, and from them into the scan."""
-        start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
+        inside, width, scores, places = self.graph.inside(layer), self.width, self.scores, self.places
         convolved, weight, tokens = conv.peek("conv"), conv.weight.detach(), self.graph.writes
         d_input = self.corrupt.inner[layer]["conv_input"] - self.here(layer, "conv_input", conv.x.transpose(1, 2))
 
         def contract(gradient: Tensor) -> None:
             terms = conv_terms(d_input.transpose(1, 2), weight)
             by_slice = by_place(gradient[..., None] * terms, width, places, keep=-1)
-            scores[start : start + SLICE.stop] += by_slice
+            scores[inside][SLICE] += by_slice
             if not tokens:
-                scores[start + SSM] += by_slice.sum(0)
+                scores[inside.stop + SSM] += by_slice.sum(0)
 
         convolved.register_hook(contract)
 
     def scan(self, layer: int, scan: ScanStages) -> None:
         """Score the edge out of the scan, and those of writes and controls into it."""
-        start, width, scores, places = self.graph.inside(layer).start, self.width, self.scores, self.places
+        end, width, scores, places = self.graph.inside(layer).stop, self.width, self.scores, self.places
         output, kind, A, initial = scan.peek("ssm_output"), type(scan), scan.peek("A").detach(), scan.initial
         writes, flows = self.graph.written(layer), None
         if self.graph.writes:
@@ -339,11 +339,11 @@ class Attributed(Pass):
         d_output = self.corrupt.inner[layer]["ssm_output"] - self.here(layer, "ssm_output", output)
 
         def contract(gradient: Tensor) -> None:
-            scores[start + SSM_OUT] += by_place(gradient * d_output, width, places)
+            scores[end + SSM_OUT] += by_place(gradient * d_output, width, places)
             if flows is not None:
                 here, there = (kind.units(flow, A) for flow in flows)
                 gain = gradient.to(here.delta).unflatten(-1, here.x.shape[2:])
-                scores[start + SSM] += controls_effects(here, there, gain, initial)
+                scores[end + SSM] += controls_effects(here, there, gain, initial)
                 moved = contracted(here, range(width), gain, lambda s: written(there, s) - written(here, s))
                 scores[writes][-width:] += moved.T
 

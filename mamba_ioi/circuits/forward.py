@@ -211,7 +211,7 @@ def require_fine(model) -> None:
     """Refuse fine nodes where there are none.
 
     Raises:
-        ValueError: if the model is no Mamba, or its conv has not four taps.
+        ValueError: if the model is no Mamba, or its layers are more than a scan's mixer.
     """
     model.require_mamba("edges inside a layer")
     if not model.all_scans:
@@ -220,5 +220,3 @@ def require_fine(model) -> None:
             f"edges inside a layer need layers that are a scan's mixer alone; {model.model_id} has {kinds}: leave fine "
             f"out, and each layer is one node"
         )
-    if model.d_conv != 4:
-        raise ValueError(f"edges inside a layer are those of a conv with 4 taps, not {model.d_conv}")

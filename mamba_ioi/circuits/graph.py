@@ -4,9 +4,9 @@ Nodes: ``embed``, the layers ``0`` … ``n-1``, ``output`` (the residual stream 
 position). An edge (i, j) carries what i adds to the residual stream into j's input (paper, Figure 3 and Equation 11).
 
 Fine nodes split each layer (App. D.2). ``39`` then stands for the layer's input where an edge leaves it inwards, and
-for its output where an edge enters it from inside; eight edges connect them:
+for its output where an edge enters it from inside; eight edges connect them, of a conv with K taps K + 4:
 
-    39 -> 39.conv[-3], 39.conv[-2], 39.conv[-1], 39.conv[0]     the four terms whose sum, with the bias, is 39.conv
+    39 -> 39.conv[-3], 39.conv[-2], 39.conv[-1], 39.conv[0]     the K terms whose sum, with the bias, is 39.conv
     39.conv -> 39.ssm                                           the conv's output, which the SSM (and B, C, delta) reads
     39 -> 39.skip                                               the gate's input
     39.ssm -> 39, 39.skip -> 39                                 the SSM's output before gating, and the gate
@@ -44,7 +44,7 @@ In a Mamba-2 the conv gives x, B and C, and the time step delta comes from the l
 (``direct_step``): it stays live whatever is cut, but for states, writes, controls and outputs that are the corrupt
 run's themselves.
 
-Order: edges by destination (layers, then output), then source (embed, layers); a layer's eight inner edges follow those
+Order: edges by destination (layers, then output), then source (embed, layers); a layer's inner edges follow those
 into it, as listed above, and after them its writes; positions of an edge are adjacent.
 """
 
@@ -64,21 +64,21 @@ Edge = tuple[str, str] | tuple[str, str, int]
 """``(src, dst)``, or ``(src, dst, position)``."""
 
 EMBED, OUTPUT = "embed", "output"
-SLICES = (-3, -2, -1, 0)
-INNER = 8
-"""How many edges a layer has inside; `SLICE`, `SSM`, `SKIP`, `SSM_OUT`, `SKIP_OUT` say where they stand among them."""
-SLICE, SSM, SKIP, SSM_OUT, SKIP_OUT = slice(0, 4), 4, 5, 6, 7
+TAPS = 4
+"""How many taps a conv has unless a graph says otherwise."""
+SLICE, SSM, SKIP, SSM_OUT, SKIP_OUT = slice(0, -4), -4, -3, -2, -1
+"""Where the edges inside a layer stand among them, counted from their end."""
 SSM_CUTS = ("conv", "states", "tokens")
-_NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[123]|0)\])?|ssm|skip|controls|write\[\d+\]))?")
+_NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[1-9]\d*|0)\])?|ssm|skip|controls|write\[\d+\]))?")
 
 
-def inner_edges(layer: int, writes: int = 0) -> list[tuple[str, str]]:
-    """The eight edges inside a layer, in order.
+def inner_edges(layer: int, taps: int = TAPS, writes: int = 0) -> list[tuple[str, str]]:
+    """The edges inside a layer whose conv has so many taps, in order.
 
     Those of so many positions' writes, if any, follow, and the controls are in the place of conv.
     """
     node = str(layer)
-    slices = [(node, f"{node}.conv[{s}]") for s in SLICES]
+    slices = [(node, f"{node}.conv[{s}]") for s in range(1 - taps, 1)]
     return [
         *slices,
         (f"{node}.controls" if writes else f"{node}.conv", f"{node}.ssm"),
@@ -111,6 +111,7 @@ class Graph:
         ssm: what the edge into a layer's SSM carries, ``conv`` or ``states``, or ``tokens``; without fine nodes it has
             no meaning.
         direct_step: whether a layer's time step comes from its input and not out of its conv, as in a Mamba-2.
+        taps: how many taps the layers' convs have; without fine nodes it has no meaning.
         pairs: every (src, dst), in order; n_pairs of them.
         index: where each (src, dst) stands in `pairs`.
     """
@@ -120,6 +121,7 @@ class Graph:
     length: int | None = None
     ssm: str = "conv"
     direct_step: bool = False
+    taps: int = TAPS
     # computed here and not by cached_property, which holds a lock: a graph travels to servers
     pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False, compare=False)
     index: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
@@ -132,12 +134,14 @@ class Graph:
             raise ValueError(f"ssm is what the edge conv -> ssm carries, conv, states or tokens, not {self.ssm!r}")
         if self.fine and self.ssm == "tokens" and length is None:
             raise ValueError("edges from token to token (ssm='tokens') are kept apart by position: give a length")
+        if (taps := integer(self.taps)) is None or taps < 1:
+            raise ValueError(f"a conv has at least one tap, not {self.taps!r}")
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "length", length)
         found: list[tuple[str, str]] = []
         for layer in range(self.n_layers):
             found += [(source, str(layer)) for source in self.sources(layer)]
-            found += inner_edges(layer, self.writes) if self.fine else []
+            found += inner_edges(layer, self.taps, self.writes) if self.fine else []
         found += [(source, OUTPUT) for source in self.sources(self.n_layers)]
         object.__setattr__(self, "pairs", tuple(found))
         object.__setattr__(self, "index", {pair: i for i, pair in enumerate(found)})
@@ -159,8 +163,14 @@ class Graph:
         return cls(n_layers, fine, length, "tokens" if tokens else "conv")
 
     def on(self, model) -> Graph:
-        """The same graph of this model, whose layers have their time steps from where it says."""
-        return replace(self, direct_step="H" in model.sizes())
+        """The same graph of this model, whose layers have their taps, and their time steps from where it says."""
+        sizes = model.sizes()
+        return replace(self, direct_step="H" in sizes, taps=sizes.get("K", self.taps))
+
+    @property
+    def inner_kind(self) -> tuple[str, bool, int]:
+        """What tells how layers look inside: ``ssm``, ``direct_step``, ``taps``."""
+        return self.ssm, self.direct_step, self.taps
 
     @property
     def width(self) -> int:
@@ -185,7 +195,7 @@ class Graph:
     def stored(self) -> dict[str, int | bool | str | None]:
         """What tells the graph, as a result's ``meta["graph"]`` holds it."""
         known = {"n_layers": self.n_layers, "fine": self.fine, "length": self.length, "ssm": self.ssm}
-        return known | {"direct_step": self.direct_step}
+        return known | {"direct_step": self.direct_step, "taps": self.taps}
 
     def sources(self, layer: int) -> list[str]:
         """The nodes with an edge into a layer (``n_layers`` stands for the output)."""
@@ -193,13 +203,23 @@ class Graph:
 
     def into(self, layer: int) -> slice:
         """Where the edges into a layer's input stand in `pairs` (``n_layers``: into the output)."""
-        start = layer * (layer + 1) // 2 + ((INNER + self.writes) * layer if self.fine else 0)
+        start = layer * (layer + 1) // 2 + (self._inner + self.writes if self.fine else 0) * layer
         return slice(start, start + layer + 1)
 
     def inside(self, layer: int) -> slice:
         """Where a layer's inner edges stand in `pairs`, but for its writes."""
         start = self.into(layer).stop
-        return slice(start, start + (INNER if self.fine else 0))
+        return slice(start, start + self._inner)
+
+    @property
+    def _inner(self) -> int:
+        """How many edges a layer has inside."""
+        return self.taps + 4 if self.fine else 0
+
+    @property
+    def slices(self) -> range:
+        """The taps, as conv slices."""
+        return range(1 - self.taps, 1)
 
     def written(self, layer: int) -> slice:
         """Where the edges of a layer's writes stand in `pairs`, if there are any."""
@@ -278,7 +298,7 @@ class Graph:
                 outputs.append(self._onwards(arrives))
                 continue
             inner, kept = reached[self.inside(layer)], mask[self.inside(layer)]
-            inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in SLICES])
+            inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in self.slices])
             conv = (inner[SLICE] & kept[SLICE]).any(0)
             step = arrives & self.direct_step
             inner[SKIP] = arrives
@@ -324,7 +344,7 @@ class Graph:
                     carried = step = self._carried(read.flip(0), kept[SSM].flip(0)).flip(0)
                     inner[SSM] = read | self._shift(carried, -1)
                     inner[SLICE] = carried | leaves[layer]
-                through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(SLICES)]
+                through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(self.slices)]
                 arrives = torch.stack([*through, inner[SKIP] & kept[SKIP], step & self.direct_step]).any(0)
             else:
                 arrives = self._backwards(leaves[layer])

@@ -23,6 +23,7 @@ from .circuit import Circuit
 from .eap import eap
 from .effects import KEY, exact_effects
 from .evaluate import evaluate, last_position_only
+from .graph import TAPS
 from .search import minimal_circuit
 
 TARGET, THRESHOLD = 0.85, 1e-4
@@ -149,6 +150,7 @@ def circuit_of(result: Result) -> Circuit:
         {"found_by": known["found_by"]},
         graph.get("ssm", "conv"),
         graph.get("direct_step", False),
+        graph.get("taps", TAPS),
     )
 
 

@@ -16,7 +16,7 @@ from ..result import Result, note_precisions
 from ..tasks.pairs import PromptPairs
 from .circuit import Circuit, edge_table
 from .eap import table_of
-from .graph import Graph
+from .graph import TAPS, Graph
 from .measure import Evaluator
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def scored_graph(
     known = scores.meta.get("graph", {}) if isinstance(scores, Result) else {}
     ssm = str(known.get("ssm", "conv")) if ssm is None else ssm
     fine, direct_step = bool(table.src.str.contains(".", regex=False).any()), bool(known.get("direct_step", False))
-    graph = Graph(n_layers, fine, length, ssm, direct_step)
+    graph = Graph(n_layers, fine, length, ssm, direct_step, int(known.get("taps", TAPS)))
     values = torch.full((len(graph.pairs), graph.width), math.nan, dtype=torch.float64)
     for src, dst, position, score in zip(table.src, table.dst, positions, table.score, strict=True):
         if (src, dst) not in graph.index:
@@ -190,4 +190,4 @@ def _circuit(graph: Graph, values: Tensor, mask: Tensor, prune: bool, meta: dict
     table = edge_table(edges).assign(score=values[kept].tolist())
     meta = {**meta, "pruned": int(mask.sum() - kept.sum())}
     kind = graph.n_layers, graph.fine, graph.length
-    return Circuit(edges, *kind, accuracy, nld, table, meta, graph.ssm, graph.direct_step)
+    return Circuit(edges, *kind, accuracy, nld, table, meta, *graph.inner_kind)

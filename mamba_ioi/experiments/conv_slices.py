@@ -19,7 +19,7 @@ def conv_slices(
     model: MambaModel,
     data: PromptPairs,
     layer: int | None = None,
-    slices: Sequence[int] | int = (-3, -2, -1, 0),
+    slices: Sequence[int] | int | None = None,
     positions: Sequence[int] | int | None = None,
     *,
     marks: Sequence[str] | str | None = None,
@@ -38,7 +38,7 @@ def conv_slices(
         model: a Mamba.
         data: pairs of prompts; aligned ones, unless ``marks`` are given.
         layer: the layer; the model's bottleneck on these data if None.
-        slices: taps of the conv, 0 (the position itself) down to 1 - d_conv.
+        slices: taps of the conv, 0 (the position itself) down to 1 - d_conv; all if None.
         positions: output positions, counted from 0; all if None.
         marks: instead of positions, names of output positions in each row, as in `resample_ablation`.
         channels: of a Mamba-2 the channels whose terms are resampled: ``"x"``, ``"B"`` or ``"C"``; all if None.
@@ -59,6 +59,7 @@ def conv_slices(
     model.require_mamba("conv slices")
     check_data(model, data, aligned="conv_slices" if marks is None else None)
     taps = range(1 - model.d_conv, 1)
+    slices = list(taps) if slices is None else slices
     named = [integer(tap) for tap in listed(slices)]
     if not named or any(tap not in taps for tap in named) or len(set(named)) < len(named):
         raise ValueError(f"slices are among {list(taps)}, each once, not {slices}")

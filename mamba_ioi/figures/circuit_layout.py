@@ -130,13 +130,14 @@ def nodes_of(edges: Sequence[DrawnEdge]) -> list[str]:
 
 def in_order(names: Collection[str]) -> list[str]:
     """Names of nodes as the model computes them: embed, layers and their parts, output."""
-    parts = ("in", "conv[-3]", "conv[-2]", "conv[-1]", "conv[0]", "conv", "ssm", "skip", "out")
+    parts = ("in", "conv[", "conv", "ssm", "skip", "out")
 
-    def key(name: str) -> tuple[int, int]:
+    def key(name: str) -> tuple[int, int, int]:
         if name in ("embed", "output"):
-            return (-1 if name == "embed" else 10**9, 0)
+            return (-1 if name == "embed" else 10**9, 0, 0)
         layer, *part = re.split(r"[ .]", name, maxsplit=1)
-        return int(layer), parts.index(part[0]) if part else -1
+        tap = re.fullmatch(r"conv\[(.*)\]", part[0]) if part else None
+        return int(layer), parts.index("conv[" if tap else part[0]) if part else -1, int(tap[1]) if tap else 0
 
     return sorted(names, key=key)
 

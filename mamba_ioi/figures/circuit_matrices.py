@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CLAMPED_SHARE = 0.05
 """Where clamped colours stop, as a share of the largest magnitude: the paper's are chosen by hand for its one model."""
-PARTS = {"conv[0]": "0", "conv[-1]": "−1", "conv[-2]": "−2", "conv[-3]": "−3", "skip": "skip", "ssm": "ssm"}
 NONE = "#EDEDED"
 MARKS_A_ROW = 5
 PRESENCE = Normalize(0, 1.25)
@@ -164,7 +163,7 @@ def _agreement(axis: Axes, table: pd.DataFrame) -> None:
 
 @paper_style()
 def layer_parts(result: Result) -> Figure:
-    """Layer × part (conv slices 0 to −3, skip, ssm): what ACDC keeps inside layers, and what each part's loss costs.
+    """Layer × part (conv slices, skip, ssm): what ACDC keeps inside layers, and what each part's loss costs.
 
     Left, the parts that are kept; middle, the drop of the mean NLD when a part was tested; right, the same clamped.
     Parts that were not tested, since no path led on from them any more, are light grey.
@@ -176,7 +175,9 @@ def layer_parts(result: Result) -> Figure:
     require(result, "src", "dst", "kept", "effect")
     cells = parts_table(result.table)
     kept, effects = (cells.pivot(index="layer", columns="part", values=name) for name in ("kept", "effect"))
-    kept, effects = (frame.reindex(columns=list(PARTS)) for frame in (kept.astype(float), effects))
+    taps = sorted((part for part in kept if part.startswith("conv")), key=lambda part: (len(part), part))
+    parts = {part: part.strip("conv[]").replace("-", "−") for part in taps} | {"skip": "skip", "ssm": "ssm"}
+    kept, effects = (frame.reindex(columns=list(parts)) for frame in (kept.astype(float), effects))
     largest = float(np.nanmax(np.abs(effects.to_numpy(dtype=float)), initial=0)) or 1.0
     figure = new_figure(9.6, max(2.2, 0.17 * len(kept) + 1.0) + 0.5)
     axes = figure.subplots(1, 3)
@@ -189,7 +190,7 @@ def layer_parts(result: Result) -> Figure:
     for axis, (frame, norm, title, extend) in zip(axes, panels, strict=True):
         cmap = "Blues" if extend is None else f"{DIVERGING}_r"
         names = [str(layer) for layer in frame.index] if axis is axes[0] else None
-        draw_cells(axis, frame, norm=norm, cmap=cmap, column_labels=list(PARTS.values()), row_labels=names)
+        draw_cells(axis, frame, norm=norm, cmap=cmap, column_labels=list(parts.values()), row_labels=names)
         axis.set_facecolor(NONE)
         axis.set_title(title)
         if axis is axes[0]:
