@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .interventions.patch import Patch
     from .interventions.run import cache, run
     from .interventions.token_to_token import hidden_attention, token_contributions
-    from .models.model import MambaModel, load_model, planted
+    from .models.model import MambaModel, load_model, planted, planted_recall
     from .result import Result
     from .tasks import PromptPairs
     from .tasks.ioi import IOIDataset
@@ -35,6 +35,7 @@ __all__ = [
     "load_model",
     "metrics",
     "planted",
+    "planted_recall",
     "reference",
     "run",
     "tasks",
@@ -54,6 +55,7 @@ _HOMES = {
     "hidden_attention": "interventions.token_to_token",
     "load_model": "models.model",
     "planted": "models.model",
+    "planted_recall": "models.model",
     "run": "interventions.run",
     "token_contributions": "interventions.token_to_token",
 }

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .models.model import CausalLM, MambaModel, load_model, planted, wrap
+from .models.model import CausalLM, MambaModel, load_model, planted, planted_recall, wrap
 
-__all__ = ["CausalLM", "MambaModel", "load_model", "planted", "wrap"]
+__all__ = ["CausalLM", "MambaModel", "load_model", "planted", "planted_recall", "wrap"]

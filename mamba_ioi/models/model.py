@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS
 
-from ..checks import integer
+from ..checks import integer, whole_number
 from ..families import Family, family_of
 from ..trace.anatomy import Anatomy, find_anatomy, short_prompt, stream_differences
 from ..trace.blocks import EVERY_SITE, part_differences
@@ -34,6 +34,7 @@ from .weights import DTYPES, dtype_name, one_line
 if TYPE_CHECKING:
     from ..remote.requests import Remote
     from ..zoo.planted import Planted
+    from ..zoo.planted_recall import PlantedRecall
 
 OLDEST_TRANSFORMERS = (5, 15)
 
@@ -343,8 +344,8 @@ class MambaModel(CausalLM):
 
     has_scans = True
     _measures: dict[str, int]
-    planted: Planted
-    """What is true of a model that `planted` made."""
+    planted: Planted | PlantedRecall
+    """What is true of a model that `planted` or `planted_recall` made."""
 
     @property
     def d_inner(self) -> int:
@@ -478,6 +479,34 @@ def planted(
         tokenizer, n_layers=n_layers, layer=layer, slice=slice, n_names=n_names, seed=seed, family=family
     )
     model = wrap(module, tokenizer, model_id="planted" if family == "mamba" else f"planted-{family}")
+    model.planted = truth
+    return model
+
+
+def planted_recall(
+    n_layers: int = 2, layer: int = 1, slice: int = -1, n_keys: int = 16, seed: int = 0
+) -> MambaModel | CausalLM:
+    """A Mamba that recalls values by a circuit written into its weights: the known answer of the recall study.
+
+    Args:
+        n_layers: how many layers it has.
+        layer: the layer that recalls; one is enough.
+        slice: the conv tap that binds a key to its value: -1, -2 or -3.
+        n_keys: how many keys it knows, and how many values.
+        seed: of the other layers' small, harmless weights.
+
+    Returns:
+        The model; its ``planted`` says what is true of it (`mamba_ioi.zoo.planted_recall.PlantedRecall`).
+
+    Raises:
+        ValueError: for a layer, slice or number of keys that cannot be built.
+    """
+    from ..zoo.planted_recall import build_planted_recall
+    from ..zoo.recall_tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(whole_number(n_keys, "n_keys", least=2, most=256))
+    module, truth = build_planted_recall(tokenizer, n_layers=n_layers, layer=layer, slice=slice, seed=seed)
+    model = wrap(module, tokenizer, model_id="planted-recall")
     model.planted = truth
     return model
 

@@ -58,7 +58,7 @@ def _write_random_layer(mixer: MambaMixer, basis: Basis, share: float, local: bo
     write_into_scratch(mixer, basis, share, 0.02, generator)  # a channel's output has this mean square or so
 
 
-def _clear(mixer: MambaMixer, channels: Int[Tensor, "C"]) -> None:
+def clear(mixer: MambaMixer, channels: Int[Tensor, "C"]) -> None:
     """Empty the channels that the circuit needs, let B, C and delta depend on nothing yet, and write nothing."""
     for weight in (
         mixer.in_proj.weight[: mixer.intermediate_size],
@@ -75,7 +75,7 @@ def _clear(mixer: MambaMixer, channels: Int[Tensor, "C"]) -> None:
 
 def _write_flag_layer(mixer: MambaMixer, basis: Basis, channels: Channels) -> None:
     """From the place word on, add 2 to the flag."""
-    _clear(mixer, channels.flag)
+    clear(mixer, channels.flag)
     place, constant = channels.flag.tolist()
     inner, rank, states = mixer.intermediate_size, mixer.time_step_rank, mixer.ssm_state_size
     mixer.in_proj.weight[place] = basis.read({basis.place: OPEN})
@@ -91,7 +91,7 @@ def _write_flag_layer(mixer: MambaMixer, basis: Basis, channels: Channels) -> No
 def _write_planted_layer(mixer: MambaMixer, basis: Basis, channels: Channels, slice: int, has_flag: bool) -> None:
     """Names before the place less names after it, written at the last position onto the names' features."""
     names, (constant, first, second) = channels.names, channels.helpers.tolist()
-    _clear(mixer, torch.cat([channels.names, channels.helpers]))
+    clear(mixer, torch.cat([channels.names, channels.helpers]))
     inner, rank, states = mixer.intermediate_size, mixer.time_step_rank, mixer.ssm_state_size
     in_proj, conv, x_proj = mixer.in_proj.weight, mixer.conv1d.weight, mixer.x_proj.weight
     for name, channel in zip(basis.names.tolist(), names.tolist(), strict=True):
