@@ -50,6 +50,9 @@ def parse(
     sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL[-PAIRS])")
     _add_source(sub)
     sub.add_argument("--only", metavar="FIGURES", help="these figures only, such as fig4,fig8")
+    sub.add_argument(
+        "--study", metavar="NAME", help="the figures of a study of several packaged models instead: recall"
+    )
 
     sub = add("run", "compute one experiment and save its result")
     sub.add_argument("experiment", metavar="EXPERIMENT", help="its name, from 'mamba-ioi list'")
@@ -95,15 +98,13 @@ def parse(
     sub.add_argument("--units", metavar="UNITS", help="channels or heads to show alone as well, such as 0,5")
     sub.add_argument("--out", type=_path, required=True, metavar="FILE", help="the page to write, such as a.html")
 
-    sub = add("train-tiny", "train the packaged model 'tiny', or 'tiny-mamba2', anew")
-    sub.add_argument(
-        "--family", choices=("mamba", "mamba2"), default="mamba", help="mamba2 trains 'tiny-mamba2' (default: mamba)"
-    )
-    sub.add_argument("--seed", type=_from_zero, default=0, help="of the weights and prompts (default: 0)")
-    sub.add_argument("--out", type=_path, metavar="DIR", required=True, help="new folder for the model")
-    sub.add_argument(
-        "--steps", type=_from_one, metavar="N", help="optimizer steps (default: those of the packaged one)"
-    )
+    sub = add("train", "train a packaged model anew: 'tiny', 'tiny-mamba2', or a subject of the recall study")
+    sub.add_argument("--task", choices=("ioi", "recall"), default="ioi", help="what it learns (default: ioi)")
+    _add_training(sub, "mamba or mamba2; of recall mamba-noconv and attention too (default: mamba)")
+
+    sub = add("train-tiny", "train the packaged model 'tiny', or 'tiny-mamba2', anew; the same as train --task ioi")
+    sub.set_defaults(task="ioi")
+    _add_training(sub, "mamba2 trains 'tiny-mamba2' (default: mamba)", choices=("mamba", "mamba2"))
 
     arguments = parser.parse_args(argv)
     if getattr(arguments, "remote", False) and (arguments.device or arguments.dtype):
@@ -115,6 +116,10 @@ def parse(
         parser.error("--pairs has no meaning with --data: all rows of the file are taken")
     if getattr(arguments, "sites", True) is False and arguments.model is not None:
         parser.error("--model is of list --sites: the experiments are the same for every model")
+    if getattr(arguments, "study", None) is not None:
+        single = {"data": None, "task": None, "layer": None, "remote": False, "model": "tiny"}
+        for name in (name for name, usual in single.items() if getattr(arguments, name) != usual):
+            parser.error(f"--{name} has no meaning with --study, which has subjects and prompts of its own")
     if arguments.command is None:
         parser.error(f"a command is needed: {', '.join(name for name in commands if not name.startswith('-'))}")
     return arguments
@@ -177,6 +182,15 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         type=_bytes,
         metavar="SIZE",
         help="how much to use, about, such as 4GB or 500MB (default: half of what is free); no number depends on it",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser, families: str, choices: Sequence[str] | None = None) -> None:
+    parser.add_argument("--family", choices=choices, default="mamba", metavar=None if choices else "F", help=families)
+    parser.add_argument("--seed", type=_from_zero, default=0, help="of the weights and prompts (default: 0)")
+    parser.add_argument("--out", type=_path, metavar="DIR", required=True, help="new folder for the model")
+    parser.add_argument(
+        "--steps", type=_from_one, metavar="N", help="optimizer steps (default: those of the packaged one)"
     )
 
 

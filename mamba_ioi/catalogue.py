@@ -39,7 +39,8 @@ class Row:
             the one before ``low`` upwards.
         input: what the function gets: ``pairs`` drawn uniformly, ``balanced`` pairs (as many of each template and
             corruption), ``prompts`` (a few texts), ``names`` (``n_pairs=`` and ``seed=``: it draws its own pairs), or
-            ``nothing``. Of another task: its pairs, or the first of them.
+            ``nothing``. Of another task: its pairs, or the first of them. ``subjects`` in a study: the function gets
+            models by name in the model's place, ``pairs=`` and ``seed=``, and draws its own prompts.
         pairs: how many pairs are drawn if no other number is asked for, at least the paper's number (``balanced``: of
             each template and corruption); None where no number of them can be chosen.
         multiple: how many pairs to draw for each of ``pairs``, so that means over names are over enough of them.
@@ -68,7 +69,7 @@ class Row:
     columns: tuple[str, ...]
     function: str | Callable[..., Any]
     drawn_by: str = f"{_FIGURES}.intervals:intervals"
-    input: Literal["pairs", "balanced", "prompts", "names", "nothing"] = "pairs"
+    input: Literal["pairs", "balanced", "prompts", "names", "nothing", "subjects"] = "pairs"
     pairs: int | None = 80
     multiple: int = 1
     per_pair: str = ""
@@ -88,6 +89,34 @@ class Row:
     def draws(self) -> bool:
         """Whether prompts are drawn, so that the seed matters."""
         return self.input != "nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A question put to several models, which `reproduce` takes by its name (``--study``).
+
+    Attributes:
+        name: its name on the command line.
+        title: heads its report.
+        about: what it is, in a sentence or two under the title.
+        source: whose claims they are, for the report.
+        subjects: the packaged models by the subjects' names (``package.module:name``).
+        questions: the claims that its report decides (``package.module:name``).
+        rows: its figures.
+    """
+
+    name: str
+    title: str
+    about: str
+    source: str
+    subjects: str
+    questions: str
+    rows: tuple[Row, ...]
+
+    @property
+    def catalogue(self) -> dict[str, Row]:
+        """The rows by the figure's id."""
+        return {row.figure: row for row in self.rows}
 
 
 ROWS = (
@@ -406,6 +435,108 @@ ROWS = (
 CATALOGUE: dict[str, Row] = {row.figure: row for row in ROWS}
 """The rows by the figure's id."""
 
+
+def _recall(figure: str, label: str, shows: str, reading: str, columns: str, drawn_by: str, **decides: str) -> Row:
+    """A figure of the recall study; its rules are in `mamba_ioi.report.recall`."""
+    return Row(
+        figure=figure,
+        experiment=figure,
+        label=label,
+        shows=shows,
+        reading=reading,
+        columns=tuple(columns.split()),
+        function=f"{_EXPERIMENTS}.recall:{figure}",
+        drawn_by=f"{_FIGURES}.recall:{drawn_by}",
+        input="subjects",
+        pairs=200,
+        per_pair="prompts of each kind",
+        needs_mamba=False,
+        decides={claim: f"{_REPORT}.recall:{rule}" for claim, rule in decides.items()},
+    )
+
+
+RECALL = Study(
+    name="recall",
+    title="How four architectures recall",
+    about="Associative recall (keys and values in pairs, then a key, whose value follows) in a Mamba, a Mamba without "
+    "its short convolution, a Mamba-2 and a transformer with attention, each of 2 layers, trained here. In a changed "
+    "prompt the key or the value that the query asks for is another one; interchange puts one activation of the "
+    "original prompt back into it.",
+    source="arXiv 2505.15105",
+    subjects="mamba_ioi.zoo:RECALL",
+    questions=f"{_REPORT}.recall:QUESTIONS",
+    rows=(
+        _recall(
+            "recall_accuracy",
+            "Accuracy",
+            "how often each subject is right, by the number of pairs",
+            "A line for each subject; they were trained on prompts of 6 pairs.",
+            "subject pairs accuracy low high n",
+            "accuracy",
+            learned="learned",
+            fails="fails",
+        ),
+        _recall(
+            "recall_distance",
+            "Distance",
+            "how often each subject is right, by how far back the key stands",
+            "A line for each subject, over the number of tokens from the key to the query.",
+            "subject distance accuracy low high n",
+            "accuracy",
+        ),
+        _recall(
+            "recall_interchange",
+            "Interchange",
+            "where the original's activation brings the right answer back",
+            "A panel for each subject and changed token; rows are layers and components, columns places. 1: the right "
+            "answer is as probable again as in the original prompt; grey: the change takes nothing, or no prompt has "
+            "the place.",
+            "subject change layer component place restored low high original changed n",
+            "interchange",
+            induction="induction",
+            heads="heads",
+            transformer="transformer",
+            conv="conv",
+        ),
+        _recall(
+            "recall_edges",
+            "Edges",
+            "which tap of the conv, or which edge of the scan, carries what was changed",
+            "A panel for each subject and changed token; rows are edges between tokens, columns a layer's conv (the "
+            "tap that reaches so far) and scan. 1: this edge alone brings the right answer back.",
+            "subject change layer via source target lost lost_low lost_high restored low high n",
+            "edges",
+            conv="taps",
+        ),
+        _recall(
+            "recall_attention",
+            "At the query",
+            "what the query looks at, by the scan's hidden attention or by attention",
+            "Rows are layers, columns the token whose write is read at the query; its share of all.",
+            "subject layer source share low high n",
+            "looked_at",
+        ),
+        _recall(
+            "recall_attribution",
+            "Attribution",
+            "interchange as attribution estimates it",
+            "As the interchange, for the logit difference, to first order.",
+            "subject change layer component place estimate low high n",
+            "interchange",
+            estimated="estimated",
+        ),
+    ),
+)
+"""The recall study: which architecture does it by what."""
+
+STUDIES: dict[str, Study] = {RECALL.name: RECALL}
+"""The studies by name."""
+
+EVERY: dict[str, Row] = CATALOGUE | {
+    figure: row for study in STUDIES.values() for figure, row in study.catalogue.items()
+}
+"""Every row, the studies' too, by the figure's id."""
+
 ALSO_DRAWN = {
     "eap": f"{_FIGURES}.circuit_matrices:edge_scores",
     "exact_effects": f"{_FIGURES}.circuit_matrices:edge_scores",
@@ -414,21 +545,21 @@ ALSO_DRAWN = {
 """What draws results that are no figure of `reproduce`, by ``meta["experiment"]``."""
 
 
-def choose(only: str | None) -> list[str]:
-    """The figures' ids, in the paper's order; ``fig5`` stands for ``fig5`` and ``fig5_greedy``.
+def choose(only: str | None, rows: Mapping[str, Row] = CATALOGUE) -> list[str]:
+    """The figures' ids, in the order of the rows; ``fig5`` stands for ``fig5`` and ``fig5_greedy``.
 
     Raises:
         ValueError: for an id that is not there, or none at all.
     """
     if only is None:
-        return list(CATALOGUE)
+        return list(rows)
     chosen = set()
     for name in (part.strip() for part in only.split(",")):
-        fitting = [figure for figure in CATALOGUE if figure == name or figure.startswith(f"{name}_")] if name else []
+        fitting = [figure for figure in rows if figure == name or figure.startswith(f"{name}_")] if name else []
         if not fitting:
-            raise ValueError(f"there is no figure {name!r}; there are {', '.join(CATALOGUE)}")
+            raise ValueError(f"there is no figure {name!r}; there are {', '.join(rows)}")
         chosen.update(fitting)
-    return [figure for figure in CATALOGUE if figure in chosen]
+    return [figure for figure in rows if figure in chosen]
 
 
 def drawers() -> dict[str, str]:
@@ -437,7 +568,7 @@ def drawers() -> dict[str, str]:
     A row with a function that has a row before is another run of that experiment, and its results bear that name.
     """
     first: dict[Any, Row] = {}
-    for row in CATALOGUE.values():
+    for row in EVERY.values():
         first.setdefault(row.function, row)
     return {row.experiment: row.drawn_by for row in first.values()} | ALSO_DRAWN
 

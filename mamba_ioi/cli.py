@@ -1,4 +1,4 @@
-"""The command line, `mamba-ioi`: reproduce, run, plot, list, tasks, doctor, bench, attention and train-tiny.
+"""The command line, `mamba-ioi`: reproduce, run, plot, list, tasks, doctor, bench, attention, train and train-tiny.
 
 Exit status 0; 1 if a figure failed or `doctor` found something wrong; 2, with one line on stderr, for bad input. What
 needs torch is imported by the commands that compute, so that help, lists and refusals come at once.
@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arguments import BAD_INPUT, one_line, parse
-from .catalogue import CATALOGUE
+from .catalogue import CATALOGUE, EVERY, STUDIES
 from .reproduce.makers import Settings, prepare, with_layer
 from .reproduce.source import Source
 
@@ -65,8 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from .reproduce.run import reproduce
+    from .reproduce.study import reproduce_study
 
     settings = _settings(arguments)
+    if arguments.study is not None:
+        out = arguments.out or Path("figures", arguments.study)
+        with _quiet():
+            outcomes = reproduce_study(arguments.study, settings, out, arguments.only, _tell)
+        return _account(outcomes, out)
     out = arguments.out or Path("figures", "-".join(_folders(settings)))
     with _quiet():
         outcomes = reproduce(settings, out, arguments.only, _tell)
@@ -143,7 +149,7 @@ def _plot(arguments: argparse.Namespace) -> int:
         return _account(redraw(arguments.folder, _tell), arguments.folder)
     result = Result.load(arguments.folder)
     figure = (result.meta.get("request") or {}).get("figure")
-    stem = figure if figure in CATALOGUE else _safe(result.meta["experiment"])
+    stem = figure if figure in EVERY else _safe(result.meta["experiment"])
     save_companions(result, arguments.folder / stem)
     for path in save_figure(result.plot(), arguments.folder / stem):
         _say(str(path))
@@ -177,6 +183,11 @@ def _list(arguments: argparse.Namespace) -> int:
         names = "; the paper's prompts only" if row.needs_names else ""
         _say(f"{figure:12} {row.experiment:27} {row.shows}{pairs}{layer}{needs}{names}")
         _say(textwrap.indent(f"columns: {', '.join(row.columns)}", " " * 13))
+    for study in STUDIES.values():
+        _say(f"\n--study {study.name}: {study.about} ({study.source})")
+        for figure, row in study.catalogue.items():
+            _say(f"{figure:19} {row.shows}; {row.pairs} {row.per_pair}")
+            _say(textwrap.indent(f"columns: {', '.join(row.columns)}", " " * 20))
     return 0
 
 
@@ -250,25 +261,36 @@ def _numbers(words: str) -> list[int]:
         raise ValueError(f"units are whole numbers with commas between, such as 0,5, not {words!r}") from None
 
 
-def _train_tiny(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; give a folder that is new or empty to write the model to")
+    from .zoo import train_recall, train_tiny
+
+    room, told = {"ioi": (train_tiny, _told_of_ioi), "recall": (train_recall, _told_of_recall)}[arguments.task]
+    room.check_family(arguments.family)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):  # a folder that cannot be written is better known before the training
         pass
-    from .zoo.train_tiny import STEPS, train
-
     with _quiet():
-        steps = STEPS if arguments.steps is None else arguments.steps
-        report = train(out, family=arguments.family, seed=arguments.seed, steps=steps, progress=True)
+        report = room.train(out, family=arguments.family, seed=arguments.seed, steps=arguments.steps, progress=True)
+    for line in told(report):
+        _say(line)
+    _say(f"saved in {out} after {report['minutes']} minutes of one core")
+    return 0
+
+
+def _told_of_ioi(report: Mapping[str, Any]) -> Iterator[str]:
     for number, measured in enumerate(report["held_out"], start=1):
-        _say(
+        yield (
             f"template {number}: accuracy {measured['candidates']:.4f} over the prompt's names, "
             f"{measured['vocabulary']:.4f} over the vocabulary, on held-out triples"
         )
-    _say(f"saved in {out} after {report['minutes']} minutes of one core")
-    return 0
+
+
+def _told_of_recall(report: Mapping[str, Any]) -> Iterator[str]:
+    for pairs, accuracy in report["accuracy"].items():
+        yield f"pairs {pairs}: accuracy {accuracy:.4f} over the vocabulary"
 
 
 def _version(arguments: argparse.Namespace) -> int:
@@ -287,7 +309,8 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "bench": _bench,
     "attention": _attention,
-    "train-tiny": _train_tiny,
+    "train": _train,
+    "train-tiny": _train,
     "--version": _version,
 }
 
@@ -318,7 +341,7 @@ def _account(outcomes: Sequence[Outcome], out: Path) -> int:
     failed = [(outcome.figure, outcome.error) for outcome in outcomes if outcome.error is not None]
     for figure, error in failed:
         _complain(f"{figure} failed: {type(error).__name__}: {_sentence(error)}")
-    figures = [outcome for outcome in outcomes if outcome.figure in CATALOGUE]
+    figures = [outcome for outcome in outcomes if outcome.figure in EVERY]
     _say(f"{sum(outcome.there for outcome in figures)} of {len(figures)} figures are in {out}")
     return 1 if failed else 0
 

@@ -16,7 +16,7 @@ import pytest
 
 import mamba_ioi
 from mamba_ioi import IOIDataset
-from mamba_ioi.catalogue import ALSO_DRAWN, CATALOGUE, ROWS
+from mamba_ioi.catalogue import ALSO_DRAWN, CATALOGUE, EVERY, ROWS, STUDIES
 from mamba_ioi.experiments import EXPERIMENTS
 from mamba_ioi.figures import FIGURES, intervals
 from mamba_ioi.report import QUESTIONS
@@ -26,27 +26,37 @@ ROOT = Path(mamba_ioi.__file__).parents[1]
 PAGE = (ROOT / "docs" / "how-to" / "write-an-experiment.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.figure)
+QUESTION_KEYS = {question.key for question in QUESTIONS} | {
+    question.key for study in STUDIES.values() for question in resolve_name(study.questions)
+}
+
+
+@pytest.mark.parametrize("row", EVERY.values(), ids=lambda row: row.figure)
 def test_every_row_says_what_is_there(row) -> None:
     parameters = signature(resolve_name(row.function)).parameters
     given = {"layer"} if row.takes_layer else set()
-    given |= {"names": {"n_pairs", "seed"}, "own": {"pairs", "seed"}, "prompts": {"seed"}}.get(row.input, set())
+    given |= {
+        "names": {"n_pairs", "seed"},
+        "own": {"pairs", "seed"},
+        "prompts": {"seed"},
+        "subjects": {"pairs", "seed", "progress"},
+    }.get(row.input, set())
     assert given | set(row.arguments) <= set(parameters)
     assert "layer" not in parameters or row.takes_layer
     assert ("channels" in parameters) == row.takes_channels
     assert callable(resolve_name(row.drawn_by))
-    keys = {question.key for question in QUESTIONS}
-    assert set(row.decides) | set(row.tells) <= keys and not set(row.decides) & set(row.tells)
+    assert set(row.decides) | set(row.tells) <= QUESTION_KEYS and not set(row.decides) & set(row.tells)
     assert all(callable(resolve_name(rule)) for rule in (*row.decides.values(), *row.tells.values()))
 
 
 def test_ids_and_names_are_there_once() -> None:
-    assert len(CATALOGUE) == len(ROWS) == len({row.experiment for row in ROWS})
+    assert len(CATALOGUE) == len(ROWS) and len(EVERY) == len({row.experiment for row in EVERY.values()})
+    assert len(EVERY) == len(ROWS) + sum(len(study.rows) for study in STUDIES.values())
 
 
 def test_the_views_are_of_the_catalogue() -> None:
     assert list(EXPERIMENTS) == [row.experiment for row in ROWS if row.input not in ("own", "nothing")]
-    first = {row.function: row.experiment for row in reversed(ROWS)}
+    first = {row.function: row.experiment for row in reversed(EVERY.values())}
     assert set(FIGURES) - set(ALSO_DRAWN) == set(first.values())
 
 
@@ -106,7 +116,9 @@ def test_the_page_gives_an_experiment_in_list(followed: Path) -> None:
     said = command(followed, "list")
     assert re.search(r"^gates +gate_ablation +which layers' gates matter.*; 40 pairs$", said, re.M)
     assert re.search(r"^ +columns: layer, effect, low, high, n$", said, re.M)
-    assert said.replace(said[said.index("gates ") :], "") == command(ROOT, "list")
+    lines = said.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("gates "))
+    assert lines[:start] + lines[start + 2 :] == command(ROOT, "list").splitlines()
 
 
 def test_the_page_gives_a_figure_in_reproduce_and_in_the_report(followed: Path) -> None:

@@ -377,6 +377,8 @@ def test_something_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("train-tiny --seed 1", "arguments are required: --out"),
         ("train-tiny --out new --steps 0", "at least 1, not '0'"),
         ("train-tiny --out new --family gpt2", "invalid choice: 'gpt2'"),
+        ("train --out new --task banana", "invalid choice: 'banana'"),
+        ("train --out new --task recall --family gpt2", "the families are mamba, mamba-noconv, mamba2, attention"),
     ],
 )
 def test_bad_arguments(
@@ -538,7 +540,7 @@ def test_train_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert main(["train-tiny", "--seed", "3", "--steps", "5", "--out", str(out)]) == 0
     assert calls == [(out, {"family": "mamba", "seed": 3, "steps": 5, "progress": True})]
     assert "template 1: accuracy 1.0000" in capsys.readouterr().out
-    assert main(["train-tiny", "--family", "mamba2", "--out", str(tmp_path / "other")]) == 0
+    assert main(["train", "--task", "ioi", "--family", "mamba2", "--out", str(tmp_path / "other")]) == 0
     assert calls[1][1]["family"] == "mamba2"
     (out / "config.json").write_text("{}")
     assert "is there already" in refusal(capsys, "train-tiny", "--out", out)

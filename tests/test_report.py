@@ -578,7 +578,7 @@ def test_reproduce_ends_with_a_report(tmp_path: Path, monkeypatch, capsys) -> No
     capsys.readouterr()
     assert main([*argv, "fig12"]) == 0 and "report       kept, it was complete" in capsys.readouterr().out
 
-    def fail(results, paper, bottleneck):
+    def fail(results, paper, bottleneck, questions):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr("mamba_ioi.report.judge", fail)

@@ -42,12 +42,12 @@ PLACES = ("key", "value", "value+1", "value+2", "divider", "query")
 reaches from the key. Where these are the divider or the query, they count as such alone."""
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "block in": ("resid_pre",),
-    "block out": ("resid_post",),
-    "mixer out": ("out_proj", "attn_out"),
     "conv": ("conv",),
     "scan": ("y",),
+    "mixer out": ("out_proj", "attn_out"),
+    "block out": ("resid_post",),
 }
-"""The components by name, each with its site: the first of these that a layer has."""
+"""The components by name, as they are computed, each with its site: the first of these that a layer has."""
 SOURCES = ("key", "value", "value+1", "value+2")
 """From where the edges go that are looked at."""
 TARGETS = (*SOURCES, "query")

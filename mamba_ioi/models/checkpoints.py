@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
@@ -212,8 +220,17 @@ def read_tokenizer(source: str, revision: str | None, original: bool):
 
 def _tokenizer(source: str, **where):
     """The tokenizer at a place, or None if transformers makes one of no words."""
-    tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    reader = PreTrainedTokenizerFast if _is_plain(source) else AutoTokenizer
+    tokenizer = reader.from_pretrained(source, **where)
     return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+
+
+def _is_plain(source: str) -> bool:
+    """Whether a folder's tokenizer is its file alone, of which `AutoTokenizer` makes a model type's own."""
+    with suppress(OSError, ValueError, AttributeError):
+        told = json.loads((Path(source) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return told.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return False
 
 
 def _has_tokenizer(source: str, revision: str | None) -> bool:

@@ -12,21 +12,22 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from urllib.parse import quote
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..catalogue import CATALOGUE
+from ..catalogue import CATALOGUE, EVERY, Row
 from ..figures import circuit_html
 from ..figures.companions import GRAPHS
 from ..files import replace_files
-from ..reproduce.folder import BOTTLENECK, REPORTS, RESULTS
+from ..reproduce.folder import BOTTLENECK, REPORTS, RESULTS, study_of
 from ..result import META_FILE, Result
 from .claims import QUESTIONS, judge, setting_of
 from .evidence import Claim, Finding, Number, Results, Table, number_table, of_own_pairs
-from .opening import commands, figure_rows, model_name, setting_table, task_name
+from .opening import commands, figure_rows, model_name, setting_table, study_command, task_name
 from .pictures import picture
 
 __all__ = ["QUESTIONS", "Claim", "Finding", "Number", "Table", "judge", "stored_results", "write_report"]
@@ -67,10 +68,16 @@ def write_report(out: str | os.PathLike[str]) -> list[Path]:
     return [out / name for name in stale]
 
 
+def rows_in(out: Path) -> dict[str, Row]:
+    """The rows that a folder's figures are of: a study's, or the paper's."""
+    study = study_of(out)
+    return CATALOGUE if study is None else study.catalogue
+
+
 def stored_results(out: Path) -> tuple[dict[str, Result], list[str]]:
-    """The complete results of a folder by figure, in the paper's order, and a sentence on each that is damaged."""
+    """The complete results of a folder by figure, in the order of the rows, and a sentence on each that is damaged."""
     results, damaged = {}, []
-    for figure, row in CATALOGUE.items():
+    for figure, row in rows_in(out).items():
         folder = out / RESULTS / figure
         if not (folder / META_FILE).exists():
             continue
@@ -116,27 +123,32 @@ def recorded_bottleneck(out: Path) -> tuple[Result | None, list[str]]:
 
 def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[str, Any]:
     """What both templates are filled with."""
+    study, rows = study_of(out), rows_in(out)
     paper, task = paper_numbers(results), task_name(results)
     bottleneck, broken = recorded_bottleneck(out)
-    claims = judge(results, paper, None if bottleneck is None else int(bottleneck.meta["arguments"]["layer"]))
+    layer = None if bottleneck is None else int(bottleneck.meta["arguments"]["layer"])
+    claims = judge(results, paper, layer, QUESTIONS if study is None else resolve_name(study.questions))
     homes = {finding.figure: claim.key for claim in claims for finding in claim.findings}
     pictures = {figure: picture(out, figure, setting_of(results).metric) for figure in results}
-    missing = [name for name, row in CATALOGUE.items() if name not in results and not (task and row.needs_names)]
+    missing = [name for name, row in rows.items() if name not in results and not (task and row.needs_names)]
     return {
         "model": model_name(results),
         "task": task,
+        "study": study,
+        "title": study.title if study else f"{task} in {model_name(results)}" if task else _title(results),
         "few": few_rows(results) if task else None,
         "paper": paper is not None,
+        "said_of": study.source if study else "of mamba-370m",
         "claims": claims,
         "homes": homes,
         "pictures": pictures,
         "apart": [figure for figure in results if figure not in homes],
         "setting": setting_table(results, bottleneck),
-        "figures": figure_rows(results),
+        "figures": figure_rows(results, rows),
         "missing": missing,
         "damaged": damaged + broken,
-        "commands": commands(results),
-        "labels": {figure: row.label for figure, row in CATALOGUE.items()},
+        "commands": [study_command(study, results)] if study else commands(results),
+        "labels": {figure: row.label for figure, row in EVERY.items()},
         "graphs": {
             figure: circuit_html(result)
             for figure, result in results.items()
@@ -144,6 +156,10 @@ def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[
         },
         "number_table": number_table,
     }
+
+
+def _title(results: Results) -> str:
+    return f"The IOI circuit of {model_name(results)}"
 
 
 def _environment(name: str) -> Environment:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Any
 
-from ..catalogue import CATALOGUE
+from ..catalogue import EVERY
 from ..result import Result
 from .evidence import Claim, Finding, Results, Setting, of_own_pairs
 
@@ -47,7 +47,7 @@ class Question:
         return self._rules("tells")
 
     def _rules(self, column: str) -> tuple[tuple[str, Rule], ...]:
-        paths = {figure: getattr(row, column).get(self.key) for figure, row in CATALOGUE.items()}
+        paths = {figure: getattr(row, column).get(self.key) for figure, row in EVERY.items()}
         return tuple((figure, resolve_name(path)) for figure, path in paths.items() if path is not None)
 
 
@@ -102,25 +102,29 @@ QUESTIONS = (
 """The paper's claims; rows of the catalogue name them by their keys."""
 
 
-def judge(results: Results, paper: dict[str, Any] | None = None, bottleneck: int | None = None) -> list[Claim]:
+def judge(
+    results: Results,
+    paper: dict[str, Any] | None = None,
+    bottleneck: int | None = None,
+    questions: Sequence[Question] = QUESTIONS,
+) -> list[Claim]:
     """Put every claim to what results there are; of another task's pairs, the claims that are about no names.
 
     Args:
         results: by figure.
         paper: `mamba_ioi.reference.numbers()` if the results are mamba-370m's on the paper's pairs.
         bottleneck: the layer that is recorded as the bottleneck; None takes the one that the results looked at.
+        questions: the claims; a study has its own.
     """
     setting = setting_of(results, paper, bottleneck)
-    asked = [(question, question.title if setting.own else question.anywhere) for question in QUESTIONS]
+    asked = [(question, question.title if setting.own else question.anywhere) for question in questions]
     claims = []
     for question, title in asked:
         if title is None:
             continue
         rules = [*question.deciding, *question.telling]
         missing = [
-            figure
-            for figure, _ in rules
-            if figure not in results and (setting.own or not CATALOGUE[figure].needs_names)
+            figure for figure, _ in rules if figure not in results and (setting.own or not EVERY[figure].needs_names)
         ]
         findings = tuple(_read(figure, rule, results, setting) for figure, rule in rules if figure in results)
         claims.append(Claim(question.key, title, question.paper if setting.own else "", findings, tuple(missing)))

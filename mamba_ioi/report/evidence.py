@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..catalogue import CATALOGUE
+from ..catalogue import EVERY
 from ..result import Result
 
 Results = Mapping[str, Result]
@@ -185,7 +185,7 @@ class Finding:
     @property
     def label(self) -> str:
         """The paper's name of the figure."""
-        return CATALOGUE[self.figure].label
+        return EVERY[self.figure].label
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Claim:
         sides = (
             ("for it", [finding.label for finding in self.findings if finding.holds]),
             ("against it", [finding.label for finding in self.findings if finding.holds is False]),
-            ("not there", [CATALOGUE[figure].label for figure in self.missing]),
+            ("not there", [EVERY[figure].label for figure in self.missing]),
         )
         return "; ".join(f"{side}: {', '.join(labels)}" for side, labels in sides if labels)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..catalogue import CATALOGUE
+from ..catalogue import CATALOGUE, Row, Study
 from ..reproduce.source import ROWS
 from ..result import Result
 from ..zoo import EMBEDDED
@@ -81,13 +81,13 @@ def _chosen(bottleneck: Result) -> str:
     )
 
 
-def figure_rows(results: Results) -> list[dict[str, str]]:
+def figure_rows(results: Results, rows_of_all: Mapping[str, Row] = CATALOGUE) -> list[dict[str, str]]:
     """For each figure: its id, name, what it shows, and its pairs and layer where its result is there.
 
     Of another task, without the figures that speak of names.
     """
     rows, other = [], task_name(results) is not None
-    for figure, row in CATALOGUE.items():
+    for figure, row in rows_of_all.items():
         result = results.get(figure)
         if other and row.needs_names:
             continue
@@ -108,6 +108,17 @@ def figure_rows(results: Results) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def study_command(study: Study, results: Results) -> str:
+    """The command line that computes a study's results again."""
+    first = next(iter(results.values()), None)
+    pairs, seed = (_part(first, "request").get(name) for name in ("pairs", "seed"))
+    words = ["mamba-ioi", "reproduce", "--study", study.name]
+    words += [] if set(study.catalogue) <= set(results) else ["--only", ",".join(results)]
+    words += [] if pairs in (None, study.rows[0].pairs) else ["--pairs", str(pairs)]
+    words += [] if seed in (None, SEED) else ["--seed", str(seed)]
+    return shlex.join(words)
 
 
 def commands(results: Results) -> list[str]:

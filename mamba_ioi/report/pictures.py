@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..catalogue import CATALOGUE, EFFECT
+from ..catalogue import EFFECT, EVERY
 from ..figures.style import DPI
 
 CSS_DPI = 96
@@ -51,7 +51,7 @@ def picture(out: Path, figure: str, metric: str = "nld") -> Picture:
         figure: the figure's id.
         metric: what effects are of.
     """
-    row, file = CATALOGUE[figure], out / f"{figure}.png"
+    row, file = EVERY[figure], out / f"{figure}.png"
     content = file.read_bytes() if file.is_file() else b""
     width, height = _size(content)
     others = sorted(out.glob(f"{figure}_tables.png")) + sorted(

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..catalogue import CATALOGUE
+from ..catalogue import EVERY, STUDIES, Study
 from ..result import META_FILE, Result
 
 RESULTS = "results"
@@ -49,6 +49,12 @@ def stored_result(folder: Path, asked: Mapping[str, Any]) -> Result | None:
     return result
 
 
+def study_of(out: Path) -> Study | None:
+    """The study whose results lie in a folder; None where they are a model's."""
+    there = {file.parent.name for file in (out / RESULTS).glob(f"*/{META_FILE}")}
+    return next((study for study in STUDIES.values() if there & set(study.catalogue)), None)
+
+
 def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> None:
     """See that the figures fit into the folder, and clear away what an interrupted run left unfinished there.
 
@@ -56,7 +62,7 @@ def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> 
         ValueError: if something is in the way of a figure, or a result of another model or version is there.
     """
     _refuse_file(out / RESULTS)
-    for figure in (*CATALOGUE, BOTTLENECK):
+    for figure in (*EVERY, BOTTLENECK):
         folder = out / RESULTS / figure
         if figure in figures or not (folder / META_FILE).is_file():
             continue

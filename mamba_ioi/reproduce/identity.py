@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from ..catalogue import CATALOGUE
+from ..catalogue import CATALOGUE, Study
 from ..zoo import EMBEDDED, locate
 from .makers import Settings
 
@@ -31,6 +32,7 @@ def model_identity(settings: Settings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "remote": remote,
         "mamba_ioi": __version__,
+        "study": None,
     }
 
 
@@ -46,6 +48,21 @@ def folder_identity(settings: Settings) -> dict[str, Any]:
         marks = None if settings.marks is None else list(settings.marks)
         pairs |= settings.source.asked() | {"marks": marks, "metric": settings.metric}
     return model_identity(settings) | pairs
+
+
+def study_identity(study: Study, settings: Settings) -> dict[str, Any]:
+    """What all figures of a study's folder must share: the study, its subjects' weights, and precision and version."""
+    from .. import __version__
+
+    folders = {subject: Path(locate(name)) for subject, name in resolve_name(study.subjects).items()}
+    weights = ", ".join(f"{subject} {_digest(folder)}" for subject, folder in folders.items())
+    return {
+        "model": study.name,
+        "study": study.name,
+        "weights": weights,
+        "dtype": settings.dtype,
+        "mamba_ioi": __version__,
+    }
 
 
 def request(figure: str, settings: Settings, identity: Mapping[str, Any]) -> dict[str, Any]:

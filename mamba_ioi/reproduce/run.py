@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..catalogue import CATALOGUE, choose
+from ..catalogue import CATALOGUE, EVERY, choose
 from .folder import (
     ANSWERS,
     BOTTLENECK,
@@ -118,35 +118,52 @@ def reproduce(
                 found.pop(figure)
             if model.has_scans and any(CATALOGUE[figure].draws for figure in figures if found[figure] is None):
                 chosen = _choose_layer(out, model, settings, given, identity)
-        for figure in figures:
-            started = time.monotonic()
-            done, result = "drawn again from its result", found[figure]
-            try:
-                if result is None:
-                    from ..remote.requests import answers_in
 
-                    if not CATALOGUE[figure].takes_layer or settings.layer is not None:
-                        own = settings
-                    elif isinstance(chosen, Exception):
-                        raise chosen
-                    else:
-                        own = replace(settings, layer=chosen)
-                    with answers_in(model, out / RESULTS / figure / ANSWERS):
-                        result, done = compute(figure, model, own, asked[figure], given), "computed"
-            except ConnectionError as error:
-                raise ConnectionError(f"{error}; what was computed is kept, and the same command goes on") from error
-            except Exception as error:
-                note(_failed(figure, error))
-                continue
-            if found[figure] is None:
-                _store(result, out, figure)
-            elif all((out / f"{figure}{suffix}").exists() for suffix in PICTURES):
-                note(Outcome(figure, "kept, it was complete"))
-                continue
-            failure = _draw(result, out, figure)
-            note(failure or Outcome(figure, f"{done} in {time.monotonic() - started:.1f} s"))
-        note(_report(out))
+        def work(figure: str) -> Result:
+            from ..remote.requests import answers_in
+
+            assert model is not None
+            if not CATALOGUE[figure].takes_layer or settings.layer is not None:
+                own = settings
+            elif isinstance(chosen, Exception):
+                raise chosen
+            else:
+                own = replace(settings, layer=chosen)
+            with answers_in(model, out / RESULTS / figure / ANSWERS):
+                return compute(figure, model, own, asked[figure], given)
+
+        for figure in figures:
+            note(complete(figure, found[figure], out, work))
+        note(written_report(out))
     return outcomes
+
+
+def complete(figure: str, result: Result | None, out: Path, work: Callable[[str], Result]) -> Outcome:
+    """Compute a figure that is not there yet, store it, and draw it.
+
+    Args:
+        figure: its id.
+        result: its stored result; None if there is none.
+        out: the folder.
+        work: computes it, from its id.
+
+    Raises:
+        ConnectionError: if a server cannot be reached; other errors of the computation are in the outcome.
+        OSError: if the folder cannot be written.
+    """
+    started, done, stored = time.monotonic(), "drawn again from its result", result is not None
+    try:
+        if result is None:
+            result, done = work(figure), "computed"
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}; what was computed is kept, and the same command goes on") from error
+    except Exception as error:
+        return _failed(figure, error)
+    if not stored:
+        _store(result, out, figure)
+    elif all((out / f"{figure}{suffix}").exists() for suffix in PICTURES):
+        return Outcome(figure, "kept, it was complete")
+    return _draw(result, out, figure) or Outcome(figure, f"{done} in {time.monotonic() - started:.1f} s")
 
 
 def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
@@ -167,14 +184,14 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
         raise ValueError(f"{out} holds no results of mamba-ioi reproduce: {out / RESULTS} is not there")
     outcomes: list[Outcome] = []
     with locked(out):
-        for figure in (figure for figure in CATALOGUE if (out / RESULTS / figure / META_FILE).exists()):
+        for figure in (figure for figure in EVERY if (out / RESULTS / figure / META_FILE).exists()):
             try:
                 outcome = _draw(Result.load(out / RESULTS / figure), out, figure) or Outcome(figure, "drawn again")
             except ValueError as error:
                 outcome = _failed(figure, error)
             outcomes.append(outcome)
             report(outcome)
-        outcomes.append(_report(out))
+        outcomes.append(written_report(out))
         report(outcomes[-1])
     return outcomes
 
@@ -248,7 +265,8 @@ def _draw(result: Result, out: Path, figure: str) -> Outcome | None:
     return None
 
 
-def _report(out: Path) -> Outcome:
+def written_report(out: Path) -> Outcome:
+    """Write the report of what is in the folder."""
     from ..report import write_report
 
     try:

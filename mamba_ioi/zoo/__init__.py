@@ -11,8 +11,15 @@ _HERE = Path(__file__).parent
 EMBEDDED: Mapping[str, Path] = {
     "tiny": _HERE / "tiny",
     "tiny-mamba2": _HERE / "tiny_mamba2",
+    "recall-mamba": _HERE / "recall_mamba",
+    "recall-mamba-noconv": _HERE / "recall_mamba_noconv",
+    "recall-mamba2": _HERE / "recall_mamba2",
+    "recall-attention": _HERE / "recall_attention",
 }
 """The folder of each trained model that ships with the package, by the name that `load_model` takes."""
+
+RECALL: Mapping[str, str] = {name.removeprefix("recall-"): name for name in EMBEDDED if name.startswith("recall-")}
+"""The subjects of the recall study, a packaged model each."""
 
 
 def locate(name: str | os.PathLike[str]) -> str:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
@@ -25,14 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..checks import integer, whole_number
 from ..tasks.ioi import TEMPLATES
 from .fast_forward import fast_logits
 from .found import FOUND
 from .prompts import HELD_OUT_SHARE, Prompts
 from .tokenizer import TINY_NAMES, build_tokenizer
-
-logger = logging.getLogger(__name__)
+from .training import checked, initial_model, one_core, optimize, parameters, write
 
 SEED, STEPS = 0, 1200
 """Of the packaged models."""
@@ -100,7 +92,7 @@ def train(
     *,
     family: str = "mamba",
     seed: int = SEED,
-    steps: int = STEPS,
+    steps: int | None = None,
     n_test: int = 2000,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -113,7 +105,7 @@ def train(
         out: the folder to write; made if it is not there.
         family: ``"mamba"`` for `tiny`, ``"mamba2"`` for `tiny-mamba2`, a Mamba-2 (SSD, arXiv 2405.21060).
         seed: of the initial weights and of the prompts.
-        steps: optimizer steps of 64 prompts.
+        steps: optimizer steps of 64 prompts; those of the packaged model if None.
         n_test: held-out prompts a template to measure on.
         progress: show a progress bar.
 
@@ -123,42 +115,44 @@ def train(
     Raises:
         ValueError: if the family is another, steps or n_test is not positive, or the folder is a file.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family {family!r} cannot be trained; the families are {', '.join(FAMILIES)}")
-    counts = [integer(steps), integer(n_test)]
-    if not all(count is not None and count >= 1 for count in counts):
-        raise ValueError(f"steps={steps} and n_test={n_test} must be 1 or more")
-    seed, (steps, n_test) = whole_number(seed, "seed", least=0), (int(steps), int(n_test))
-    out = Path(os.path.expanduser(out))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder to write the model to")
+    check_family(family)
+    out, seed, steps, n_test = checked(out, seed=seed, steps=STEPS if steps is None else steps, n_test=n_test)
     tokenizer = build_tokenizer(TINY_NAMES)
     prompts = Prompts(tokenizer, TINY_NAMES)
-    model = _initial_model(family, len(tokenizer), seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as fast as two at this size, and the sums come out in one order
+    model = initial_model(FAMILIES[family].build, len(tokenizer), seed)
     generator = torch.Generator().manual_seed(seed)
-    started = time.process_time()
-    loss = _optimize(FAMILIES[family], model, prompts, generator, steps, progress)
-    minutes = (time.process_time() - started) / 60
-    torch.set_num_threads(threads)
+    with one_core() as minutes:
+        loss = optimize(
+            model,
+            lambda: _losses(FAMILIES[family], model, prompts.batch(BATCH, generator)),
+            steps,
+            learning_rate=LEARNING_RATE,
+            progress=progress,
+        )
+        passed = minutes()
     model.eval()
     report: dict[str, object] = {
         "seed": seed,
         "steps": steps,
         "batch": BATCH,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "minutes": round(minutes, 1),
+        "parameters": parameters(model),
+        "minutes": passed,
         "final_loss": round(loss, 4),
         "n_test": n_test,
         "held_out": [measure(FAMILIES[family], model, prompts, form, n_test) for form in range(4)],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(card(family, report), encoding="utf-8")
-    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(out, model, tokenizer, report, card(family, report))
     return report
+
+
+def check_family(family: str) -> None:
+    """Refuse a family that is not trained on the indirect-object task.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} cannot be trained; the families are {', '.join(FAMILIES)}")
 
 
 def measure(family: _Family, model: PreTrainedModel, prompts: Prompts, form: int, count: int) -> dict[str, float]:
@@ -174,48 +168,16 @@ def measure(family: _Family, model: PreTrainedModel, prompts: Prompts, form: int
     }
 
 
-def _initial_model(family: str, vocab_size: int, seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FAMILIES[family].build(vocab_size).train()
-
-
-def _optimize(
-    family: _Family,
-    model: PreTrainedModel,
-    prompts: Prompts,
-    generator: torch.Generator,
-    steps: int,
-    progress: bool,
-) -> float:
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
-    warm_up = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3),
-    )
-    loss = torch.zeros(())
-    with tqdm(total=steps, desc="training", disable=not progress) as bar:
-        for _ in range(steps):
-            rows = prompts.batch(BATCH, generator)
-            logits, targets = family.logits(model, rows[:, :-1].clamp(min=0)), rows[:, 1:]
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-            losses = losses.view(targets.shape)
-            ends = (targets >= 0).sum(1) - 1
-            answers = losses.gather(1, ends[:, None]).mean()
-            loss = losses.sum() / (targets >= 0).sum() + answers
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}", answer=f"{answers.item():.3f}", refresh=False)
-            bar.update()
-    logger.info("trained for %d steps, loss %.4f", steps, loss.item())
-    return loss.item()
+def _losses(
+    family: _Family, model: PreTrainedModel, rows: Int[Tensor, "B L"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The loss over whole prompts with the answer's once more, and the answer's alone."""
+    logits, targets = family.logits(model, rows[:, :-1].clamp(min=0)), rows[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    losses = losses.view(targets.shape)
+    ends = (targets >= 0).sum(1) - 1
+    answers = losses.gather(1, ends[:, None]).mean()
+    return losses.sum() / (targets >= 0).sum() + answers, answers
 
 
 def card(family: str, report: Mapping[str, Any]) -> str:
