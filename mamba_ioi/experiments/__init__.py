@@ -141,7 +141,7 @@ class Experiment(Row):
             case "prompts":
                 first = [example_prompts(model.tokenizer, seed=seed)]
                 arguments["seed"] = seed
-            case "names":
+            case _:
                 first = []
                 arguments |= {"n_pairs": count, "seed": seed}
         if self.held_out is not None:
