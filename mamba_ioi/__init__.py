@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .interventions.generation import generate
     from .interventions.patch import Patch
     from .interventions.run import cache, run
+    from .interventions.stream import StoredCache, activations, cache_to
     from .interventions.token_to_token import hidden_attention, token_contributions
     from .models.model import MambaModel, load_model, planted, planted_recall
     from .result import Result
@@ -26,8 +27,11 @@ __all__ = [
     "Patch",
     "PromptPairs",
     "Result",
+    "StoredCache",
+    "activations",
     "bottleneck",
     "cache",
+    "cache_to",
     "circuits",
     "experiments",
     "generate",
@@ -49,8 +53,11 @@ _HOMES = {
     "Patch": "interventions.patch",
     "PromptPairs": "tasks",
     "Result": "result",
+    "StoredCache": "interventions.stream",
+    "activations": "interventions.stream",
     "bottleneck": "experiments",
     "cache": "interventions.run",
+    "cache_to": "interventions.stream",
     "generate": "interventions.generation",
     "hidden_attention": "interventions.token_to_token",
     "load_model": "models.model",

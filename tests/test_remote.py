@@ -21,7 +21,7 @@ from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling.huggingface import _ID_CACHE
 
-from mamba_ioi import IOIDataset, Patch, cache, circuits, experiments, generate, load_model, run
+from mamba_ioi import IOIDataset, Patch, activations, cache, cache_to, circuits, experiments, generate, load_model, run
 from mamba_ioi.cli import main
 from mamba_ioi.interventions import sweep
 from mamba_ioi.models.model import MambaModel
@@ -158,6 +158,17 @@ def test_generation(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> 
     before = there.remote.traffic.requests
     assert torch.equal(generate(there, ids, 4, **patches), generate(local, ids, 4, **patches))
     assert there.remote.traffic.requests - before <= 2  # the model's check among them
+
+
+def test_activations_in_batches_and_in_a_folder(
+    there: MambaModel, local: MambaModel, data: IOIDataset, tmp_path: Path
+) -> None:
+    expected = cache(local, data.clean_tokens, [("h", 2)], positions=[4, -1])
+    parts = list(activations(there, data, "h", 2, positions=[4, -1], batch_rows=3))
+    assert [len(part) for part in parts] == [3, 1]
+    torch.testing.assert_close(torch.cat(parts), expected["h", 2], rtol=0, atol=1e-5)
+    stored = cache_to(tmp_path, there, data, [("h", 2)], positions=[4, -1], batch_rows=3, progress=False)
+    torch.testing.assert_close(stored["h", 2], expected["h", 2], rtol=0, atol=1e-5)
 
 
 def test_all_sites_in_one_trace(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:

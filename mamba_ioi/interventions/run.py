@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float, Int
@@ -63,38 +63,79 @@ def cache(
         ValueError: for an unknown site, layer or position, a position where one of the texts has ended, or a patch that
             fits none.
     """
-    if isinstance(sites, str):
-        sites = [sites]
-    if not isinstance(sites, Iterable):
-        raise ValueError(f"sites are names or (name, layer) pairs, not {sites!r}")
-    refs: list[SiteRef] = []
-    for site in sites:
-        info = model.known_sites().get(site) if isinstance(site, str) else None
-        if info is None or info.owner == "model":
-            refs.append(resolve(model, site))
-        else:
-            has = [layer for layer in range(model.n_layers) if site in model.layer_sites(layer)]
-            refs += [resolve(model, site, layer) for layer in has or range(model.n_layers)]
-    if not refs:
-        raise ValueError("no site was named")
-    ids, last = model.to_tokens(tokens)
-    named = [ref.position for ref in refs if ref.position is not None]
-    if positions is not None and named:
-        raise ValueError(f"positions={positions!r} and an alias that names position {named[0]}: give one of the two")
-    for position in named:
-        if position >= ids.shape[1]:
-            raise ValueError(f"position {position} is outside the prompt's {ids.shape[1]} positions")
-    keep = None if positions is None else kept_positions(ids, positions)
-    refuse_ends(last, [positions])
-    refuse_padding(last, named if keep is None else keep)
-    plan = Plan.make(model, ids, patches, refs, keep)
-    refuse_ends(last, named_positions(patches))
-    shared = {ref.key for ref in refs if "B" not in ref.site.shape}
+    reading = Reading.make(model, tokens, sites, patches=patches, positions=positions)
+    shared = {ref.key for ref in reading.plan.reads if "B" not in ref.site.shape}
     found: dict[str, Tensor] = {}
-    for part in row_parts(model, ids, plan, batch_rows, logits=plan.last == model.n_layers):
-        for key, value in read_sites(model, ids[part], plan.rows(part, len(ids))).items():
-            found[key] = value if key in shared else _joined(found.get(key), value, part, len(ids))
-    return ActivationCache((ref.key, found[ref.key]) for ref in refs)
+    for part in reading.parts(batch_rows):
+        for key, value in reading.read(part).items():
+            found[key] = value if key in shared else _joined(found.get(key), value, part, len(reading.ids))
+    return ActivationCache((ref.key, found[ref.key]) for ref in reading.plan.reads)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is to be read of which prompts, checked: `cache` reads it as one, `activations` part by part.
+
+    Attributes:
+        model: the model.
+        ids: the prompts.
+        plan: what is changed and read.
+    """
+
+    model: MambaModel
+    ids: Int[Tensor, "B L"]
+    plan: Plan
+
+    @classmethod
+    def make(
+        cls,
+        model: MambaModel,
+        tokens: Tokens,
+        sites: Iterable[str | tuple[str, int]],
+        *,
+        patches: Sequence[Patch | Cut] = (),
+        positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None,
+    ) -> Reading:
+        """Check what `cache` is given, and raise as it does."""
+        if isinstance(sites, str):
+            sites = [sites]
+        if not isinstance(sites, Iterable):
+            raise ValueError(f"sites are names or (name, layer) pairs, not {sites!r}")
+        refs: list[SiteRef] = []
+        for site in sites:
+            info = model.known_sites().get(site) if isinstance(site, str) else None
+            if info is None or info.owner == "model":
+                refs.append(resolve(model, site))
+            else:
+                has = [layer for layer in range(model.n_layers) if site in model.layer_sites(layer)]
+                refs += [resolve(model, site, layer) for layer in has or range(model.n_layers)]
+        if not refs:
+            raise ValueError("no site was named")
+        ids, last = model.to_tokens(tokens)
+        named = [ref.position for ref in refs if ref.position is not None]
+        if positions is not None and named:
+            raise ValueError(
+                f"positions={positions!r} and an alias that names position {named[0]}: give one of the two"
+            )
+        for position in named:
+            if position >= ids.shape[1]:
+                raise ValueError(f"position {position} is outside the prompt's {ids.shape[1]} positions")
+        keep = None if positions is None else kept_positions(ids, positions)
+        refuse_ends(last, [positions])
+        refuse_padding(last, named if keep is None else keep)
+        plan = Plan.make(model, ids, patches, refs, keep)
+        refuse_ends(last, named_positions(patches))
+        return cls(model, ids, plan)
+
+    def parts(self, rows: int | None, first: int = 0) -> list[slice]:
+        """The rows to run at once, as `row_parts` has them, from the first on that is wanted."""
+        ids, logits = self.ids[first:], self.plan.last == self.model.n_layers
+        parts = row_parts(self.model, ids, self.plan, rows, logits=logits)
+        return [slice(first + part.start, first + part.stop) for part in parts]
+
+    def read(self, part: slice) -> dict[str, Tensor]:
+        """What is read of some rows, by key."""
+        return read_sites(self.model, self.ids[part], self.plan.rows(part, len(self.ids)))
 
 
 def run(
