@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .interventions.generation import generate
     from .interventions.patch import Patch
     from .interventions.run import cache, run
+    from .interventions.splice import Splice
     from .interventions.stream import StoredCache, activations, cache_to
     from .interventions.token_to_token import hidden_attention, token_contributions
     from .models.model import MambaModel, load_model, planted, planted_recall
@@ -27,6 +28,7 @@ __all__ = [
     "Patch",
     "PromptPairs",
     "Result",
+    "Splice",
     "StoredCache",
     "activations",
     "bottleneck",
@@ -53,6 +55,7 @@ _HOMES = {
     "Patch": "interventions.patch",
     "PromptPairs": "tasks",
     "Result": "result",
+    "Splice": "interventions.splice",
     "StoredCache": "interventions.stream",
     "activations": "interventions.stream",
     "bottleneck": "experiments",

@@ -21,7 +21,19 @@ from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling.huggingface import _ID_CACHE
 
-from mamba_ioi import IOIDataset, Patch, activations, cache, cache_to, circuits, experiments, generate, load_model, run
+from mamba_ioi import (
+    IOIDataset,
+    Patch,
+    Splice,
+    activations,
+    cache,
+    cache_to,
+    circuits,
+    experiments,
+    generate,
+    load_model,
+    run,
+)
 from mamba_ioi.cli import main
 from mamba_ioi.interventions import sweep
 from mamba_ioi.models.model import MambaModel
@@ -158,6 +170,30 @@ def test_generation(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> 
     before = there.remote.traffic.requests
     assert torch.equal(generate(there, ids, 4, **patches), generate(local, ids, 4, **patches))
     assert there.remote.traffic.requests - before <= 2  # the model's check among them
+
+
+class Halves(torch.nn.Module):
+    """A dictionary with a feature for each dimension, half as large."""
+
+    def __init__(self, width: int) -> None:
+        torch.nn.Module.__init__(self)
+        self.scale = torch.nn.Parameter(torch.full((width,), 0.5))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+    def decode(self, found: torch.Tensor) -> torch.Tensor:
+        return found / self.scale
+
+
+def test_splices(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
+    sae = Halves(local.d_inner)
+    patch = Patch("ssm_input", 2, Splice(sae, features=[3, 5], value=1.0), [4, 7])
+    expected = run(local, ids, [patch])
+    assert not torch.allclose(expected, run(local, ids), atol=1e-3)
+    torch.testing.assert_close(run(there, ids, [patch]), expected, rtol=0, atol=1e-5)
+    new = [Patch("ssm_input", 3, Splice(sae, False, [1, 2]))]
+    assert torch.equal(generate(there, ids, 3, new_patches=new), generate(local, ids, 3, new_patches=new))
 
 
 def test_activations_in_batches_and_in_a_folder(

@@ -280,6 +280,9 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"[{len(value)}".encode()
         for one in value:
             yield from _parts(one)
+    elif isinstance(value, torch.nn.Module):
+        yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+        yield from _parts(value.state_dict())
     elif isinstance(value, FunctionType):
         yield marshal.dumps(value.__code__)
         yield from _parts([value.__defaults__, [cell.cell_contents for cell in value.__closure__ or ()]])
