@@ -23,6 +23,7 @@ from .bottleneck import bottleneck, default_layer
 from .conv_slices import conv_slices
 from .cross_talk import cross_talk
 from .direct_effects import direct_effects
+from .feature_effects import feature_effects
 from .knockout import knockout
 from .layer_removal import greedy_layer_removal, layer_removal
 from .logit_lens import logit_lens
@@ -42,6 +43,7 @@ __all__ = [
     "default_layer",
     "direct_effects",
     "example_prompts",
+    "feature_effects",
     "greedy_layer_removal",
     "knockout",
     "layer_removal",

@@ -5,7 +5,8 @@ To first order, putting the source run's value in place of the clean one changes
     sum over the site's dimensions of (source - clean) * d(logit difference)/d(value)
 
 (arXiv 2310.10348). The gradient at all layers and positions comes from one backward pass, so the whole map costs a run
-of the source prompts and a forward and backward of the clean ones. What runs in the trace uses torch alone.
+of the source prompts and a forward and backward of the clean ones. `gradients_at` is for those who go along a path
+from one value to another, as integrated gradients do. What runs in the trace uses torch alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from ..memory import backward_bytes, fitting_rows
 from ..metrics import measure, normalized
-from ..models.model import MambaModel
+from ..models.model import CausalLM, MambaModel
 from ..remote.requests import ask, require_gradients
+from ..trace.change import Change
 from ..trace.sites import owner
 from ..trace.walk import Visitor, logits_at, walk
 from .patch import SiteRef, resolve
@@ -146,6 +148,69 @@ class Contracted(Visitor):
     def contract(self, layer: int | None, difference: Tensor, gradient: Tensor) -> None:
         """Keep the sum over the site's dimensions, ``[L, B]``."""
         self.changes[layer] = (gradient * difference).flatten(2).sum(-1).transpose(0, 1)
+
+
+@torch.inference_mode(False)
+def gradients_at(
+    model: CausalLM,
+    tokens: Int[Tensor, "B L"],
+    ref: SiteRef,
+    value: Float[Tensor, "B L *site"],
+    last: Int[Tensor, "B"],
+    ids: Sequence[Tensor],
+    metric: str,
+) -> Float[Tensor, "B L *site"]:
+    """The gradient of a metric (of ``nld``, the logit difference) at a site, where it is given a value.
+
+    Args:
+        model: any causal language model.
+        tokens: the prompts.
+        ref: the site, one that has positions.
+        value: what the site becomes at every position; of states, each is held.
+        last: where each row is read.
+        ids: the answers, the corrupt answers and the candidates.
+        metric: its name.
+
+    Raises:
+        ValueError: on a server whose sandbox has no gradients.
+    """
+    require_gradients(model, "integrated gradients")
+    held = 4 * value[0].numel() * (8 if "N" in ref.site.shape else 3)
+    most = fitting_rows(model, backward_bytes(model, tokens.shape[1]) + held, MOST_ROWS)
+    parts = []
+    with frozen(model):
+        for rows in torch.arange(len(tokens)).split(most):
+            columns = [column[rows] for column in ids]
+            parts.append(ask(model, gradient_batch, ref, value[rows], tokens[rows], last[rows], columns, metric))
+    return torch.cat([part["gradient"] for part in parts])
+
+
+def gradient_batch(
+    model,
+    ref: SiteRef,
+    value: Float[Tensor, "B L *site"],
+    tokens: Int[Tensor, "B L"],
+    last: Int[Tensor, "B"],
+    ids: Sequence[Tensor],
+    metric: str,
+) -> dict[str, Float[Tensor, "B L *site"]]:
+    """`gradients_at` on some prompts, as ``gradient``, here or on a server that has gradients."""
+    tokens = tokens.to(model.device)
+    ids = [column.to(model.device) for column in ids]
+    read = read_positions(tokens, last)
+    assert read is not None  # it is so for "all" alone
+    with torch.enable_grad(), model.trace(tokens):
+        gradient = held_gradient(model, ref, value.to(model.device), read, ids, metric).save()  # pyright: ignore[reportAttributeAccessIssue]
+    return {"gradient": gradient.cpu()}
+
+
+def held_gradient(model, ref: SiteRef, value: Tensor, read: Tensor, ids: Sequence[Tensor], metric: str) -> Tensor:
+    """The body of a trace: put a value at a site, and take the gradient there."""
+    leaf = value.detach().clone().requires_grad_()
+    plan = Plan([Change(ref.layer, ref.site, leaf, None)], [], model.n_layers)
+    measure(metric, forward(model, plan, read)[1], *ids).sum().backward()
+    assert leaf.grad is not None  # the site is before the logits
+    return leaf.grad
 
 
 def _token_ids(readout: Readout, name: str) -> Tensor:
