@@ -29,6 +29,7 @@ from .layer_removal import greedy_layer_removal, layer_removal
 from .logit_lens import logit_lens
 from .name_means import NameMeans, name_means
 from .name_steering import name_pca, name_steering
+from .probe import probe
 from .resample_ablation import resample_ablation
 from .state_similarity import state_similarity
 
@@ -51,6 +52,7 @@ __all__ = [
     "name_means",
     "name_pca",
     "name_steering",
+    "probe",
     "resample_ablation",
     "state_similarity",
 ]
