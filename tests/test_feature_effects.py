@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mamba_ioi import IOIDataset, PromptPairs, cache, experiments, planted
 from mamba_ioi.models.model import wrap
@@ -43,7 +44,8 @@ def pairs(tokens):
     clean[1, 6] = 0
     corrupt = clean.clone()
     corrupt[torch.arange(3), torch.tensor([2, 5, 4])] = torch.tensor([7, 8, 9])
-    columns = {"answers": [11, 12, 13], "corrupt_answers": [21, 22, 23], "last_position": last}
+    answers = torch.tensor([11, 12, 13])
+    columns = {"answers": answers, "corrupt_answers": answers + 10, "last_position": last}
     return PromptPairs(clean_tokens=clean, corrupt_tokens=corrupt, **columns)
 
 
@@ -98,6 +100,16 @@ def test_estimates_add_up_to_the_effect_of_the_whole_site(model, pairs, site) ->
     result = experiments.feature_effects(model, pairs, sae, site, LAYER, top=0, steps=30, progress=False)
     assert result.table.estimate.sum() == pytest.approx(float(expected.mean()), abs=5e-3)
     assert abs(float(expected.mean())) > 0.05
+
+
+def test_a_transformer_has_them_too(pairs) -> None:
+    """The stream after the last layer is all that the answer is made of: resampled, it acts as the corrupt prompt."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_positions=16, n_embd=12, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = wrap(GPT2LMHeadModel(config).eval(), None, model_id="random")
+    result = experiments.feature_effects(model, pairs, Dictionary(12), "resid_post", 1, steps=30, progress=False)
+    assert result.table.estimate.sum() == pytest.approx(1, abs=5e-3)
+    assert result.table.estimate.abs().max() > 0.1
 
 
 def test_many_steps_agree_with_what_is_measured_where_features_are_exact(model, pairs) -> None:

@@ -196,6 +196,17 @@ def test_splices(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> Non
     assert torch.equal(generate(there, ids, 3, new_patches=new), generate(local, ids, 3, new_patches=new))
 
 
+def test_effects_of_features(there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
+    """The dictionary stays here."""
+    arguments = {"sae": Halves(local.d_inner), "site": "ssm_input", "layer": 2, "top": 2, "steps": 2, "progress": False}
+    found, expected = (
+        Result(result.table.sort_values("feature", ignore_index=True), result.meta)
+        for result in (experiments.feature_effects(model, data[:2], **arguments) for model in (there, local))
+    )
+    assert expected.table.estimate.abs().max() > 1e-3
+    same(found, expected)
+
+
 def test_activations_in_batches_and_in_a_folder(
     there: MambaModel, local: MambaModel, data: IOIDataset, tmp_path: Path
 ) -> None:

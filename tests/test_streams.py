@@ -58,7 +58,8 @@ def test_an_alias_names_layer_and_position(model, tokens) -> None:
 
 def test_pairs_give_their_clean_prompts(model, tokens) -> None:
     other = (tokens + 1) % 61
-    pairs = PromptPairs(clean_tokens=tokens, corrupt_tokens=other, answers=[1] * 4, corrupt_answers=[2] * 4)
+    ids = torch.ones(4, dtype=torch.long)
+    pairs = PromptPairs(clean_tokens=tokens, corrupt_tokens=other, answers=ids, corrupt_answers=2 * ids)
     (found,) = activations(model, pairs, "y", 2)
     torch.testing.assert_close(found, cache(model, tokens, [("y", 2)])["y", 2])
 

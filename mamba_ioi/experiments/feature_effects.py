@@ -63,7 +63,8 @@ def feature_effects(
     positions, all other features and the dictionary's error stay the clean run's. The estimate is by integrated
     gradients: along the straight path of all features and the error together from the clean run's values to the
     corrupt run's, the mean gradient times what each changes by. So estimates add up to the effect of the whole site,
-    and agree with the measured ones where features do not act on one another.
+    and agree with the measured ones where features do not act on one another. Where a router chooses other experts
+    along the path, the jump is in no gradient, and estimates miss it.
 
     Args:
         model: any causal language model.
