@@ -109,15 +109,23 @@ def test_rows_of_different_lengths_are_read_at_marks(model) -> None:
 
 
 @pytest.mark.usefixtures("sklearn")
-def test_equal_prompts_are_in_one_fold(small) -> None:
-    """Labels that nothing tells but the prompt itself: a probe that had seen it would know."""
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rows_that_share_a_prompt_are_in_one_fold(small, swapped) -> None:
+    """Labels that nothing tells but the prompt itself: a probe that had seen it, or its other half, would know."""
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 61, (12, 4), generator=draw).repeat(6, 1)
-    answers = torch.randint(0, 2, (12,), generator=draw).repeat(6)
-    pairs = PromptPairs(clean_tokens=tokens, corrupt_tokens=tokens, answers=answers, corrupt_answers=1 - answers)
-    once = experiments.probe(small, pairs[:12], "resid_post", 2, positions=3, folds=3, progress=False)
-    often = experiments.probe(small, pairs, "resid_post", 2, positions=3, folds=3, progress=False)
-    assert float(once.table.accuracy[0]) < 0.9 and float(often.table.accuracy[0]) < 0.9
+    clean = torch.randint(0, 61, (24, 4), generator=draw)
+    corrupt = clean.clone()
+    corrupt[:, 3] = (clean[:, 3] + 1) % 61
+    answers = torch.randint(0, 2, (24,), generator=draw)
+    order = torch.arange(24).repeat(3)
+    one, other = clean[order], corrupt[order]
+    if swapped:
+        one, other = torch.cat([clean, corrupt]), torch.cat([corrupt, clean])
+        order = torch.arange(24).repeat(2)
+    labels = answers[order]
+    pairs = PromptPairs(clean_tokens=one, corrupt_tokens=other, answers=labels, corrupt_answers=1 - labels)
+    result = experiments.probe(small, pairs, "resid_pre", 0, positions=2, folds=3, progress=False)
+    assert float(result.table.accuracy[0]) < 0.8
 
 
 @pytest.mark.usefixtures("sklearn")
@@ -147,7 +155,7 @@ def test_bad_input_is_refused(model, data) -> None:
         ("the slot of 'n1' is not one of several in these rows", "h", "n1", {"what": "slot"}),
         ("probes read all positions of a layer's site, and 'A'", "A", "n1", {}),
         ("folds must be a whole number of at least 2, not 1", "h", "n1", {"folds": 1}),
-        ("at 3 there are .* different prompts and 6 labels: probes in 900 folds", "h", "n1", {"folds": 900}),
+        ("at 3 there are .* different pairs and 6 labels: probes in 900 folds", "h", "n1", {"folds": 900}),
         ("unknown site 'hh'", "hh", "n1", {}),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import torch
@@ -66,7 +67,7 @@ def probe(
 
     Raises:
         ValueError: without scikit-learn; for an unknown site, layer, mark or place; where the target is the same in all
-            rows, or there are fewer different prompts than folds.
+            rows, or there are fewer different pairs than folds.
     """
     fit = _classifier()
     names = check_data(model, pairs)
@@ -82,7 +83,7 @@ def probe(
     places = check_places(pairs, positions, marks)
     known = labels >= 0
     rows: list[dict[str, Any]] = []
-    _, prompts = pairs.clean_tokens.cpu().unique(dim=0, return_inverse=True)
+    kin = _kin(pairs)
     held = fitting_rows(model, len(pairs) * site_bytes(model, refs[0].site, 1), len(places), share=0.5)
     with tqdm(total=len(chosen) * len(places), desc="probe", unit="probe", disable=not progress) as bar:
         for layer in chosen:
@@ -91,7 +92,7 @@ def probe(
                 values = _values(model, pairs, site, layer, some)
                 for column, place in enumerate(some):
                     there = present(pairs, place) & known
-                    found = _judged(fit, values[there, column], labels[there], prompts[there], folds, seed, place)
+                    found = _judged(fit, values[there, column], labels[there], kin[there], folds, seed, place)
                     rows.append({"layer": layer, "place": place, **found})
                     bar.update()
     table = pd.DataFrame(rows)
@@ -161,6 +162,15 @@ def _labels(pairs: PromptPairs, target: str, what: str) -> Int[Tensor, "B"]:
     return labels
 
 
+def _kin(pairs: PromptPairs) -> Int[Tensor, "B"]:
+    """A number for each row, which rows have in common that share a prompt, be it by way of others."""
+    _, prompts = torch.cat([pairs.clean_tokens, pairs.corrupt_tokens]).cpu().unique(dim=0, return_inverse=True)
+    clean, corrupt = (half.tolist() for half in prompts.chunk(2))
+    families = nx.connected_components(nx.Graph(zip(clean, corrupt, strict=True)))
+    number = {prompt: index for index, family in enumerate(families) for prompt in family}
+    return torch.tensor([number[prompt] for prompt in clean])
+
+
 def _values(model: CausalLM, pairs: PromptPairs, site: str, layer: int, places: Sequence[int | str]) -> Tensor:
     """The site at some places, ``[B, places, features]``, on the CPU; of a row without one, what is at position 0."""
     columns = [torch.as_tensor(where(pairs, place)).cpu().reshape(-1, 1).expand(len(pairs), 1) for place in places]
@@ -169,20 +179,20 @@ def _values(model: CausalLM, pairs: PromptPairs, site: str, layer: int, places: 
 
 
 def _judged(
-    fit: Callable, values: Tensor, labels: Tensor, prompts: Tensor, folds: int, seed: int, place: int | str
+    fit: Callable, values: Tensor, labels: Tensor, kin: Tensor, folds: int, seed: int, place: int | str
 ) -> dict[str, Any]:
     """What a table says of one probe.
 
     Raises:
         ValueError: if there are too few rows, or one label alone.
     """
-    different, classes = len(prompts.unique()), len(labels.unique())
+    different, classes = len(kin.unique()), len(labels.unique())
     if different < folds or classes < 2:
         raise ValueError(
-            f"at {place!r} there are {different} different prompts and {classes} labels: probes in {folds} folds need "
-            f"{folds} prompts and 2 labels at least"
+            f"at {place!r} there are {different} different pairs and {classes} labels: probes in {folds} folds need "
+            f"{folds} pairs and 2 labels at least"
         )
-    x, y, groups = values.numpy(), labels.numpy(), prompts.numpy()
+    x, y, groups = values.numpy(), labels.numpy(), kin.numpy()
     shuffled = np.random.default_rng(seed).permutation(y)
     right, control = (fit(x, truth, groups, folds, seed) == truth for truth in (y, shuffled))
     accuracy, low, high = mean_with_interval(torch.as_tensor(right).float())
