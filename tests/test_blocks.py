@@ -122,11 +122,13 @@ def test_sites_outside_the_layers(model, ids):
         part.register_forward_hook(lambda _, args, output, name=name: seen.__setitem__(name, output))
     with torch.no_grad():
         seen["logits"] = module(ids, use_cache=False).logits
+    seen["embed"] = seen["embed"] * getattr(module.config, "embedding_multiplier", 1.0)
     for part in (module.get_input_embeddings(), model.final_norm._module):
         part._forward_hooks.clear()
     found = cache(model, ids, list(seen))
     for name, value in seen.items():
         close(found[name], value)
+        close(run(model, ids, [Patch(name, None, value)], positions="all"), seen["logits"])
         assert not torch.allclose(run(model, ids, [Patch(name, None, 0.3, [2, -1])]), seen["logits"][:, -1], atol=1e-3)
 
 

@@ -35,6 +35,7 @@ class Anatomy:
         head: the path of the unembedding.
         embed: the path of the token embeddings.
         norm: the path of the norm before the unembedding; empty where none is known.
+        scale: what the model multiplies the token embeddings by.
         tuples: for each block, the length of the tuple it returns, which begins with the residual stream; 0 if it
             returns that alone.
         plain: whether the unembedding gives the logits of the model's output, but for rounding.
@@ -47,6 +48,7 @@ class Anatomy:
     head: str
     embed: str = ""
     norm: str = ""
+    scale: float = 1.0
     tuples: tuple[int, ...] = ()
     plain: bool = False
     checked: bool = False
@@ -83,7 +85,8 @@ def find_anatomy(module: PreTrainedModel) -> list[Anatomy]:
         embedding = module.get_input_embeddings()
         embed = next((path for path, part in parts if part is embedding), "")
         found = sorted(lists, key=lambda path: path.count("."))
-        return [Anatomy(blocks, head, embed, _norm_beside(blocks, parts)) for blocks in found]
+        scale = float(getattr(dict(parts).get(embed.rpartition(".")[0]), "embedding_multiplier", 1.0))
+        return [Anatomy(blocks, head, embed, _norm_beside(blocks, parts), scale) for blocks in found]
     lacks = "an unembedding" if lists else "a list of its layers"
     broken = f"a {type(module).__name__} has no module that is {lacks}"
     return [Anatomy(lists[0] if lists else "", head, checked=True, broken=broken)]

@@ -358,12 +358,12 @@ class ModelSites(Envoy):
 
     @PartSite(key="embed", description="the token embeddings")
     def embed(self, value) -> Float[Tensor, "B L D"]:
-        """The token embeddings: the start of the residual stream."""
-        return value.clone()
+        """The token embeddings, times their multiplier if the model has one: the start of the residual stream."""
+        return value * self.anatomy.scale
 
     @embed.transform
     def embed(self, view, raw):
-        return cast(view, raw)
+        return cast(view, raw) / self.anatomy.scale
 
     @PartSite(key="norm", description="the residual stream after the final RMSNorm")
     def norm(self, value) -> Float[Tensor, "B L D"]:
