@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .reproduce.run import Outcome
+    from .trace.sites import SiteInfo
 
 logger = logging.getLogger(__name__)
 
@@ -158,21 +159,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.sites:
-        from .doctor import explained
-        from .trace.sites import SITES
-
-        sites, sizes = SITES, {}
-        if arguments.model is not None:
-            from .models.model import load_model
-
-            with _quiet():
-                model = load_model(arguments.model)
-            sites, sizes = model.known_sites(), model.sizes()
-            last = {name: sites[name] for name in ("norm", "logits")}
-            sites = {name: site for name, site in sites.items() if name not in last} | last
-        rows = [(name, f"[{', '.join(site.shape)}]", site.owner, site.description) for name, site in sites.items()]
-        _say(_aligned([("site", "shape", "of", "what it is"), *rows]))
-        _say(explained({letter for site in sites.values() for letter in site.shape}, sizes))
+        _say(_sites(arguments.model))
         return 0
     for figure, row in CATALOGUE.items():
         pairs = "" if row.pairs is None else f"; {row.pairs} pairs {row.per_pair}".rstrip()
@@ -189,6 +176,41 @@ def _list(arguments: argparse.Namespace) -> int:
             _say(f"{figure:19} {row.shows}; {row.pairs} {row.per_pair}")
             _say(textwrap.indent(f"columns: {', '.join(row.columns)}", " " * 20))
     return 0
+
+
+def _sites(name: str | None) -> str:
+    """The table of sites, a Mamba's or those of a model, of which it says which layers have them."""
+    from .doctor import explained, numbered
+    from .trace.sites import SITES
+
+    head = ["site", "shape", "of", "what it is"]
+    if name is None:
+        rows = [[*_site_row(site), site.description] for site in SITES.values()]
+        return "\n".join([_aligned([head, *rows]), explained(_letters(SITES.values()))])
+    from .doctor import layers_by_kind
+    from .models.model import load_model
+
+    with _quiet():
+        model = load_model(name)
+        there = [model.sites_of(layer) for layer in range(model.n_layers)]
+    rows, sites = [], []
+    for known in model.known_sites().values():
+        layers = [layer for layer, names in enumerate(there) if known.name in names]
+        if layers or known.owner == "model":
+            where = "" if known.owner == "model" else "all" if len(layers) == model.n_layers else numbered(layers)
+            rows.append([*_site_row(known), where, known.description])
+            sites.append(known)
+    head.insert(3, "layers")
+    kinds = f"{model.family}: {layers_by_kind(model)}"
+    return "\n".join([_aligned([head, *rows]), kinds, explained(_letters(sites), model.sizes())])
+
+
+def _site_row(site: SiteInfo) -> list[str]:
+    return [site.name, f"[{', '.join(site.shape)}]", site.owner]
+
+
+def _letters(sites: Iterable[SiteInfo]) -> set[str]:
+    return {letter for site in sites for letter in site.shape}
 
 
 def _tasks(arguments: argparse.Namespace) -> int:

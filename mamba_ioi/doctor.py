@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -35,6 +35,25 @@ def explained(letters: Iterable[str], sizes: Mapping[str, int] = {}) -> str:
     return ", ".join(
         f"{letter} {LETTERS[letter]}" + (f" = {sizes[letter]}" if letter in sizes else "") for letter in known
     )
+
+
+def numbered(layers: Sequence[int]) -> str:
+    """Numbers of layers, those that follow one another as from-to: ``0-3, 5``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def layers_by_kind(model) -> str:
+    """Which layers are of which kind: ``0-1, 3 mamba+mlp; 2 attention+mlp``."""
+    kinds: dict[str, list[int]] = {}
+    for layer, kind in enumerate(model.layer_kinds):
+        kinds.setdefault(kind, []).append(layer)
+    return "; ".join(f"layer{'s' * (len(some) > 1)} {numbered(some)} {kind}" for kind, some in kinds.items())
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,7 @@ def examine(
         f"model {model}",
         f"{kind}, {loaded.n_layers} layers, {str(loaded.dtype).removeprefix('torch.')}, {loaded.device}",
     )
+    yield from _family(loaded)
     if loaded.has_scans:
         yield from _sites(loaded)
     else:
@@ -111,6 +131,7 @@ def _server(name: str, model) -> Iterator[Check]:
         yield Check(f"server's {package}", found, well=there["remote"] != "not installed")
     email = get(host, "/whoami", api_key=CONFIG.API.APIKEY).get("email")
     yield Check("API key", f"of {email}" if email else "none that the server knows (NDIF_API_KEY)")
+    yield from _family(model)
     running = [
         one["application_state"]
         for one in get(host, "/status").get("deployments", {}).values()
@@ -132,14 +153,21 @@ def _server(name: str, model) -> Iterator[Check]:
         )
 
 
+def _family(model) -> Iterator[Check]:
+    """What the model is made of, and whether circuits can be found in it."""
+    yield Check("family", f"{model.family}: {explained(model.sizes(), model.sizes())}")
+    yield Check("layers", layers_by_kind(model))
+    if model.remote is None and (reason := model.anatomy.broken or model.anatomy.beside):
+        yield Check("circuits", f"none: {reason}")
+
+
 def _sites(model) -> Iterator[Check]:
     """Whether the operations that the sites stand on are there, and how far the slow path is from the model's own."""
     from .models.slow_path import check_slow_path, slow_path_tolerance
     from .trace.sites import missing_operations
 
     sites = model.known_sites()
-    yield Check("family", f"{model.family}: {explained(model.sizes(), model.sizes())}")
-    missing = missing_operations(model.layers[0].mixer)
+    missing = missing_operations(next(layer for layer in model.layers if layer.chains).mixer)
     found = (
         f"without {' and '.join(missing)}" if missing else f"has the operations that the {len(sites)} sites stand on"
     )

@@ -13,8 +13,20 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 from mamba_ioi.models.model import MambaModel, wrap
 
+from .conformance import Conformance
+
 torch.set_num_threads(1)  # the tests' models are too small for more, and a busy machine makes threads wait
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance", type=Path, metavar="DIR", help="write there what each family is held to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "conformance(column, refused=False): holds a family to a column of the table")
+    plugin = Conformance(config.getoption("--conformance"), config.getoption("--collect-only"))
+    config.pluginmanager.register(plugin, "conformance")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 What a server lacks is refused here by name, whatever is installed; as in NDIF's sandbox, a request does not write back
 what waits, and a trace that stops early leaves none for the next. Each line is a request, in base64; the answer is a
-line too: OK and the compressed result, or ERR and the traceback.
+line too: OK and the compressed result, or ERR and the traceback. The arguments are the model's folder, and the folder
+that the client has its transformers from: versions differ in what they compute.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import io
 import json
 import sys
 import traceback
+
+sys.path.insert(0, sys.argv[2])
 
 import torch
 import zstandard

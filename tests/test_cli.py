@@ -487,7 +487,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines[1:-1]] == list(SITES)
     assert main(["list", "--sites", "--model", "tiny-mamba2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    shapes = {line.split()[0]: line.split("]")[0].split("[")[1] for line in lines[1:-1]}
+    assert lines[-2] == "mamba2: layers 0-5 mamba2"
+    shapes = {line.split()[0]: line.split("]")[0].split("[")[1] for line in lines[1:-2]}
     assert [*shapes][:2] == ["embed", "resid_pre"] and [*shapes][-3:] == ["resid_post", "norm", "logits"]
     assert shapes["write"] == "B, L, H, P, N" and shapes["conv"] == "B, L, X" and "delta_1" not in shapes
     assert "H heads = 12, P head_dim = 16, G groups of heads that share B and C = 1, X channels" in lines[-1]
@@ -516,7 +517,8 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, gpt2: Path, capsys: pytest.Capt
     )
     assert "the 26 sites stand on" in said and "slow path              agrees" in said
     assert main(["doctor", "--model", str(gpt2)]) == 0
-    assert "no Mamba" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no Mamba" in said and "gpt2: D d_model" in said and "attention+mlp" in said
 
     def differs(model):
         raise ValueError("the slow path does not reproduce planted")

@@ -121,6 +121,7 @@ def put(name: str, value: Tensor, positions: list[int] | None) -> dict:
     return {(name, layer_of(name)): change}
 
 
+@pytest.mark.conformance("logits")
 def test_what_a_model_says_of_itself(model, ids):
     assert model.family == model._module.config.model_type
     ssd = model.family == "mamba2"
@@ -135,6 +136,7 @@ def test_what_a_model_says_of_itself(model, ids):
     close(run(model, ids, positions="all"), model._module(ids).logits)
 
 
+@pytest.mark.conformance("load")
 def test_a_checkpoint_loads(model, ids, tmp_path):
     model._module.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
@@ -142,6 +144,7 @@ def test_a_checkpoint_loads(model, ids, tmp_path):
     assert torch.equal(run(loaded, ids), run(model, ids))
 
 
+@pytest.mark.conformance("sites read")
 @sites_where()
 def test_every_site_is_read(model, exact, ids, name):
     key = key_of(name)
@@ -153,6 +156,7 @@ def test_every_site_is_read(model, exact, ids, name):
     close(value, expected)
 
 
+@pytest.mark.conformance("sites patched")
 @sites_where()
 def test_every_site_is_written(model, exact, ids, name):
     positions = [2, 5] if TABLES[model.family][name].by_position else None
@@ -209,6 +213,7 @@ def test_a_write_takes_the_place_of_what_would_enter(model, exact, ids):
     assert (write == 0.4).all()
 
 
+@pytest.mark.conformance("h propagates")
 def test_states_that_are_scanned(model, exact, ids):
     shape = (3, 6, 4, 4) if model.family == "mamba2" else (3, 24, 4)
     state = torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -220,6 +225,7 @@ def test_states_that_are_scanned(model, exact, ids):
     close(logits, expected["hook_logits"])
 
 
+@pytest.mark.conformance("sweep = run")
 @sites_where(lambda name, site: site.by_position and site.owner != "model")
 def test_a_sweep_gives_what_a_forward_by_hand_does(model, exact, ids, name):
     """At two positions, values of another prompt: those that part from position 2 on, read at different ends."""
@@ -279,6 +285,7 @@ def test_the_states_gradient_is_the_total_derivative(model, exact, ids):
     torch.testing.assert_close(grad[:, 4].double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.conformance("generate")
 @pytest.mark.parametrize("use_cache", [True, False])
 @sites_where(lambda name, site: name in EDITED)
 def test_generation(model, exact, ids, name, use_cache):
@@ -307,6 +314,7 @@ def test_generation(model, exact, ids, name, use_cache):
         grown = torch.cat([grown, expected.argmax(-1, keepdim=True)], dim=1)
 
 
+@pytest.mark.conformance("generate")
 @sites_where(lambda name, site: name in ("delta_1", "B", "C", "write", "h", "ssm_input", "resid_post", "after_skip"))
 def test_generating_with_patches(model, exact, ids, name):
     prompt = ids[:, :5]
@@ -327,7 +335,13 @@ def test_generating_with_patches(model, exact, ids, name):
     assert torch.equal(found, grown)
 
 
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize(
+    "fine",
+    [
+        pytest.param(False, marks=pytest.mark.conformance("edges")),
+        pytest.param(True, marks=pytest.mark.conformance("fine")),
+    ],
+)
 def test_effects_of_edges(model, exact, data, fine):
     last = data.last_position
     corrupt = plain_circuits.mamba_run(exact, data.corrupt_tokens, last)
@@ -339,6 +353,7 @@ def test_effects_of_edges(model, exact, data, fine):
         assert effect == pytest.approx(change.mean().item(), abs=2e-3, rel=2e-3)
 
 
+@pytest.mark.conformance("fine")
 def test_effects_of_states(model, exact, data):
     """The edges conv -> ssm and ssm -> out put the other run's states in place, at one position."""
     last = data.last_position
@@ -393,6 +408,7 @@ def scores_by_hooks(module: PreTrainedModel, data: IOIDataset, steps: int) -> di
     return scores
 
 
+@pytest.mark.conformance("EAP")
 def test_scores_of_edges(model, exact, data):
     expected = scores_by_hooks(exact, data, 3)
     found = eap(model, data, steps=3).table
@@ -422,9 +438,9 @@ def test_an_unknown_site_is_named(model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["falcon_mamba", "mamba2"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def served(request, tmp_path_factory) -> Iterator[tuple[MambaModel, MambaModel]]:
-    """A Falcon-Mamba or a Mamba-2 here, and the same on the server."""
+    """A model of the family here, and the same on the server."""
     folder = tmp_path_factory.mktemp("served")
     build(request.param).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
@@ -441,6 +457,7 @@ def time_step(model: MambaModel) -> str:
     return "delta_2" if model.family == "mamba2" else "delta_1"
 
 
+@pytest.mark.conformance("remote")
 def test_sites_on_a_server(served, ids):
     here, there = served
     assert there.family == here.family and there.layer_kinds == here.layer_kinds
@@ -463,6 +480,7 @@ def test_sites_on_a_server(served, ids):
     close(logits, run(here, ids, patches, positions="all"))
 
 
+@pytest.mark.conformance("remote")
 def test_experiments_on_a_server(served, ids, data):
     here, there = served
     zeros = torch.zeros(3, dtype=torch.long)

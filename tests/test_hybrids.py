@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import zlib
-from collections.abc import Callable
-
 import pytest
 import torch
 from nnsight.modeling.huggingface import _ID_CACHE
 from torch import Tensor
-from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
-    FalconH1Config,
-    FalconH1ForCausalLM,
-    GraniteMoeHybridConfig,
-    GraniteMoeHybridForCausalLM,
-    JambaConfig,
-    JambaForCausalLM,
-    NemotronHConfig,
-    NemotronHForCausalLM,
-    PreTrainedModel,
-    Zamba2Config,
-    Zamba2ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from mamba_ioi import (
     Cut,
@@ -42,141 +24,15 @@ from mamba_ioi.experiments import layer_removal, resample_ablation
 from mamba_ioi.interventions.patch import Resample
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
-from mamba_ioi.models.model import MambaModel, wrap
+from mamba_ioi.models.model import MambaModel
 from mamba_ioi.remote import ndif
 from mamba_ioi.trace.sites import owner
 
+from .hybrid_models import FAMILIES, IDS, KINDS, MODELS, close, differences, exact, short_pairs
 from .plain import NAMES, prompt_tokenizer
 from .plain_hybrids import run_by_hand
 from .test_remote import Worker
 
-V = 61
-BASE = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": False,
-}
-MAMBA = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "num_key_value_heads": 1}
-HEADS = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 2,
-    "mamba_chunk_size": 3,
-    "time_step_limit": (0.4, 1.5),
-}
-EXPERTS = {"num_experts_per_tok": 1}
-GRANITE = {
-    "shared_intermediate_size": 24,
-    "layer_types": ["mamba", "attention", "mamba"],
-    "residual_multiplier": 0.7,
-    "embedding_multiplier": 1.3,
-    "logits_scaling": 2.0,
-    "attention_multiplier": 0.4,
-    "position_embedding_type": None,
-}
-FALCON = {
-    "head_dim": 8,
-    "mamba_d_ssm": 32,
-    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
-    "ssm_in_multiplier": 1.3,
-    "ssm_out_multiplier": 0.8,
-    "attention_in_multiplier": 0.9,
-    "attention_out_multiplier": 1.2,
-    "embedding_multiplier": 1.4,
-    "lm_head_multiplier": 0.6,
-    "key_multiplier": 0.9,
-    "mlp_multipliers": [0.9, 1.1],
-}
-
-
-def falcon(**more) -> PreTrainedModel:
-    return FalconH1ForCausalLM(FalconH1Config(**BASE | MAMBA | HEADS | FALCON | more, num_hidden_layers=3))
-
-
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "jamba": lambda: JambaForCausalLM(
-        JambaConfig(
-            **BASE | MAMBA | EXPERTS,
-            num_hidden_layers=4,
-            mamba_dt_rank=3,
-            attn_layer_period=4,
-            attn_layer_offset=2,
-            expert_layer_period=2,
-            expert_layer_offset=1,
-            num_experts=2,
-            use_mamba_kernels=False,
-        )
-    ),
-    "bamba": lambda: BambaForCausalLM(BambaConfig(**BASE | MAMBA | HEADS, num_hidden_layers=3, attn_layer_indices=[1])),
-    "granitemoehybrid": lambda: GraniteMoeHybridForCausalLM(
-        GraniteMoeHybridConfig(**BASE | MAMBA | HEADS | EXPERTS | GRANITE, num_hidden_layers=3, num_local_experts=2)
-    ),
-    "granite dense": lambda: GraniteMoeHybridForCausalLM(
-        GraniteMoeHybridConfig(**BASE | MAMBA | HEADS | GRANITE, num_hidden_layers=3, num_local_experts=0)
-    ),
-    "nemotron_h": lambda: NemotronHForCausalLM(
-        NemotronHConfig(
-            **BASE,
-            num_hidden_layers=4,
-            layers_block_type=["mamba", "attention", "mamba", "mlp"],
-            num_key_value_heads=1,
-            head_dim=8,
-            mamba_num_heads=4,
-            mamba_head_dim=8,
-            n_groups=2,
-            ssm_state_size=4,
-            conv_kernel=4,
-            chunk_size=3,
-            time_step_min=0.3,
-        )
-    ),
-    "zamba2": lambda: Zamba2ForCausalLM(
-        Zamba2Config(
-            **BASE,
-            num_hidden_layers=4,
-            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-            n_mamba_heads=4,
-            mamba_ngroups=2,
-            mamba_d_state=4,
-            mamba_d_conv=4,
-            mamba_expand=2,
-            chunk_size=3,
-            num_mem_blocks=1,
-            adapter_rank=4,
-            time_step_min=0.3,
-        )
-    ),
-    "falcon_h1": lambda: falcon(mamba_rms_norm=True),
-    "falcon_h1 norm first": lambda: falcon(mamba_rms_norm=True, mamba_norm_before_gate=True),
-    "falcon_h1 no norm": lambda: falcon(mamba_rms_norm=False),
-}
-KINDS = {
-    "jamba": ["mamba+mlp", "mamba+moe", "attention+mlp", "mamba+moe"],
-    "bamba": ["mamba2+mlp", "attention+mlp", "mamba2+mlp"],
-    "granitemoehybrid": ["mamba2+moe", "attention+moe", "mamba2+moe"],
-    "granite dense": ["mamba2+mlp", "attention+mlp", "mamba2+mlp"],
-    "nemotron_h": ["mamba2", "attention", "mamba2", "mlp"],
-    "zamba2": ["mamba2", "attention+mlp+mamba2"] * 2,
-    **dict.fromkeys(("falcon_h1", "falcon_h1 norm first", "falcon_h1 no norm"), ["mamba2+attention+mlp"] * 3),
-}
-
-
-def build(family: str) -> PreTrainedModel:
-    """Random weights, large enough to matter; x_proj's are small, so that norms after it, and their epsilon, matter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = FAMILIES[family]().eval()
-    generator = torch.Generator().manual_seed(zlib.crc32(family.encode()))
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            size = 0.05 if "x_proj" in name else 0.3 if parameter.dim() > 1 else 0.2
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return module
-
-
-MODELS: dict[str, MambaModel] = {family: wrap(build(family), None, model_id=family) for family in FAMILIES}
 CASES = [
     (family, name, layer)
     for family, model in MODELS.items()
@@ -184,7 +40,6 @@ CASES = [
     for name in layer
     for layer in [names]
 ]
-IDS = torch.randint(0, V, (3, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -192,27 +47,14 @@ def model(request) -> MambaModel:
     return MODELS[request.param]
 
 
-EXACT: dict[str, PreTrainedModel] = {}
-
-
-def exact(model: MambaModel) -> PreTrainedModel:
-    """The same weights in float64."""
-    if model.model_id not in EXACT:
-        EXACT[model.model_id] = copy.deepcopy(model._module).double()
-        EXACT[model.model_id].config._experts_implementation = "eager"  # which alone knows float64
-    return EXACT[model.model_id]
-
-
 every_site = pytest.mark.parametrize(("model", "name", "layer"), CASES, indirect=["model"])
 every_own_site = pytest.mark.parametrize(
     ("model", "name", "layer"), [case for case in CASES if case[1] != "resid_mid"], indirect=["model"]
 )
 """But for resid_mid, which `test_the_stream_between_parts` holds."""
-
-
-def close(value: Tensor, expected: Tensor) -> None:
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(value.double(), expected.double(), rtol=2e-4, atol=1e-4 * scale + 1e-7)
+with_stream_between = list(dict.fromkeys(case[0] for case in CASES if case[1] == "resid_mid"))
+with_circuits = [family for family in FAMILIES if family != "zamba2"]
+around_layers = pytest.mark.parametrize("name", ["embed", "norm", "logits"])
 
 
 def put(name: str, layer: int, value: Tensor, positions: list[int] | None) -> dict:
@@ -229,6 +71,7 @@ def put(name: str, layer: int, value: Tensor, positions: list[int] | None) -> di
     return {(name, layer): change}
 
 
+@pytest.mark.conformance("logits")
 def test_what_a_model_says_of_itself(model):
     assert model.layer_kinds == KINDS[model.model_id]
     assert model.family == model._module.config.model_type
@@ -252,6 +95,7 @@ def test_nothing_is_lost_under_the_name_of_a_mixer():
         assert block.mixer is mixer
 
 
+@pytest.mark.conformance("sites read")
 @every_site
 def test_every_site_is_read(model, name, layer):
     if name == "resid_mid":
@@ -265,6 +109,7 @@ def test_every_site_is_read(model, name, layer):
     close(value, expected)
 
 
+@pytest.mark.conformance("sites patched")
 @every_own_site
 def test_every_site_is_written(model, name, layer):
     site = model.layer_sites(layer)[name]
@@ -289,6 +134,8 @@ def test_every_site_is_written(model, name, layer):
     close(logits, expected)
 
 
+@pytest.mark.conformance("sites patched")
+@pytest.mark.parametrize("model", with_stream_between, indirect=True)
 def test_the_stream_between_parts(model):
     """A change of resid_mid is in what the MLP reads and in the stream after the block."""
     layers = [i for i in range(model.n_layers) if "resid_mid" in model.sites_of(i)]
@@ -303,12 +150,81 @@ def test_the_stream_between_parts(model):
         close(run(model, IDS, [Patch("resid_mid", layer, value.float())], positions="all"), expected)
 
 
+def around(model: MambaModel, ids: Tensor, edits: dict) -> tuple[dict[str, Tensor], Tensor]:
+    """The values around the layers and the logits, by torch hooks in float64."""
+    module, seen = exact(model), {}
+    scale = getattr(module.config, "embedding_multiplier", 1.0)
+
+    def hook(name: str, scale: float = 1.0):
+        def work(_, args, output):
+            seen[name] = edits.get(name, lambda there: there)(output * scale)
+            return seen[name] / scale
+
+        return work
+
+    norm = module.model.final_layernorm if hasattr(module.model, "final_layernorm") else None
+    norm = norm or getattr(module.model, "norm", None) or module.model.norm_f
+    handles = [
+        module.get_input_embeddings().register_forward_hook(hook("embed", scale)),
+        norm.register_forward_hook(hook("norm")),
+    ]
+    with torch.no_grad():
+        logits = module(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    seen["logits"] = edits.get("logits", lambda there: there)(logits)
+    return seen, seen["logits"]
+
+
+@pytest.mark.conformance("sites read")
+@around_layers
+def test_sites_around_the_layers_are_read(model, name):
+    found = cache(model, IDS, [name, ("resid_pre", 0)])
+    close(found[name], around(model, IDS, {})[0][name])
+    if name == "embed":
+        close(found["embed"], found["resid_pre", 0])  # the stream begins with it, multipliers included
+    with torch.no_grad(), model.trace(IDS):
+        value = getattr(model, name).save()
+    close(value, found[name])
+
+
+@pytest.mark.conformance("sites patched")
+@around_layers
+def test_sites_around_the_layers_are_written(model, name):
+    value = around(model, IDS.flip(0), {})[0][name][:, [2, 5]]
+    expected = around(model, IDS, {name: lambda there: there.index_copy(1, torch.tensor([2, 5]), value)})[1]
+    assert (expected - around(model, IDS, {})[1]).abs().max() > 1e-3
+    close(run(model, IDS, [Patch(name, None, value.float(), [2, 5])], positions="all"), expected)
+    with torch.no_grad(), model.trace(IDS):
+        getattr(model, name)[:, [2, 5]] = value.float()
+        logits = model.logits.save()
+    close(logits, expected)
+
+
+@pytest.mark.conformance("h propagates")
+def test_states_that_are_scanned(model):
+    """A state that is held at one position: all later ones, and the logits, follow from it."""
+    for layer in scan_layers(model):
+        shape = run_by_hand(exact(model), IDS)[0]["h", layer][:, 0].shape
+        state = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        acts, expected = run_by_hand(exact(model), IDS, put("h", layer, state.double()[:, None], [3]))
+        plainly = run_by_hand(exact(model), IDS)[0]["h", layer]
+        assert not torch.allclose(acts["h", layer][:, 4], plainly[:, 4], atol=0.01)
+        close(run(model, IDS, [Patch("h", layer, state[:, None], [3])], positions="all"), expected)
+        with torch.no_grad(), model.trace(IDS):
+            h = model.layers[layer].mixer.scan({3: state}).save()
+            logits = model.logits.save()
+        close(h, acts["h", layer])
+        close(logits, expected)
+
+
 @every_site
 def test_a_value_of_its_own_changes_nothing(model, name, layer):
     own = cache(model, IDS, [(name, layer)])[name, layer]
     close(run(model, IDS, [Patch(name, layer, own)], positions="all"), run(model, IDS, positions="all"))
 
 
+@pytest.mark.conformance("sweep = run")
 def test_a_sweep_gives_what_runs_do(model):
     source = IDS.clone()
     source[:, 2:] = IDS.flip(0)[:, 2:]
@@ -405,6 +321,7 @@ def test_what_tokens_give_to_others_adds_up(model):
         close(token_contributions(model, IDS, layer, targets=[4, -1]), parts[:, [4, -1]])
 
 
+@pytest.mark.conformance("generate")
 def test_generation(model):
     """Every new token is the most likely one after all that came before, with the same changes."""
     layer = next(i for i, kind in enumerate(model.layer_kinds) if "mamba" in kind)
@@ -420,6 +337,7 @@ def test_generation(model):
     assert torch.equal(found, grown)
 
 
+@pytest.mark.conformance("load")
 def test_a_checkpoint_loads(model, tmp_path):
     model._module.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
@@ -434,15 +352,7 @@ def test_a_checkpoint_loads(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs() -> PromptPairs:
-    clean, corrupt = IDS.clone(), IDS.clone()
-    corrupt[:, 2] = (clean[:, 2] + 7) % V
-    answers = torch.tensor([5, 11, 17])
-    return PromptPairs(clean_tokens=clean, corrupt_tokens=corrupt, answers=answers, corrupt_answers=answers + 20)
-
-
-def differences(logits: Tensor, pairs: PromptPairs) -> Tensor:
-    rows = torch.arange(len(pairs))
-    return logits[rows, -1, pairs.answers] - logits[rows, -1, pairs.corrupt_answers]
+    return short_pairs()
 
 
 def test_resample_ablation(model, pairs):
@@ -471,12 +381,10 @@ def test_removed_layers(model, pairs):
         assert found.probability[layer + 1] == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.conformance("edges")
+@pytest.mark.parametrize("model", with_circuits, indirect=True)
 def test_effects_of_edges(model, pairs):
     """Into each block: its own input less what a source adds, more what that adds in the other run."""
-    if model.family == "zamba2":
-        with pytest.raises(ValueError, match="read more of the prompt than the residual stream"):
-            exact_effects(model, pairs, progress=False)
-        return
     found = exact_effects(model, pairs, progress=False).table.set_index(["src", "dst"]).score
     there, low = run_by_hand(exact(model), pairs.corrupt_tokens)
     here, high = run_by_hand(exact(model), pairs.clean_tokens)
@@ -549,11 +457,9 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
     return scores
 
 
+@pytest.mark.conformance("EAP")
+@pytest.mark.parametrize("model", with_circuits, indirect=True)
 def test_scores_of_edges(model, pairs):
-    if model.family == "zamba2":
-        with pytest.raises(ValueError, match="read more of the prompt than the residual stream"):
-            eap(model, pairs, progress=False)
-        return
     expected = scores_by_hooks(exact(model), pairs, 3)
     table = eap(model, pairs, steps=3, progress=False).table
     largest = max(map(abs, expected.values()))
@@ -562,12 +468,26 @@ def test_scores_of_edges(model, pairs):
         assert row.score == pytest.approx(expected[row.src, row.dst], rel=2e-2, abs=2e-3 * largest)
 
 
+@pytest.mark.parametrize(
+    ("family", "work"),
+    [
+        pytest.param("zamba2", exact_effects, marks=pytest.mark.conformance("edges", refused=True)),
+        pytest.param("zamba2", eap, marks=pytest.mark.conformance("EAP", refused=True)),
+    ],
+)
+def test_edges_into_blocks_that_read_the_embeddings_are_refused(family, work, pairs):
+    with pytest.raises(ValueError, match="read more of the prompt than the residual stream"):
+        work(MODELS[family], pairs, progress=False)
+
+
+@pytest.mark.conformance("fine", refused=True)
 def test_edges_inside_layers_of_several_parts_are_refused(model, pairs):
     with pytest.raises(ValueError, match="edges inside a layer"):
         eap(model, pairs, fine=True, progress=False)
 
 
-@pytest.mark.parametrize("family", ["jamba", "falcon_h1", "nemotron_h"])
+@pytest.mark.conformance("remote")
+@pytest.mark.parametrize("family", [name for name in FAMILIES if " " not in name])
 def test_on_a_server(family, tmp_path, monkeypatch):
     here = MODELS[family]
     here._module.save_pretrained(tmp_path)

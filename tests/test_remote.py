@@ -17,6 +17,7 @@ import httpx
 import pandas as pd
 import pytest
 import torch
+import transformers
 from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling.huggingface import _ID_CACHE
@@ -51,7 +52,8 @@ class Worker:
     """A server that is a process: what `Backend` sends goes to its standard input."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-I", str(Path(__file__).with_name("strict_worker.py")), str(folder)]
+        script, packages = Path(__file__).with_name("strict_worker.py"), Path(transformers.__file__).parents[1]
+        command = [sys.executable, "-I", str(script), str(folder), str(packages)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, text=True, **pipes)
         assert self.process.stdout.readline() == "READY\n"

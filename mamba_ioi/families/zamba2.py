@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from ..trace.hybrid import HybridEnvoy, Layout, Part
@@ -37,4 +39,12 @@ def _sizes(config) -> dict[str, int]:
     return ssd_sizes(config.n_mamba_heads, size, config.mamba_ngroups, config.mamba_d_state, config.mamba_d_conv)
 
 
-FAMILY = Family.hybrid("zamba2", _classes, ZambaEnvoy, _sizes)
+def _family() -> Family:
+    family = Family.hybrid("zamba2", _classes, ZambaEnvoy, _sizes)
+    what = "the mixer's own input, before its norm: the residual stream, and what a shared block before it gives"
+    return replace(
+        family, infos={**family.infos, "layer_input": replace(family.infos["layer_input"], description=what)}
+    )
+
+
+FAMILY = _family()

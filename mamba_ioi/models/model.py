@@ -144,11 +144,13 @@ class CausalLM(Served, ModelSites, TransformersModel):
         return self._tables[layer]
 
     def known_sites(self) -> dict[str, SiteInfo]:
-        """The sites that some layer, or the model, may have."""
+        """The sites that some layer, or the model, may have, in execution order."""
         if not self.has_scans:
             return EVERY_SITE
-        tables = {id(table): table for table in self._tables}  # layers of one kind share one
-        return MODEL_SITES | {name: site for table in tables.values() for name, site in table.items()}
+        there = {name for table in {id(table): table for table in self._tables}.values() for name in table}
+        infos = family_of(self.family, self._module).infos
+        inside = {name: site for name, site in infos.items() if name in there}
+        return {"embed": MODEL_SITES["embed"]} | inside | {name: MODEL_SITES[name] for name in ("norm", "logits")}
 
     def operations(self, layer: int) -> dict[str, type[Stages]]:
         """The operations of a layer's mixer as chains of values, by their first site: where our own replace them."""

@@ -315,9 +315,9 @@ MLP reads and in the stream after the block."""
 
 
 def hybrid_table(mixer: type[ScanMixerEnvoy]) -> dict[str, SiteInfo]:
-    """The sites of all blocks of a family by name, given the envoy of its mixers."""
+    """The sites of all blocks of a family by name, in execution order, given the envoy of its mixers."""
     rows = [(HybridEnvoy, name) for name in ("resid_pre", "layer_input", "normalized_input", "in_proj")]
-    rows += [*((mixer, name) for name in mixer.inside), (HybridEnvoy, "out_proj"), (HybridEnvoy, "resid_post")]
+    rows += [*((mixer, name) for name in mixer.inside), (HybridEnvoy, "out_proj")]
     table = site_table(rows)
     table["in_proj"] = replace(table["in_proj"], shape=table["conv"].shape)  # as many channels as the conv has
-    return table | PART_SITES
+    return table | PART_SITES | site_table([(HybridEnvoy, "resid_post")])
