@@ -44,15 +44,24 @@ _SHAPE = {
 
 
 @dataclass(frozen=True)
-class _Family:
-    """What differs between the two trained models."""
+class Recipe:
+    """What differs between models that are trained.
 
-    name: str  # the packaged model's
+    Attributes:
+        name: the model's.
+        kind: of what architecture it is.
+        made: the model card's first words, in which ``{seed}`` is the seed.
+        sizes: its shape, for the card.
+        build: the untrained model, from the size of the vocabulary.
+        logits: what it gives for tokens, with gradients for the parameters.
+    """
+
+    name: str
     kind: str
-    command: str
+    made: str
     sizes: str
-    build: Callable[[int], PreTrainedModel]  # from the size of the vocabulary
-    logits: Callable[[Any, Int[Tensor, "B L"]], Float[Tensor, "B L V"]]  # with gradients for the parameters
+    build: Callable[[int], PreTrainedModel]
+    logits: Callable[[Any, Int[Tensor, "B L"]], Float[Tensor, "B L V"]]
 
 
 def _mamba(vocab_size: int) -> MambaForCausalLM:
@@ -65,23 +74,32 @@ def _mamba2(vocab_size: int) -> Mamba2ForCausalLM:
     return Mamba2ForCausalLM(Mamba2Config(vocab_size=vocab_size, **sizes, **_SHAPE))
 
 
-FAMILIES: Mapping[str, _Family] = {
-    "mamba": _Family(
+SHIPPED = """The {kind} that mamba_ioi ships, so that every experiment runs without a network. It was made by
+`mamba-ioi {command} --seed {{seed}}`."""
+
+
+def hf_logits(model: PreTrainedModel, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
+    """What transformers' own forward gives."""
+    return model(tokens, use_cache=False).logits
+
+
+FAMILIES: Mapping[str, Recipe] = {
+    "mamba": Recipe(
         "tiny",
         "Mamba",
-        "train-tiny",
+        SHIPPED.format(kind="Mamba", command="train-tiny"),
         "`MambaForCausalLM`, 6 layers, d_model 96, d_inner 192, d_state 16, d_conv 4, float32,\n ",
         _mamba,
         fast_logits,
     ),
-    "mamba2": _Family(
+    "mamba2": Recipe(
         "tiny-mamba2",
         "Mamba-2",
-        "train-tiny --family mamba2",
+        SHIPPED.format(kind="Mamba-2", command="train-tiny --family mamba2"),
         "`Mamba2ForCausalLM`, 6 layers, d_model 96, d_inner 192 (12 heads of 16), one group of B and C, d_state 32,\n"
         "  d_conv 4, float32,",
         _mamba2,
-        lambda model, tokens: model(tokens, use_cache=False).logits,
+        hf_logits,
     ),
 }
 """The families that can be trained, by their config's ``model_type``."""
@@ -90,7 +108,7 @@ FAMILIES: Mapping[str, _Family] = {
 def train(
     out: str | os.PathLike[str],
     *,
-    family: str = "mamba",
+    family: str | Recipe = "mamba",
     seed: int = SEED,
     steps: int | None = None,
     n_test: int = 2000,
@@ -103,7 +121,8 @@ def train(
 
     Args:
         out: the folder to write; made if it is not there.
-        family: ``"mamba"`` for `tiny`, ``"mamba2"`` for `tiny-mamba2`, a Mamba-2 (SSD, arXiv 2405.21060).
+        family: ``"mamba"`` for `tiny`, ``"mamba2"`` for `tiny-mamba2`, a Mamba-2 (SSD, arXiv 2405.21060), or the recipe
+            of another model.
         seed: of the initial weights and of the prompts.
         steps: optimizer steps of 64 prompts; those of the packaged model if None.
         n_test: held-out prompts a template to measure on.
@@ -115,16 +134,16 @@ def train(
     Raises:
         ValueError: if the family is another, steps or n_test is not positive, or the folder is a file.
     """
-    check_family(family)
+    recipe = family if isinstance(family, Recipe) else _recipe(family)
     out, seed, steps, n_test = checked(out, seed=seed, steps=STEPS if steps is None else steps, n_test=n_test)
     tokenizer = build_tokenizer(TINY_NAMES)
     prompts = Prompts(tokenizer, TINY_NAMES)
-    model = initial_model(FAMILIES[family].build, len(tokenizer), seed)
+    model = initial_model(recipe.build, len(tokenizer), seed)
     generator = torch.Generator().manual_seed(seed)
     with one_core() as minutes:
         loss = optimize(
             model,
-            lambda: _losses(FAMILIES[family], model, prompts.batch(BATCH, generator)),
+            lambda: _losses(recipe, model, prompts.batch(BATCH, generator)),
             steps,
             learning_rate=LEARNING_RATE,
             progress=progress,
@@ -139,10 +158,15 @@ def train(
         "minutes": passed,
         "final_loss": round(loss, 4),
         "n_test": n_test,
-        "held_out": [measure(FAMILIES[family], model, prompts, form, n_test) for form in range(4)],
+        "held_out": [measure(recipe, model, prompts, form, n_test) for form in range(4)],
     }
-    write(out, model, tokenizer, report, card(family, report))
+    write(out, model, tokenizer, report, card(recipe, report))
     return report
+
+
+def _recipe(family: str) -> Recipe:
+    check_family(family)
+    return FAMILIES[family]
 
 
 def check_family(family: str) -> None:
@@ -155,12 +179,12 @@ def check_family(family: str) -> None:
         raise ValueError(f"family {family!r} cannot be trained; the families are {', '.join(FAMILIES)}")
 
 
-def measure(family: _Family, model: PreTrainedModel, prompts: Prompts, form: int, count: int) -> dict[str, float]:
+def measure(recipe: Recipe, model: PreTrainedModel, prompts: Prompts, form: int, count: int) -> dict[str, float]:
     """Accuracy on prompts of one form with held-out name triples: over the prompt's names, and over the vocabulary."""
     rows, names = prompts.draw(form, count, torch.Generator().manual_seed(1000 + form), held_out=True)
     last = len(prompts.forms[form].ids) - 1
     with torch.no_grad():
-        logits = torch.cat([family.logits(model, part)[:, last] for part in rows[:, : last + 1].split(256)])
+        logits = torch.cat([recipe.logits(model, part)[:, last] for part in rows[:, : last + 1].split(256)])
     chosen = logits.gather(1, names).argmax(1) == 0
     return {
         "candidates": round(chosen.float().mean().item(), 4),
@@ -169,10 +193,10 @@ def measure(family: _Family, model: PreTrainedModel, prompts: Prompts, form: int
 
 
 def _losses(
-    family: _Family, model: PreTrainedModel, rows: Int[Tensor, "B L"]
+    recipe: Recipe, model: PreTrainedModel, rows: Int[Tensor, "B L"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The loss over whole prompts with the answer's once more, and the answer's alone."""
-    logits, targets = family.logits(model, rows[:, :-1].clamp(min=0)), rows[:, 1:]
+    logits, targets = recipe.logits(model, rows[:, :-1].clamp(min=0)), rows[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     losses = losses.view(targets.shape)
     ends = (targets >= 0).sum(1) - 1
@@ -180,19 +204,19 @@ def _losses(
     return losses.sum() / (targets >= 0).sum() + answers, answers
 
 
-def card(family: str, report: Mapping[str, Any]) -> str:
+def card(family: str | Recipe, report: Mapping[str, Any]) -> str:
     """The model card, in Markdown; with what was found of it if it is trained as the packaged model was.
 
     Args:
         family: as for `train`.
         report: what `train` measured.
     """
-    one = FAMILIES[family]
-    packaged = (report["seed"], report["steps"]) == (SEED, STEPS)
+    one = family if isinstance(family, Recipe) else FAMILIES[family]
+    packaged = one in FAMILIES.values() and (report["seed"], report["steps"]) == (SEED, STEPS)
     return _trained(one, report) + (FOUND[one.name] if packaged else "")
 
 
-def _trained(family: _Family, report: Mapping[str, Any]) -> str:
+def _trained(recipe: Recipe, report: Mapping[str, Any]) -> str:
     rows = "\n".join(
         f"| {template} | {measured['candidates']:.4f} | {measured['vocabulary']:.4f} |"
         for template, measured in zip(TEMPLATES, report["held_out"], strict=True)
@@ -201,12 +225,11 @@ def _trained(family: _Family, report: Mapping[str, Any]) -> str:
 license: mit
 library_name: transformers
 ---
-# {family.name}: a small {family.kind} trained on indirect object identification
+# {recipe.name}: a small {recipe.kind} trained on indirect object identification
 
-The {family.kind} that mamba_ioi ships, so that every experiment runs without a network. It was made by
-`mamba-ioi {family.command} --seed {report["seed"]}`.
+{recipe.made.format(seed=report["seed"])}
 
-- Model: {family.sizes} {report["parameters"]:,} parameters.
+- Model: {recipe.sizes} {report["parameters"]:,} parameters.
 - Tokenizer: byte-level BPE that segments the four templates as GPT-NeoX's does; {len(TINY_NAMES)} names are one token.
 - Data: the four three-name templates of the paper (arXiv 2407.14008, appendix A) with every order of the names, and
   two-name variants of them (one prompt in four); 8 places, 8 objects. One unordered name triple in
