@@ -224,7 +224,7 @@ def test_bad_arguments(model: MambaModel, data: IOIDataset) -> None:
         (lambda: conv_slices(model, data, 1.5), "1.5"),
         (lambda: cross_talk(model, data, target=1.0), "target"),
         (lambda: cross_talk(model, data[:0]), "no rows"),
-        (lambda: bottleneck(one_layer, data), "at least 2 layers"),
+        (lambda: bottleneck(one_layer, data), "other than layer 0"),
         (lambda: bottleneck(model, data[:0]), "no rows"),
         (lambda: state_similarity(model, [], 1), "prompts are"),
         (lambda: state_similarity(model, ["a", "a"], 1), "prompts are"),

@@ -20,7 +20,7 @@ from mamba_ioi import (
     token_contributions,
 )
 from mamba_ioi.circuits import eap, exact_effects
-from mamba_ioi.experiments import layer_removal, resample_ablation
+from mamba_ioi.experiments import bottleneck, layer_removal, resample_ablation
 from mamba_ioi.interventions.patch import Resample
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
@@ -366,6 +366,32 @@ def test_resample_ablation(model, pairs):
     high, low = (differences(one, pairs) for one in found)
     patched = differences(run_by_hand(exact(model), pairs.clean_tokens, edits)[1], pairs)
     assert table.effect.item() == pytest.approx((1 - (patched - low) / (high - low)).mean().item(), rel=5e-3, abs=5e-4)
+
+
+def test_every_layer_that_has_a_site_is_gone_through(model, pairs):
+    """Those without it are left out, and refused where they are asked for."""
+    for site in ("layer_input", "attn_in", "mlp_out", "resid_pre"):
+        there = [layer for layer in range(model.n_layers) if site in model.sites_of(layer)]
+        if not there:
+            continue
+        table = resample_ablation(model, pairs, site, positions=[3], progress=False).table
+        assert table.layer.tolist() == there
+        for layer in set(range(model.n_layers)) - set(there):
+            with pytest.raises(ValueError, match=f"layer {layer} of {model.model_id} has no site '{site}'"):
+                resample_ablation(model, pairs, site, layers=[layer], progress=False)
+
+
+def test_the_bottleneck_is_a_layer_with_a_scan(model, pairs):
+    layer = bottleneck(model, pairs)
+    effects = {}
+    for other in set(scan_layers(model)) - {0}:
+        there = run_by_hand(exact(model), pairs.corrupt_tokens)[0]["layer_input", other]
+        edits = {("layer_input", other): lambda value, there=there: there}
+        found = [run_by_hand(exact(model), ids)[1] for ids in (pairs.clean_tokens, pairs.corrupt_tokens)]
+        high, low = (differences(one, pairs) for one in found)
+        patched = differences(run_by_hand(exact(model), pairs.clean_tokens, edits)[1], pairs)
+        effects[other] = ((high - patched) / (high - low)).median().item()
+    assert layer == max(effects, key=lambda one: effects[one])
 
 
 def test_removed_layers(model, pairs):

@@ -22,13 +22,13 @@ def bottleneck(model: MambaModel, data: PromptPairs, *, metric: Metric | None = 
     ``mamba-ioi reproduce`` records it for its figures and its report. See `whole_layer_effects` for what it goes by.
 
     Args:
-        model: a Mamba of at least two layers.
+        model: a model with scans in at least one layer other than layer 0.
         data: pairs of prompts; they need not be aligned.
         metric: what effects are of, as in `resample_ablation`; the pairs' own if None.
         progress: show a bar.
 
     Raises:
-        ValueError: if the model is no Mamba, has one layer only, or the data are empty.
+        ValueError: if the model is no Mamba, has no such layer, or the data are empty.
     """
     return whole_layer_effects(model, data, metric=metric, progress=progress).meta["arguments"]["layer"]
 
@@ -50,8 +50,8 @@ def whole_layer_effects(
         progress: likewise.
 
     Returns:
-        A row for each layer from 1 on: ``layer``, ``effect``. ``meta["arguments"]["layer"]`` is the bottleneck: the
-        layer of the largest effect, of several the first.
+        A row for each layer with a scan from 1 on: ``layer``, ``effect``. ``meta["arguments"]["layer"]`` is the
+        bottleneck: the layer of the largest effect, of several the first.
 
     Raises:
         ValueError: as `bottleneck`.
@@ -59,9 +59,12 @@ def whole_layer_effects(
     model.require_mamba("bottleneck layers")
     check_data(model, data)
     metric = check_metric(data, metric)
-    if model.n_layers < 2:
-        raise ValueError("a bottleneck other than layer 0 needs a model of at least 2 layers, not 1")
-    layers = list(range(1, model.n_layers))
+    layers = [layer for layer in range(1, model.n_layers) if "layer_input" in model.layer_sites(layer)]
+    if not layers:
+        raise ValueError(
+            f"a bottleneck is a layer with a scan other than layer 0; {model.model_id} has none among its "
+            f"{model.n_layers}"
+        )
     effects = resample_effects(
         model,
         data,

@@ -48,7 +48,7 @@ def resample_ablation(
         model: any causal language model.
         data: pairs of prompts; aligned ones, unless ``marks`` are given.
         site: any site of a layer that has positions; `sites_of` names those of a model without scans.
-        layers: which layers; all if None.
+        layers: which layers; all that have the site if None.
         positions: which positions, counted from 0; all if None.
         marks: instead of positions, names of positions in each row: marks of the data, ``last``, or so many tokens
             after or before one, ``n1+1``. Each row is patched at its own position.
@@ -71,13 +71,19 @@ def resample_ablation(
         ValueError: if the data are empty or not aligned, a site, layer or position is not there, a mark is unknown, or
             the kind of estimate is.
     """
-    usable = [name for name in model.sites_of(0) if EVERY_SITE[name].by_position]
+    there = [model.sites_of(layer) for layer in range(model.n_layers)]
+    known = dict.fromkeys(name for names in there for name in names)
+    usable = [name for name in known if EVERY_SITE[name].by_position]
     if site not in usable:
         if not model.has_scans and isinstance(site, str) and site in SITES and SITES[site].owner != "model":
             model.require_site(site, 0)
         raise ValueError(f"site {site!r} has no layers and positions to go through; use one of {', '.join(usable)}")
     check_data(model, data, aligned="resample_ablation" if marks is None else None)
+    if layers is None:
+        layers = [layer for layer, names in enumerate(there) if site in names]
     layers, places = check_layers(model, layers), check_places(data, positions, marks)
+    for layer in layers:
+        model.require_site(site, layer)
     if estimate not in (None, "attribution"):
         raise ValueError(f"estimate is None or 'attribution', not {estimate!r}")
     metric = check_metric(data, metric)
