@@ -38,7 +38,7 @@ class Conformance:
         collected: whether tests are collected only, so that they count as they are meant to end.
     """
 
-    def __init__(self, folder: Path | None, collected: bool = False) -> None:
+    def __init__(self, folder: str | None, collected: bool = False) -> None:
         self.folder, self.collected = folder, collected
         self.cells: dict[tuple[str, str], Counter[str]] = {}
 
@@ -67,8 +67,9 @@ class Conformance:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.folder is None or hasattr(session.config, "workerinput"):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{transformers.__version__}.json"
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{transformers.__version__}.json"
         path.write_text(json.dumps(self.table(), indent=1) + "\n", encoding="utf-8")
 
     def table(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--conformance", type=Path, metavar="DIR", help="write there what each family is held to")
+    parser.addoption("--conformance", metavar="DIR", help="write there what each family is held to")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,8 +20,11 @@ TABLES = {path.stem: json.loads(path.read_text("utf-8")) for path in (ROOT / "do
 PINNED = re.findall(r"^transformers==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.M)[0]
 
 
-def test_there_is_a_table_of_the_pinned_version():
+def test_there_is_a_table_of_every_version_that_is_said_to_be_tested():
+    readme = (ROOT / "README.md").read_text("utf-8")
     assert PINNED in TABLES
+    said = re.search(r"transformers 5\.15 or newer \(tested with ([^)]*)\)", readme)
+    assert said is not None and set(re.findall(r"\d+\.\d+\.\d+", said.group(1))) == set(TABLES)
 
 
 @pytest.mark.parametrize("version", TABLES)
