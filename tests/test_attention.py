@@ -23,7 +23,7 @@ from transformers import (
 from mamba_ioi import cache, hidden_attention, load_model, token_contributions
 from mamba_ioi.models.model import wrap
 
-from .test_hybrids import build
+from .hybrid_models import build
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
 GROUPED = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import mamba_ioi
 from mamba_ioi import figures
+from mamba_ioi.catalogue import STUDIES
 from mamba_ioi.circuits import Graph
 from mamba_ioi.figures import FIGURES, ModelSizes, residual_edges, save_figure
 from mamba_ioi.result import Result
@@ -241,7 +242,8 @@ def assert_inside(figure: Figure, boxes: list) -> None:
 
 
 def test_every_figure_has_an_example_here():
-    assert EXAMPLES.keys() == FIGURES.keys()
+    of_studies = {row.experiment for study in STUDIES.values() for row in study.rows}  # test_recall_study draws these
+    assert EXAMPLES.keys() == FIGURES.keys() - of_studies
 
 
 @pytest.mark.parametrize("experiment", EXAMPLES)

@@ -531,7 +531,7 @@ def test_on_a_server(family, tmp_path, monkeypatch):
     for name in ("layer_input", "B", "h", "out_proj"):
         patch = [Patch(name, 0, 0.6, [2, 4])]
         close(run(there, IDS, patch), run(here, IDS, patch))
-    layer = next(i for i, kind in enumerate(here.layer_kinds) if "attention" in kind)
-    for function in (hidden_attention, token_contributions):
-        close(*(function(model, IDS, layer, part="attention") for model in (there, here)))
+    for layer in [i for i in range(here.n_layers) if "attn_out" in here.sites_of(i)][:1]:
+        for function in (hidden_attention, token_contributions):
+            close(*(function(model, IDS, layer, part="attention") for model in (there, here)))
     worker.process.kill()

@@ -14,7 +14,7 @@ from mamba_ioi.metrics import answer_probability, logit_diff
 from mamba_ioi.models.model import wrap
 from mamba_ioi.tasks import generate
 
-from . import test_hybrids
+from . import hybrid_models
 from .conftest import random_mamba, random_mamba2
 from .test_any_model import CONFIGS, LAYERS, TOKENIZER, V, untouched
 
@@ -161,10 +161,10 @@ def test_what_layers_write_adds_up(case, pairs):
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "granite dense", "falcon_h1", "jamba"])
 def test_tokens_and_channels_share_a_mixers_effect(family):
     """By hand from what out_proj is given, its weight and the multiplier; tokens' sums are the mixer's own effect."""
-    model = wrap(SCANS[family](), TOKENIZER, model_id=family) if family in SCANS else test_hybrids.MODELS[family]
+    model = wrap(SCANS[family](), TOKENIZER, model_id=family) if family in SCANS else hybrid_models.MODELS[family]
     data = IOIDataset.generate(TOKENIZER, 3, seed=4, templates="aligned")
     if family not in SCANS:
-        ids = torch.randint(0, test_hybrids.V, (2, 3, 8), generator=torch.Generator().manual_seed(5))
+        ids = torch.randint(0, hybrid_models.V, (2, 3, 8), generator=torch.Generator().manual_seed(5))
         answers = torch.tensor([3, 4, 5])
         data = PromptPairs(clean_tokens=ids[0], corrupt_tokens=ids[1], answers=answers, corrupt_answers=answers + 9)
     layer = next(i for i in range(model.n_layers) if "write" in model.sites_of(i))
@@ -231,7 +231,7 @@ def test_refused():
         logit_lens(model, data, layers=[6])
     with pytest.raises(ValueError, match="no mark 'n9'"):
         logit_lens(model, data, marks=["n9"])
-    hybrid = test_hybrids.MODELS["jamba"]
+    hybrid = hybrid_models.MODELS["jamba"]
     ids = torch.arange(8).reshape(2, 4)
     pairs = PromptPairs(clean_tokens=ids, corrupt_tokens=ids + 1, answers=ids[:, 1], corrupt_answers=ids[:, 2])
     with pytest.raises(ValueError, match="has attention, which is not taken apart by token"):

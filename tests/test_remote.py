@@ -368,7 +368,7 @@ def test_another_process_goes_on(
     command = ["reproduce", "--remote", "http://127.0.0.1:9", "--only", "fig4", "--pairs", "2", "--out", str(tmp_path)]
     with lost_after(3, worker, monkeypatch):
         assert main(command) == 2
-    kept = list((tmp_path / "results" / "fig4" / "answers").iterdir())
+    kept = list((tmp_path / "results").glob("*/answers/*"))  # of the bottleneck, which is chosen first
     assert len(kept) == 2  # the third was what the server runs
     assert all(file.suffix == ".safetensors" and KEY.encode() not in file.read_bytes() for file in kept)
     before = {file: file.stat().st_mtime_ns for file in kept}
@@ -376,7 +376,7 @@ def test_another_process_goes_on(
         assert main(command) == 2
     assert {file: file.stat().st_mtime_ns for file in kept} == before
     assert main(command) == 0
-    assert not (tmp_path / "results" / "fig4" / "answers").exists()
+    assert not list((tmp_path / "results").glob("*/answers"))
     made = Result.load(tmp_path / "results" / "fig4")
     assert made.meta["request"]["remote"] == "http://127.0.0.1:9"
     assert KEY not in (tmp_path / "results" / "fig4" / "meta.json").read_text()

@@ -240,7 +240,7 @@ def test_a_model_that_is_no_mamba(tmp_path: Path, capsys) -> None:
     file = write(tmp_path / "pairs.jsonl")
     assert main(["reproduce", "--model", str(folder), "--data", str(file), "--out", str(out)]) == 0
     assert "fig4         left out: " in capsys.readouterr().out
-    expected = {"fig3", "fig5", "fig5_greedy", "appd1", "appd3"}
+    expected = {"fig3", "fig5", "fig5_greedy", "appd1", "appd3", "lens", "direct"}
     assert {path.name for path in (out / "results").iterdir()} == expected
     assert "cannot be read" not in (out / "report.md").read_text()
 
@@ -262,7 +262,7 @@ def of_a_file(results: dict[str, Result], **arguments) -> dict[str, Result]:
 def test_the_claims_that_are_about_no_names_are_put_to_other_pairs() -> None:
     results = of_a_file({figure: made.as_the_paper_says()[figure] for figure in ANYWHERE})
     claims = judge(results, bottleneck=1)
-    assert [claim.key for claim in claims] == ["task", "bottleneck", "shift", "last", "circuit"]
+    assert [claim.key for claim in claims] == ["task", "bottleneck", "shift", "last", "later", "circuit"]
     assert {claim.verdict for claim in claims} == {"holds"}
     for claim in claims:
         assert claim.paper == "" and claim.missing == () and "name" not in claim.title

@@ -15,8 +15,8 @@ from mamba_ioi.figures.token_page import token_page as drawn
 from mamba_ioi.models.model import wrap
 
 from .browser import BROWSER, body_data
+from .hybrid_models import build
 from .plain import NAMES, prompt_tokenizer
-from .test_hybrids import build
 
 PROMPT = "Then, Mary and John went to the store."
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")

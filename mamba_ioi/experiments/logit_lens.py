@@ -80,5 +80,5 @@ def logit_lens(
         values = torch.stack(columns[name]).cpu().double()
         table[name] = torch.where(some, values, torch.nan).nanmean(1).numpy()
     table["n"] = some.sum(1).numpy()
-    arguments = {"rows": len(pairs), "layers": chosen[1:], "marks": None if marks is None else places}
+    arguments = {"rows": len(pairs), "layers": chosen[1:]} | ({} if marks is None else {"marks": places})
     return Result.create("logit_lens", table, model=model, arguments=arguments)
