@@ -158,7 +158,7 @@ def test_what_layers_write_adds_up(case, pairs):
     assert result.meta["logit_diff"] == pytest.approx(float(difference.mean()), abs=1e-4 * scale)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "granite dense", "falcon_h1", "jamba"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "granitemoehybrid dense", "falcon_h1", "jamba"])
 def test_tokens_and_channels_share_a_mixers_effect(family):
     """By hand from what out_proj is given, its weight and the multiplier; tokens' sums are the mixer's own effect."""
     model = wrap(SCANS[family](), TOKENIZER, model_id=family) if family in SCANS else hybrid_models.MODELS[family]
