@@ -201,7 +201,7 @@ def read_off(model, stream: Float[Tensor, "P D"], tokens: Int[Tensor, "U"], most
     return {name: torch.cat(values) for name, values in named.items()}
 
 
-def probed(model, stream: Float[Tensor, "P D"], given: Float[Tensor, "P D"] | None) -> list[Tensor]:
+def probed(model, stream: Float[Tensor, "P D"], given: Float[Tensor, "P H"] | None) -> list[Tensor]:
     """The body of a trace: what the unembedding is given and gives, and the logits; ``given``: it is given that."""
     for layer in range(model.n_layers):
         skip_block(model, layer, stream[:, None].to(model.layers[layer].input))
