@@ -127,7 +127,8 @@ def _classifier() -> Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], np
         split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         with warnings.catch_warnings():  # that a label has fewer rows than there are folds
             warnings.simplefilter("ignore", UserWarning)
-            return cross_val_predict(make_pipeline(StandardScaler(), RidgeClassifier()), x, y, groups=groups, cv=split)
+            probe = make_pipeline(StandardScaler(), RidgeClassifier())
+            return np.asarray(cross_val_predict(probe, x, y, groups=groups, cv=split))
 
     return predicted
 
