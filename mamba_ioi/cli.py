@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     asked = request(figure, settings, folder_identity(settings))
     if settings.source is not None:
         _check_on_pairs(arguments)
-    with locked(out), _quiet():
+    with locked(out, "--out"), _quiet():
         result = stored_result(out, asked)
         if result is None:
             from .remote.requests import answers_in

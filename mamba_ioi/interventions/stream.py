@@ -7,18 +7,16 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import whole_number
-from ..files import replace_files
+from ..files import locked, replace_files
 from ..tasks.pairs import PromptPairs, check_fit
 from ..trace.touched import refuse_touched
 from .patch import resolve
@@ -32,7 +30,6 @@ Positions = int | Sequence[int] | Int[Tensor, "B k"] | None
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 _SHARD = re.compile(r"rows-(\d{9})-(\d{9})\.safetensors")
-_LOCK = ".lock"
 
 
 def activations(
@@ -102,15 +99,7 @@ def cache_to(
         batch_rows = whole_number(batch_rows, "batch_rows", least=1)
     identity, count = _identity(reading), len(reading.ids)
     folder = Path(os.path.expanduser(folder))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file where a folder should be")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{folder} is in use by another run; wait for it, or choose another folder") from None
-    try:
+    with locked(folder):
         if (folder / META_FILE).is_file():
             _refuse_another(folder, _read_meta(folder)["run"], identity)
         elif other := sorted(one.name for one in folder.iterdir() if _SHARD.fullmatch(one.name)):
@@ -131,10 +120,6 @@ def cache_to(
                     os.fsync(file.fileno())
                 os.replace(partial, folder / name)
                 bar.update(part.stop - part.start)
-    finally:
-        with suppress(OSError):  # Windows takes the file away when the lock is released, and not before
-            (folder / _LOCK).unlink()
-        lock.release()
     return StoredCache(folder)
 
 

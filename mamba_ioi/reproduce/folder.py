@@ -1,4 +1,4 @@
-"""The folder of `reproduce`: what lies where in it, the stored results, and the lock.
+"""The folder of `reproduce`: what lies where in it, and the stored results.
 
 A figure is its result (``results/fig4/table.parquet`` and ``meta.json``, which is written last) and its picture
 (``fig4.png``, ``fig4.pdf``); the report (``report.html``, ``report.md``) is made of all results in the folder.
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..catalogue import EVERY, STUDIES, Study
+from ..files import locked as locked  # `reproduce.locked`, whose home this was
+from ..files import refuse_file
 from ..result import META_FILE, Result
 
 RESULTS = "results"
@@ -24,9 +23,6 @@ BOTTLENECK = "bottleneck"
 """The name, among the results, of the record of the folder's bottleneck, which is chosen once."""
 ANSWERS = "answers"
 """The folder beside a result for what a server has answered, as long as the result is not complete."""
-_LOCK = ".lock"
-_PATIENCE = 0.2
-"""How long, in seconds, to wait for a run that is just ending."""
 REPORTS = ("report.html", "report.md")
 PICTURES = (".png", ".pdf")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
@@ -38,7 +34,7 @@ def stored_result(folder: Path, asked: Mapping[str, Any]) -> Result | None:
     Raises:
         ValueError: if the result is damaged, or was asked for otherwise.
     """
-    _refuse_file(folder)
+    refuse_file(folder)
     if not (folder / META_FILE).exists():
         return None
     try:
@@ -61,7 +57,7 @@ def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> 
     Raises:
         ValueError: if something is in the way of a figure, or a result of another model or version is there.
     """
-    _refuse_file(out / RESULTS)
+    refuse_file(out / RESULTS)
     for figure in (*EVERY, BOTTLENECK):
         folder = out / RESULTS / figure
         if figure in figures or not (folder / META_FILE).is_file():
@@ -103,39 +99,3 @@ def discard_answers(folder: Path) -> None:
 
 def _listed(values: Mapping[str, Any], keys: list[str]) -> str:
     return ", ".join(f"{key}={str(values.get(key))[:40]}" for key in keys)
-
-
-def _refuse_file(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file where a folder should be")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep the folder, made if absent, to this process; the system lets it go when the process ends, however it ends.
-
-    Raises:
-        ValueError: if another process has it, or it is a file.
-        OSError: if it cannot be written.
-    """
-    _refuse_file(folder)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=_PATIENCE)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{folder} is in use by another run; wait for it, or choose another --out") from None
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:  # as when the disk is full: say at least where
-            error.filename = str(folder)
-        raise
-    finally:
-        with suppress(OSError):  # Windows takes the file away when the lock is released, and not before
-            (folder / _LOCK).unlink()
-        lock.release()
-        if made:
-            with suppress(OSError):  # not empty: keep it
-                folder.rmdir()

@@ -98,7 +98,7 @@ def reproduce(
     identity = folder_identity(settings)
     asked = {figure: request(figure, settings, identity) for figure in figures}
 
-    with locked(out):
+    with locked(out, "--out"):
         check_folder(out, figures, identity)
         found = {figure: stored_result(out / RESULTS / figure, asked[figure]) for figure in figures}
         missing = [figure for figure in figures if found[figure] is None]
@@ -183,7 +183,7 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
     if not (out / RESULTS).is_dir():
         raise ValueError(f"{out} holds no results of mamba-ioi reproduce: {out / RESULTS} is not there")
     outcomes: list[Outcome] = []
-    with locked(out):
+    with locked(out, "--out"):
         for figure in (figure for figure in EVERY if (out / RESULTS / figure / META_FILE).exists()):
             try:
                 outcome = _draw(Result.load(out / RESULTS / figure), out, figure) or Outcome(figure, "drawn again")

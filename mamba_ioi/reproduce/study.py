@@ -65,7 +65,7 @@ def reproduce_study(
         )
         return Result(found.table, found.meta | {"request": asked[figure]})
 
-    with locked(out):
+    with locked(out, "--out"):
         check_folder(out, figures, identity)
         found = {figure: stored_result(out / RESULTS / figure, asked[figure]) for figure in figures}
         for figure in figures:
