@@ -7,7 +7,7 @@ import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from mamba_ioi import Cut, Patch, cache, generate, run, token_contributions
-from mamba_ioi.circuits import Circuit, Graph, acdc, eap, evaluate, exact_effects
+from mamba_ioi.circuits import Circuit, Graph, acdc, eap, evaluate, exact_effects, layer_view
 from mamba_ioi.circuits.graph import inner_edges
 from mamba_ioi.circuits.pipeline import layer_parts
 from mamba_ioi.experiments import conv_slices
@@ -107,6 +107,9 @@ def test_acdc_and_its_figure(model: MambaModel, tmp_path) -> None:
     assert circuit.taps == model.d_conv and len(circuit) == 0
     again = Circuit.load(circuit.save(tmp_path / "circuit.json"))
     assert again.taps == model.d_conv and again.graph == circuit.graph
+    whole = Circuit.of(model, circuit.graph.edges())
+    near = layer_view(whole, 1)
+    assert near.graph == whole.graph and set(near.edges) >= set(inner_edges(1, model.d_conv))
     labels = [
         text.get_text()
         for text in layer_parts(model, PAIRS, held_out=None, progress=False).plot().axes[0].get_xticklabels()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..checks import whole_number
 from ..files import replace_files
 from ..result import Result
-from .circuit import Circuit
+from .circuit import Circuit, edge_table
 from .graph import EMBED, OUTPUT, Edge, layer_of
 from .search import scored_graph
 
@@ -123,5 +124,4 @@ def layer_view(circuit: Circuit, layer: int) -> Circuit:
     if not 0 <= layer < circuit.n_layers:
         raise ValueError(f"layers are 0 to {circuit.n_layers - 1}, not {layer}")
     near = tuple(edge for edge in circuit.edges if layer in (layer_of(edge[0]), layer_of(edge[1])))
-    kind = circuit.n_layers, circuit.fine, circuit.length
-    return Circuit(near, *kind, ssm=circuit.ssm, direct_step=circuit.direct_step)
+    return replace(circuit, edges=near, accuracy=None, nld=None, table=edge_table(near), meta={})
