@@ -14,7 +14,6 @@ from itertools import product
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -24,13 +23,13 @@ from ..interventions.cut import Cut
 from ..interventions.patch import Resample
 from ..interventions.readout import Readout
 from ..interventions.run import run
-from ..interventions.token_to_token import hidden_attention
+from ..interventions.token_to_token import Part, hidden_attention
 from ..metrics import logit_diff, vocabulary_probability
 from ..models.model import CausalLM
 from ..result import Result, bootstrap_interval
 from ..tasks import PromptPairs, generate
 from ..tasks.recall import CHANGES
-from .common import measured_runs
+from .common import mean_with_interval, measured_runs
 
 Subjects = Mapping[str, CausalLM]
 
@@ -343,15 +342,10 @@ def _edges(model: CausalLM) -> list[tuple[str, str, int | None]]:
 
 def _looked_at(model: CausalLM, data: PromptPairs, layer: int) -> Float[Tensor, "B L"]:
     """The share of each position in what the query reads, row by row."""
+    part: Part = "scan" if model.has_scans else "attention"
     last = data.last_position[:, None]
-    if model.has_scans:
-        alpha = hidden_attention(model, data.clean_tokens, layer, reduce=None, targets=last)  # pyright: ignore[reportArgumentType]
-        weights = alpha.abs().mean(1)[:, 0]
-    else:
-        model._module.set_attn_implementation("eager")
-        with torch.no_grad():
-            found = model._module(data.clean_tokens, output_attentions=True, use_cache=False).attentions[layer]
-        weights = found.mean(1).gather(1, last[:, :, None].expand(-1, -1, found.shape[-1]))[:, 0]
+    alpha = hidden_attention(model, data.clean_tokens, layer, reduce=None, targets=last, part=part)  # pyright: ignore[reportArgumentType]
+    weights = alpha.abs().mean(1)[:, 0]
     return (weights / weights.sum(1, keepdim=True)).cpu()
 
 
@@ -359,8 +353,8 @@ def _rate(values: Tensor, name: str) -> dict[str, float | int]:
     """The mean of a column over rows, with its interval, and how many rows there are."""
     if not len(values) or values.isnan().any():
         return {name: float("nan"), "low": float("nan"), "high": float("nan"), "n": len(values)}
-    low, high = bootstrap_interval(values.double().cpu().numpy())
-    return {name: float(values.double().mean()), "low": float(low), "high": float(high), "n": len(values)}
+    mean, low, high = mean_with_interval(values)
+    return {name: float(mean), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def _result(name: str, table: list[dict[str, Any]], subjects: Subjects, seed: int, **arguments: Any) -> Result:
