@@ -199,9 +199,6 @@ def by_channel(
     ids = model.to_tokens(ids)[0]
     ref = resolve(model, "after_skip", layer)
     value = read_sites(model, ids, Plan.make(model, ids, (), [ref], at.to(ids.device)))[ref.key][:, 0]
-    with torch.no_grad(), model.trace(ids[:1, :1]):
-        projected = projection(model, layer).save()  # pyright: ignore[reportAttributeAccessIssue]
-    bias = projected[-1:].to(value)
+    weight, bias = projection(model, ids, layer, value.dtype)
     toward = toward.to(value)
-    each = value * (toward @ (projected[:-1].to(value) - bias).T)
-    return {"effects": torch.cat([each, toward @ bias.T], dim=1)}
+    return {"effects": torch.cat([value * (toward @ weight.T), toward @ bias[:, None]], dim=1)}

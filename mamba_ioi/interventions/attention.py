@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..trace.attention import Attended, AttentionPath, attended, attention_path, head_projection
 from ..trace.recurrence import compute_dtype
+from ..trace.walk import weight_and_bias
 
 
 def find_attention(model, layer: int) -> AttentionPath:
@@ -60,8 +61,8 @@ def attention_contributed(
         projection = head_projection(model, layer, path).save()  # pyright: ignore[reportAttributeAccessIssue]
     dtype, rows = compute_dtype(seen.values.dtype), torch.arange(len(ids), device=seen.values.device)[:, None]
     at = targets.to(rows.device)
-    bias = projection[-1].to(dtype)
-    weight = (projection[:-1].to(dtype) - bias).unflatten(0, (seen.values.shape[1], -1))  # [H, P, D]
+    weight, bias = weight_and_bias(projection, dtype)
+    weight = weight.unflatten(0, (seen.values.shape[1], -1))  # [H, P, D]
     moved = torch.einsum("bhsp,hpd->bhsd", seen.values.to(dtype), weight)
     found = torch.einsum("bhts,bhsd->btsd", at_targets(seen.pattern.to(dtype), at), moved)
     found[rows, torch.arange(at.shape[1], device=at.device), at] += bias

@@ -27,11 +27,16 @@ class ActivationCache(dict):
     """Activations by MambaLens name (``blocks.39.hook_h``); ``cache["h", 39]`` and ``cache["embed"]`` find them too."""
 
     def __missing__(self, key):
-        name, layer = key if isinstance(key, tuple) else (key, None)
-        full = f"hook_{name}" if layer is None else f"blocks.{layer}.hook_{name}"
+        full = full_name(key)
         if full not in self:
             raise KeyError(key)
         return self[full]
+
+
+def full_name(key: str | tuple[str, int | None]) -> str:
+    """The MambaLens name of a site, or of a pair (site, layer)."""
+    name, layer = key if isinstance(key, tuple) else (key, None)
+    return f"hook_{name}" if layer is None else f"blocks.{layer}.hook_{name}"
 
 
 def cache(

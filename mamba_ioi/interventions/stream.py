@@ -20,7 +20,7 @@ from ..files import locked, replace_files
 from ..tasks.pairs import PromptPairs, check_fit
 from ..trace.touched import refuse_touched
 from .patch import resolve
-from .run import Reading, Tokens
+from .run import Reading, Tokens, full_name
 
 if TYPE_CHECKING:
     from ..models.model import MambaModel
@@ -180,9 +180,7 @@ class StoredCache(Mapping[Any, Tensor]):
 
     def _name(self, key: str | tuple[str, int | None]) -> str:
         """A site's key in the files."""
-        site, layer = key if isinstance(key, tuple) else (key, None)
-        full = f"hook_{site}" if layer is None else f"blocks.{layer}.hook_{site}"
-        for name in (key, full):
+        for name in (key, full_name(key)):
             if name in self.run["sites"]:
                 return str(name)
         raise KeyError(key)

@@ -18,7 +18,7 @@ from ..remote.requests import ask
 from ..trace.change import look_at
 from ..trace.mixing import contributions, mean_mixing, unit_mixing
 from ..trace.sites import owner
-from ..trace.walk import Visitor, each_alone, leave_out, walk
+from ..trace.walk import Visitor, each_alone, leave_out, walk, weight_and_bias
 from .attention import attention_contributed, attention_pattern, find_attention
 from .patch import resolve
 from .positions import kept_positions, refuse_ends, refuse_padding
@@ -74,10 +74,7 @@ def hidden_attention(
     if reduce not in ("mean", None):
         raise ValueError(f"reduce is 'mean' or None, not {reduce!r}")
     path, ids, at = _checked(model, tokens, layer, targets, part)
-    if path is None:
-        count = model.sizes()[model.layer_sites(layer)["delta"].shape[-1]]
-    else:
-        count = model._module.config.get_text_config().num_attention_heads
+    count = model.sizes()[model.layer_sites(layer)["delta"].shape[-1]] if path is None else heads_of(model)
     chosen = None if units is None else integers(units, "unit")
     if chosen is not None and not (chosen and all(0 <= unit < count for unit in chosen)):
         raise ValueError(f"units of layer {layer} are 0 to {count - 1}, at least one of them, not {units!r}")
@@ -128,7 +125,7 @@ def token_contributions(
     if path is None:
         parts = _parts(model, ids, row)
         return _joined([ask(model, contributed, ids[part], layer, at[part])["contributions"] for part in parts])
-    heads, found = model._module.config.get_text_config().num_attention_heads, []
+    heads, found = heads_of(model), []
     values = FLOAT * heads * ids.shape[1] * model.d_model
     for rows in _parts(model, ids, row + values + _pattern_bytes(ids, heads)):
         one = ask(model, attention_contributed, ids[rows], layer, path, at[rows])
@@ -175,6 +172,11 @@ def _parts(model: MambaModel, ids: Int[Tensor, "B L"], row: int) -> list[slice]:
     return [slice(start, min(start + rows, len(ids))) for start in range(0, len(ids), rows)]
 
 
+def heads_of(model) -> int:
+    """How many heads an attention of the model has."""
+    return model._module.config.get_text_config().num_attention_heads
+
+
 def _pattern_bytes(ids: Int[Tensor, "B L"], heads: int) -> int:
     """What a row's patterns take, and the values that they are read off with."""
     return 3 * FLOAT * heads * ids.shape[1] ** 2
@@ -206,10 +208,7 @@ def contributed(
 ) -> dict[str, Float[Tensor, "B T L D"]]:
     """`token_contributions` of some rows, here or on a server."""
     seen = look_into(model, ids, layer)
-    with torch.no_grad(), model.trace(ids[:1, :1]):
-        projected = projection(model, layer).save()  # pyright: ignore[reportAttributeAccessIssue]
-    bias = projected[-1].to(seen.gain)
-    weight = projected[:-1].to(seen.gain) - bias
+    weight, bias = projection(model, ids, layer, seen.gain.dtype)
     union = sorted(set(targets.flatten().tolist()))
     found = contributions(seen.units, union, seen.gain[:, union], weight)
     own = torch.arange(len(union), device=found.device), torch.tensor(union, device=found.device)
@@ -275,6 +274,15 @@ def looked_into(model, layer: int) -> Inside:
     return visitor
 
 
-def projection(model, layer: int) -> Float[Tensor, "_ D"]:
-    """The body of a trace of one token: what each channel alone, and none, adds to the stream; no weight is read."""
+def projection(
+    model, ids: Int[Tensor, "B L"], layer: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "C D"], Float[Tensor, "D"]]:
+    """What each channel of a mixer's output adds to the stream, and what is added beside; no weight is read."""
+    with torch.no_grad(), model.trace(ids[:1, :1]):
+        alone = projected(model, layer).save()  # pyright: ignore[reportAttributeAccessIssue]
+    return weight_and_bias(alone, dtype)
+
+
+def projected(model, layer: int) -> Float[Tensor, "_ D"]:
+    """The body of its trace: what each channel alone, and none, adds."""
     return each_alone(model, layer, model.layers[layer].mixer.out_proj) * model.layers[layer].mixer_scale

@@ -94,6 +94,12 @@ def each_alone(model, layer: int, project) -> Float[Tensor, "_ D"]:
     return found
 
 
+def weight_and_bias(alone: Float[Tensor, "_ D"], dtype: torch.dtype) -> tuple[Float[Tensor, "C D"], Float[Tensor, "D"]]:
+    """A projection's weight and bias, of what it makes of each channel alone, and of none."""
+    bias = alone[-1].to(dtype)
+    return alone[:-1].to(dtype) - bias, bias
+
+
 def leave_out(model, first: int) -> None:
     """Run no layer from ``first`` on, and no unembedding.
 
