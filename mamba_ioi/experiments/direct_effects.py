@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..interventions.lens import EMBED, linear_readout
+from ..interventions.lens import EMBED, Direction, linear_readout
 from ..interventions.patch import resolve
 from ..interventions.plan import Plan, read_sites
 from ..interventions.token_to_token import contributed, projection
@@ -73,12 +73,14 @@ def direct_effects(
         for layer in apart:
             if "attn_out" in model.sites_of(layer):
                 raise ValueError(f"layer {layer} has attention, which is not taken apart by token: name other layers")
-    found: dict[tuple, Float[Tensor, "B"]] = {}
-    total = torch.empty(len(pairs))
     length = pairs.clean_tokens.shape[1]
     row = forward_bytes(model, length) + 4 * FLOAT * length * model.d_model
-    for rows in torch.arange(len(pairs)).split(fitting_rows(model, row, 256, share=0.5)):
-        total[rows] = _add_effects(model, pairs, rows, by, apart, found)
+    parts = torch.arange(len(pairs)).split(fitting_rows(model, row, 256, share=0.5))
+    ends = [ask(model, read_stream, pairs.clean_tokens[rows], pairs.last_position[rows, None]) for rows in parts]
+    direction = linear_readout(model, torch.cat([end["stream"].cpu() for end in ends]), *_weights(pairs))
+    found: dict[tuple, Float[Tensor, "B"]] = {}
+    for rows in parts:
+        _add_effects(model, pairs, rows, by, apart, direction, found)
     effects = torch.stack([*found.values()])
     table = pd.DataFrame([*found], columns=["layer", "part", *BY[by]])
     if by == "channel":
@@ -87,7 +89,7 @@ def direct_effects(
         table["effect"], table["low"], table["high"] = mean_with_interval(effects)
     table["n"] = len(pairs)
     arguments = {"rows": len(pairs), "by": by} | ({} if by == "layer" else {"layers": apart})
-    difference = float(total.double().mean())
+    difference = float(direction.logit_diff.double().mean())
     return Result.create("direct_effects", table, model=model, arguments=arguments, logit_diff=difference)
 
 
@@ -97,37 +99,37 @@ def _add_effects(
     rows: Int[Tensor, "R"],
     by: str,
     apart: Sequence[int],
+    direction: Direction,
     found: dict[tuple, Float[Tensor, "B"]],
-) -> Float[Tensor, "R"]:
-    """Put the effects of some rows' writes among those of all rows; their logit differences."""
-    some = pairs[rows]
-    ids, last = some.clean_tokens, some.last_position.cpu()
+) -> None:
+    """Put the effects of some rows' writes among those of all rows."""
+    ids, last, toward = pairs.clean_tokens[rows], pairs.last_position[rows].cpu(), direction.of_stream[rows]
 
-    def add(name: tuple, effect: Float[Tensor, "R"], place: Sequence[int | Tensor] = ()) -> None:
-        for key in [(*name, *place)] if not place or isinstance(place[0], int) else {(*name, p) for p in last.tolist()}:
-            mine = effect if not place or isinstance(place[0], int) else effect.where(last == key[-1], 0.0)
-            found.setdefault(key, torch.zeros(len(pairs)))[rows] = mine.cpu().float()
+    def add(name: tuple, effect: Float[Tensor, "R"]) -> None:
+        found.setdefault(name, torch.zeros(len(pairs)))[rows] = effect.cpu().float()
 
-    whole: Sequence[int | Tensor] = {"layer": (), "token": (last,), "channel": (WHOLE,)}[by]
-    end = model.n_layers - 1
-    stream = ask(model, read_stream, ids, end, last[:, None])["stream"]
-    direction = linear_readout(model, stream, *_weights(some))
+    def add_whole(name: tuple, effect: Float[Tensor, "R"]) -> None:
+        if by == "token":
+            for position in set(last.tolist()):
+                add((*name, position), effect.where(last == position, 0.0))
+        else:
+            add((*name, WHOLE) if by == "channel" else name, effect)
+
     writes: list[tuple[int, str, str]] = [(EMBED, "embed", "")]
     for layer in range(model.n_layers):
         there = [name for name in PARTS if name in model.sites_of(layer)]
         writes += [(layer, PARTS[name], name) for name in there] or [(layer, "layer", "")]
     given = [(layer, site) for layer, _, site in writes]
-    values = ask(model, written, ids, given, last[:, None], direction.of_stream)["effects"].cpu()
+    values = ask(model, written, ids, given, last[:, None], toward)["effects"].cpu()
     for (layer, part, site), value in zip(writes, values, strict=True):
         if site != "out_proj" or layer not in apart:
-            add((layer, part), value, whole)
+            add_whole((layer, part), value)
             continue
-        work = by_token if by == "token" else by_channel
-        apiece = ask(model, work, ids, layer, last[:, None], direction.of_stream)["effects"].cpu().T
-        for label, effect in enumerate(apiece):
-            add((layer, part), effect, (label if by == "token" or label < len(apiece) - 1 else WHOLE,))
-    add((EMBED, "bias"), direction.constant, whole)
-    return direction.logit_diff
+        each = ask(model, by_token if by == "token" else by_channel, ids, layer, last[:, None], toward)["effects"]
+        labels = [*range(each.shape[1])] if by == "token" else [*range(each.shape[1] - 1), WHOLE]
+        for label, effect in zip(labels, each.T, strict=True):
+            add((layer, part, label), effect)
+    add_whole((EMBED, "bias"), direction.constant[rows])
 
 
 def _weights(pairs: PromptPairs) -> tuple[Int[Tensor, "U"], Float[Tensor, "R U"]]:
@@ -139,10 +141,10 @@ def _weights(pairs: PromptPairs) -> tuple[Int[Tensor, "U"], Float[Tensor, "R U"]
     return tokens, one - other
 
 
-def read_stream(model, ids: Int[Tensor, "B L"], layer: int, at: Int[Tensor, "B 1"]) -> dict[str, Float[Tensor, "B D"]]:
-    """The residual stream after a layer at one position a row, here or on a server."""
+def read_stream(model, ids: Int[Tensor, "B L"], at: Int[Tensor, "B 1"]) -> dict[str, Float[Tensor, "B D"]]:
+    """The residual stream after the last layer at one position a row, here or on a server."""
     ids = model.to_tokens(ids)[0]
-    ref = resolve(model, "resid_post", layer)
+    ref = resolve(model, "resid_post", model.n_layers - 1)
     return {"stream": read_sites(model, ids, Plan.make(model, ids, (), [ref], at.to(ids.device)))[ref.key][:, 0]}
 
 

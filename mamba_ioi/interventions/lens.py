@@ -28,10 +28,15 @@ _LARGE = 1e4
 """What makes a norm's epsilon too small to matter, and can be squared in float32."""
 
 
-def unembedded(model, stream: Float[Tensor, "R D"]) -> Tensor:
-    """The body of a trace of ``[R, 1]`` tokens: the logits ``[R, V]`` of a residual stream after the last layer."""
+def end_with(model, stream: Float[Tensor, "R D"]) -> None:
+    """In a trace of ``[R, 1]`` tokens: run no layer; ``stream`` is the residual stream after the last."""
     for layer in range(model.n_layers):
         skip_block(model, layer, stream[:, None].to(model.layers[layer].input))
+
+
+def unembedded(model, stream: Float[Tensor, "R D"]) -> Tensor:
+    """The body of a trace: the logits ``[R, V]`` of a residual stream after the last layer."""
+    end_with(model, stream)
     return output_logits(model)[:, 0]
 
 
@@ -203,8 +208,7 @@ def read_off(model, stream: Float[Tensor, "P D"], tokens: Int[Tensor, "U"], most
 
 def probed(model, stream: Float[Tensor, "P D"], given: Float[Tensor, "P H"] | None) -> list[Tensor]:
     """The body of a trace: what the unembedding is given and gives, and the logits; ``given``: it is given that."""
-    for layer in range(model.n_layers):
-        skip_block(model, layer, stream[:, None].to(model.layers[layer].input))
+    end_with(model, stream)
     head = model.unembedding
     value = head.input
     before = value[:, 0].clone()
