@@ -102,6 +102,32 @@ def check_places(
     return names
 
 
+def check_any_places(
+    data: PromptPairs, positions: Sequence[int] | int | None, marks: Sequence[str] | str | None
+) -> list[int] | list[str]:
+    """As `check_places`; but of data whose rows are not aligned all of their marks and ``last`` where none is given."""
+    if positions is None and marks is None and data.position_labels is None:
+        marks = [*data.marks, "last"]
+    return check_places(data, positions, marks)
+
+
+def positions_at(data: PromptPairs, places: Sequence[int | str]) -> Int[Tensor, "B places"]:
+    """Each row's position of each place, -1 for none, on the CPU."""
+    columns = (torch.as_tensor(where(data, place)).cpu().reshape(-1, 1) for place in places)
+    return torch.cat([column.expand(len(data), 1) for column in columns], dim=1)
+
+
+def cell_columns(data: PromptPairs, layers: Sequence[int], places: Sequence[int | str]) -> dict[str, list]:
+    """A table's columns of each layer and place: ``layer``, and ``mark``, or ``position`` and ``label``."""
+    cells = list(product(layers, places))
+    columns: dict[str, list] = {"layer": [layer for layer, _ in cells]}
+    if isinstance(places[0], str):
+        return columns | {"mark": [place for _, place in cells]}
+    labels = data.position_labels
+    names = [str(place) if labels is None else labels[int(place)] for _, place in cells]
+    return columns | {"position": [place for _, place in cells], "label": names}
+
+
 def where(data: PromptPairs, place: int | str) -> int | Int[Tensor, "B 1"]:
     """A place as a patch's positions: the position, or each row's own at a mark."""
     return place if isinstance(place, int) else data.positions_of(place)[:, None]

@@ -13,7 +13,7 @@ from ..metrics import answer_probability, logit_diff
 from ..models.model import CausalLM
 from ..result import Result
 from ..tasks.pairs import PromptPairs
-from .common import check_data, check_layers, check_places, mean_where, present, where
+from .common import cell_columns, check_any_places, check_data, check_layers, mean_where, positions_at
 
 
 def logit_lens(
@@ -45,16 +45,11 @@ def logit_lens(
     Raises:
         ValueError: for a layer, position or mark that is not there, or a model that carries edits or hooks.
     """
-    labels = check_data(model, pairs)
+    check_data(model, pairs)
     chosen = [EMBED, *check_layers(model, layers)]
-    if marks is None and positions is None and labels is None:
-        marks = [*pairs.marks, "last"] if "last" not in pairs.marks else [*pairs.marks]
-    places = check_places(pairs, positions, marks)
+    places = check_any_places(pairs, positions, marks)
     model.require_stream("logit lenses")
-    at = torch.cat(
-        [torch.as_tensor(where(pairs, place)).cpu().reshape(-1, 1).expand(len(pairs), 1) for place in places], 1
-    )
-    there = torch.stack([present(pairs, place) for place in places])
+    at = positions_at(pairs, places)
     readout = Readout.of(pairs)
     logits, ranks = lens_logits(
         model, pairs.clean_tokens, chosen, at.clamp(min=0), readout.tokens, pairs.answer_sets[0]
@@ -66,19 +61,13 @@ def logit_lens(
             columns["logit_diff"].append(logit_diff(run, readout.answers, readout.corrupt_answers))
             columns["probability"].append(answer_probability(run, readout.answers, readout.candidates))
             columns["rank"].append(ranks[layer, :, column])
-    some = there.repeat(len(chosen), 1)
+    some = (at >= 0).T.repeat(len(chosen), 1)
     difference, low, high = mean_where(torch.stack(columns["logit_diff"]).cpu(), some)
-    rows = [(layer, place) for layer in chosen for place in places]
-    table = pd.DataFrame({"layer": [layer for layer, _ in rows]})
-    if marks is None:
-        table["position"] = [place for _, place in rows]
-        table["label"] = [str(place) if labels is None else labels[int(place)] for _, place in rows]
-    else:
-        table["mark"] = [place for _, place in rows]
+    table = pd.DataFrame(cell_columns(pairs, chosen, places))
     table["logit_diff"], table["low"], table["high"] = difference, low, high
     for name in ("probability", "rank"):
         values = torch.stack(columns[name]).cpu().double()
         table[name] = torch.where(some, values, torch.nan).nanmean(1).numpy()
     table["n"] = some.sum(1).numpy()
-    arguments = {"rows": len(pairs), "layers": chosen[1:]} | ({} if marks is None else {"marks": places})
+    arguments = {"rows": len(pairs), "layers": chosen[1:]} | ({"marks": places} if "mark" in table else {})
     return Result.create("logit_lens", table, model=model, arguments=arguments)

@@ -21,7 +21,7 @@ from ..memory import fitting_rows, site_bytes
 from ..models.model import CausalLM
 from ..result import Result
 from ..tasks.pairs import PromptPairs
-from .common import check_data, check_layers, check_places, mean_with_interval, present, where
+from .common import cell_columns, check_any_places, check_data, check_layers, mean_with_interval, positions_at, present
 
 ANSWER = "answer"
 
@@ -70,7 +70,7 @@ def probe(
             rows, or there are fewer different pairs than folds.
     """
     fit = _classifier()
-    names = check_data(model, pairs)
+    check_data(model, pairs)
     folds, seed = whole_number(folds, "folds", least=2), whole_number(seed, "seed", least=0)
     has = [layer for layer in range(model.n_layers) if site in model.layer_sites(layer)]
     chosen = check_layers(model, layers if layers is not None or not has else has)
@@ -78,11 +78,9 @@ def probe(
     if refs[0].position is not None or not refs[0].site.by_position:
         raise ValueError(f"probes read all positions of a layer's site, and {site!r} is none that has them")
     labels = torch.as_tensor(_labels(pairs, target, what))
-    if marks is None and positions is None and names is None:
-        marks = [*pairs.marks, "last"]
-    places = check_places(pairs, positions, marks)
+    places = check_any_places(pairs, positions, marks)
     known = labels >= 0
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     kin = _kin(pairs)
     held = fitting_rows(model, len(pairs) * site_bytes(model, refs[0].site, 1), len(places), share=0.5)
     with tqdm(total=len(chosen) * len(places), desc="probe", unit="probe", disable=not progress) as bar:
@@ -92,18 +90,12 @@ def probe(
                 values = _values(model, pairs, site, layer, some)
                 for column, place in enumerate(some):
                     there = present(pairs, place) & known
-                    found = _judged(fit, values[there, column], labels[there], kin[there], folds, seed, place)
-                    rows.append({"layer": layer, "place": place, **found})
+                    found.append(_judged(fit, values[there, column], labels[there], kin[there], folds, seed, place))
                     bar.update()
-    table = pd.DataFrame(rows)
-    if marks is None:
-        table.insert(1, "label", [str(place) if names is None else names[place] for place in table["place"]])
-        table.insert(1, "position", table["place"])
-    else:
-        table.insert(1, "mark", table["place"])
+    table = pd.DataFrame(cell_columns(pairs, chosen, places)).join(pd.DataFrame(found))
     arguments = {"site": site, "layers": chosen, "target": target, "what": what, "folds": folds, "rows": len(pairs)}
-    arguments |= {"marks": None if marks is None else places}
-    return Result.create("probe", table.drop(columns="place"), model=model, arguments=arguments, seed=seed)
+    arguments |= {"marks": places if "mark" in table else None}
+    return Result.create("probe", table, model=model, arguments=arguments, seed=seed)
 
 
 def _classifier() -> Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], np.ndarray]:
@@ -174,8 +166,7 @@ def _kin(pairs: PromptPairs) -> Int[Tensor, "B"]:
 
 def _values(model: CausalLM, pairs: PromptPairs, site: str, layer: int, places: Sequence[int | str]) -> Tensor:
     """The site at some places, ``[B, places, features]``, on the CPU; of a row without one, what is at position 0."""
-    columns = [torch.as_tensor(where(pairs, place)).cpu().reshape(-1, 1).expand(len(pairs), 1) for place in places]
-    at = torch.cat(columns, dim=1).clamp(min=0)
+    at = positions_at(pairs, places).clamp(min=0)
     return torch.cat([part.flatten(2).cpu().float() for part in activations(model, pairs, site, layer, positions=at)])
 
 
