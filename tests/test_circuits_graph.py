@@ -87,14 +87,34 @@ def test_a_slice_moves_positions() -> None:
     assert not graph.prune(graph.mask([("embed", "0", 1), ("0", "0.conv[-1]", 1), *edges])).any()
 
 
+class Ways:
+    """Which way leads from where to where, and along which of the edges that are kept, if it is one."""
+
+    def __init__(self, kept: set) -> None:
+        self.kept, self.ends = kept, {}
+
+    def join(self, start, stop, edge=()) -> None:
+        if not edge or edge in self.kept:
+            self.ends.setdefault(start, []).append((edge, stop))
+
+    def walked(self) -> set:
+        """Every edge on a path from embed to the end, by walking all of them."""
+        found: set = set()
+
+        def walk(node, path: list) -> None:
+            if node == "end":
+                found.update(path)
+            for edge, stop in self.ends.get(node, ()):
+                walk(stop, [*path, edge])
+
+        walk("embed", [])
+        return found - {()}
+
+
 def state_paths(graph: Graph, kept: set) -> set:
     """Every edge on a path, of one fine layer with positions whose ssm edges carry the states; by walking all."""
-    ends: dict = {}
-
-    def join(start, stop, edge=()) -> None:
-        if not edge or edge in kept:
-            ends.setdefault(start, []).append((edge, stop))
-
+    ways = Ways(kept)
+    join = ways.join
     for p in range(graph.length):
         join("embed", ("in", p), ("embed", "0", p))
         for s in range(-3, 1):
@@ -109,16 +129,7 @@ def state_paths(graph: Graph, kept: set) -> set:
     last = graph.length - 1
     join(("out", last), "end", ("0", "output", last))
     join("embed", "end", ("embed", "output", last))
-    found: set = set()
-
-    def walk(node, path: list) -> None:
-        if node == "end":
-            found.update(path)
-        for edge, stop in ends.get(node, ()):
-            walk(stop, [*path, edge])
-
-    walk("embed", [])
-    return found - {()}
+    return ways.walked()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -153,12 +164,8 @@ def test_writes_go_to_later_positions_alone() -> None:
 
 def token_paths(graph: Graph, kept: set) -> set:
     """Every edge on a path, of one fine layer whose writes and controls are edges; by walking all of them."""
-    ends: dict = {}
-
-    def join(start, stop, edge=()) -> None:
-        if not edge or edge in kept:
-            ends.setdefault(start, []).append((edge, stop))
-
+    ways = Ways(kept)
+    join = ways.join
     for p in range(graph.length):
         join("embed", ("in", p), ("embed", "0", p))
         for s in range(-3, 1):
@@ -179,16 +186,7 @@ def token_paths(graph: Graph, kept: set) -> set:
     last = graph.length - 1
     join(("out", last), "end", ("0", "output", last))
     join("embed", "end", ("embed", "output", last))
-    found: set = set()
-
-    def walk(node, path: list) -> None:
-        if node == "end":
-            found.update(path)
-        for edge, stop in ends.get(node, ()):
-            walk(stop, [*path, edge])
-
-    walk("embed", [])
-    return found - {()}
+    return ways.walked()
 
 
 @pytest.mark.parametrize("seed", range(8))
