@@ -107,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
             model, given = prepare(settings, [figure])
             if CATALOGUE[figure].needs_mamba:
                 model.require_mamba(f"experiments such as {arguments.experiment}")
-            with answers_in(model, out / ANSWERS):
+            with answers_in(model, out / ANSWERS, asked):
                 result = compute(figure, model, with_layer(figure, model, settings, given), asked, given)
             result.save(out)
             discard_answers(out)

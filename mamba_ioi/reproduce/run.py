@@ -129,7 +129,7 @@ def reproduce(
                 raise chosen
             else:
                 own = replace(settings, layer=chosen)
-            with answers_in(model, out / RESULTS / figure / ANSWERS):
+            with answers_in(model, out / RESULTS / figure / ANSWERS, asked[figure]):
                 return compute(figure, model, own, asked[figure], given)
 
         for figure in figures:
@@ -218,7 +218,7 @@ def _choose_layer(
     result = stored_result(folder, asked)
     if result is None:
         try:
-            with answers_in(model, folder / ANSWERS):
+            with answers_in(model, folder / ANSWERS, asked):
                 result = bottleneck(model, settings, given)
         except OSError:
             raise
