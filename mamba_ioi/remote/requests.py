@@ -171,7 +171,7 @@ def ask(model: TransformersModel, work: Callable[..., Answer], *arguments: Any, 
 def _answered_here(
     model: TransformersModel, work: Callable[..., Answer], arguments: Sequence[Any], aside: Sequence[Any]
 ) -> Answer:
-    """The answer of the model here: as it is stored, where answers are; else computed, and stored if that is worth it."""
+    """The answer of the model here: as it is stored, where answers are; else computed, and stored if it is worth it."""
     answers: Answers | None = model.answers
     try:
         key = None if answers is None else digest(repr(sorted(answers.asked.items())), model, work, arguments)
