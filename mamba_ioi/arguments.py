@@ -50,6 +50,13 @@ def parse(
     sub.add_argument("--out", type=_path, metavar="DIR", help="folder for the figures (default: figures/MODEL[-PAIRS])")
     _add_source(sub)
     sub.add_argument("--only", metavar="FIGURES", help="these figures only, such as fig4,fig8")
+    sub.add_argument("--plan", action="store_true", help="say only what each figure will take, and compute none")
+    sub.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="TIME",
+        help="how long it may take, about, such as 40min or 2h: takes fewer pairs, and leaves figures out if it must",
+    )
     sub.add_argument(
         "--study", metavar="NAME", help="the figures of a study of several packaged models instead: recall"
     )
@@ -221,6 +228,14 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 500MB, not {text!r}")
     return size
+
+
+def _seconds(text: str) -> float:
+    parts = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(s|min|h)", text)
+    seconds = float(parts[1]) * {"s": 1, "min": 60, "h": 3600}[parts[2]] if parts else 0.0
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"must be a time such as 90s, 40min or 2h, not {text!r}")
+    return seconds
 
 
 def _path(text: str) -> Path:

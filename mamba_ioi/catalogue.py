@@ -6,6 +6,7 @@ The command line, `reproduce`, the report and `Result.plot` read it. Functions s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
@@ -20,6 +21,13 @@ _MARKS = [*(mark for slot in range(1, 6) for mark in (f"n{slot}", f"n{slot}+1"))
 _OF_EACH = "10 of each corruption"
 _HELD_OUT = 100
 """How many pairs the authors judge a circuit on, beside those that it was found on (App. D)."""
+_CELL, _CIRCUIT, _EDGE, _STEP = 0.12, 1.5, 0.3, 2.6
+"""What a patched run of a map, a circuit's run, a tested edge, and a step backwards take, in forwards of a prompt."""
+
+
+def _scored(sizes: Any, rows: int, edges: int) -> float:
+    """Forwards behind scores by 5 steps and a minimal circuit of so many edges, judged on the held-out pairs too."""
+    return rows * (5 * _STEP + _CIRCUIT * math.log2(edges)) + 4 * _HELD_OUT * _CIRCUIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,11 @@ class Row:
         needs_names: whether it speaks of the names in the prompts, so that it says nothing of other tasks.
         needs_alignment: whether marks and last tokens stand at the same positions in all rows; where the function takes
             ``marks=``, unless it goes by these.
+        forwards: as many forwards of one prompt take as long as the figure, about, from the model's sizes
+            (`mamba_ioi.reproduce.plan.Sizes`) and the number of prompts: by what is on the page "What each method
+            costs", and by what a part of a forward was measured to take.
+        at_most: whether the number of rounds depends on the model, and ``forwards`` is the most.
+        backwards: whether it needs a backward pass, and its memory.
         arguments: more arguments of the function.
         decides: for claims of the paper by their keys (`mamba_ioi.report.claims`), the rule that says from this figure
             whether the claim holds (``package.module:name``).
@@ -81,6 +94,9 @@ class Row:
     needs_mamba: bool = True
     needs_names: bool = False
     needs_alignment: bool = False
+    forwards: Callable[[Any, int], float] = lambda sizes, rows: 0
+    at_most: bool = False
+    backwards: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     decides: Mapping[str, str] = field(default_factory=dict)
     tells: Mapping[str, str] = field(default_factory=dict)
@@ -158,6 +174,7 @@ ROWS = (
         drawn_by=f"{_FIGURES}.resample_ablation:resample_ablation",
         paper=_OF_EACH,
         decides={"bottleneck": f"{_REPORT}.layers:resampled"},
+        forwards=lambda s, rows: rows * s.layers * s.length * _CELL,
     ),
     Row(
         figure="fig4_marks",
@@ -174,6 +191,7 @@ ROWS = (
         needs_names=True,
         arguments={"marks": _MARKS},
         decides={"bottleneck": f"{_REPORT}.layers:resampled_by_mark"},
+        forwards=lambda s, rows: rows * s.layers * len(_MARKS) * _CELL,
     ),
     Row(
         figure="fig5",
@@ -190,6 +208,7 @@ ROWS = (
         templates="all",
         needs_mamba=False,
         decides={"task": f"{_REPORT}.layers:task", "bottleneck": f"{_REPORT}.layers:removed"},
+        forwards=lambda s, rows: rows * s.layers * 0.55,
     ),
     Row(
         figure="fig5_greedy",
@@ -205,6 +224,7 @@ ROWS = (
         templates="all",
         needs_mamba=False,
         tells={"bottleneck": f"{_REPORT}.layers:spared"},
+        forwards=lambda s, rows: rows * s.layers * (s.layers + 1) / 2 * 0.55,
     ),
     Row(
         figure="fig6",
@@ -220,6 +240,8 @@ ROWS = (
         per_pair="of each template and corruption",
         templates="all",
         decides={"bottleneck": f"{_REPORT}.layers:cross_talk"},
+        forwards=lambda s, rows: rows * s.layers * (s.layers + 1) / 2 * 0.6,
+        at_most=True,
     ),
     Row(
         figure="fig7",
@@ -234,6 +256,7 @@ ROWS = (
         pairs=None,
         takes_layer=True,
         tells={"shift": f"{_REPORT}.convolution:lines"},
+        forwards=lambda s, rows: 3,
     ),
     Row(
         figure="fig8",
@@ -250,6 +273,7 @@ ROWS = (
         takes_layer=True,
         takes_channels=True,
         decides={"shift": f"{_REPORT}.convolution:taps"},
+        forwards=lambda s, rows: rows * s.taps * s.length * _CELL,
     ),
     Row(
         figure="fig9",
@@ -268,6 +292,7 @@ ROWS = (
         takes_layer=True,
         needs_names=True,
         decides={"linear": f"{_REPORT}.steering:steering"},
+        forwards=lambda s, rows: rows + 5 * 101 * 10 * _CELL,
     ),
     Row(
         figure="fig9_pca",
@@ -285,6 +310,7 @@ ROWS = (
         takes_layer=True,
         needs_names=True,
         tells={"linear": f"{_REPORT}.steering:plane"},
+        forwards=lambda s, rows: rows,
     ),
     Row(
         figure="fig10",
@@ -300,6 +326,7 @@ ROWS = (
         paper=_OF_EACH,
         arguments={"site": "h"},
         decides={"shift": f"{_REPORT}.convolution:states"},
+        forwards=lambda s, rows: rows * s.layers * s.length * _CELL,
     ),
     Row(
         figure="fig11",
@@ -314,6 +341,7 @@ ROWS = (
         paper=_OF_EACH,
         arguments={"site": "out_proj"},
         decides={"last": f"{_REPORT}.circuit:written"},
+        forwards=lambda s, rows: rows * s.layers * s.length * _CELL,
     ),
     Row(
         figure="fig12",
@@ -341,6 +369,9 @@ ROWS = (
         held_out=_HELD_OUT,
         needs_mamba=False,
         decides={"circuit": f"{_REPORT}.circuit:minimal"},
+        forwards=lambda s, rows: _scored(s, rows, s.edges) + rows * s.edges * _EDGE,
+        at_most=True,
+        backwards=True,
     ),
     Row(
         figure="appd2",
@@ -355,6 +386,9 @@ ROWS = (
         pairs=200,
         held_out=_HELD_OUT,
         decides={"shift": f"{_REPORT}.convolution:kept_taps", "circuit": f"{_REPORT}.circuit:fine"},
+        forwards=lambda s, rows: _scored(s, rows, s.edges) + rows * (s.edges + 2 * (s.taps + 1) * s.layers) * _EDGE,
+        at_most=True,
+        backwards=True,
     ),
     Row(
         figure="appd3",
@@ -370,6 +404,8 @@ ROWS = (
         held_out=_HELD_OUT,
         needs_mamba=False,
         decides={"circuit": f"{_REPORT}.circuit:positional"},
+        forwards=lambda s, rows: _scored(s, rows, s.edges * s.length),
+        backwards=True,
     ),
     Row(
         figure="sec44",
@@ -386,6 +422,8 @@ ROWS = (
         held_out=_HELD_OUT,
         takes_layer=True,
         decides={"last": f"{_REPORT}.circuit:cut"},
+        forwards=lambda s, rows: _scored(s, rows, s.edges * s.length),
+        backwards=True,
     ),
     Row(
         figure="knockout",
@@ -402,6 +440,7 @@ ROWS = (
         drawn_by=f"{_FIGURES}.knockout:knockout",
         arguments={"sources": ("n1+1", "n2+1", "n3+1", "n4+1", "n5+1")},
         needs_names=True,
+        forwards=lambda s, rows: rows * 5 * s.layers * _CELL,
     ),
     Row(
         figure="lens",
@@ -415,6 +454,7 @@ ROWS = (
         drawn_by=f"{_FIGURES}.logit_lens:logit_lens",
         needs_mamba=False,
         tells={"later": "mamba_ioi.report.reading:lens"},
+        forwards=lambda s, rows: rows * 8,
     ),
     Row(
         figure="direct",
@@ -428,6 +468,7 @@ ROWS = (
         drawn_by=f"{_FIGURES}.direct_effects:direct_effects",
         needs_mamba=False,
         decides={"later": "mamba_ioi.report.reading:later_layers"},
+        forwards=lambda s, rows: rows * 2,
     ),
 )
 """Every figure, in the paper's order."""

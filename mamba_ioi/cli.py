@@ -28,6 +28,7 @@ from .reproduce.source import Source
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .reproduce.plan import Plan
     from .reproduce.run import Outcome
     from .trace.sites import SiteInfo
 
@@ -65,18 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
+    from .reproduce.plan import plan_of
     from .reproduce.run import reproduce
     from .reproduce.study import reproduce_study
 
-    settings = _settings(arguments)
+    settings = replace(_settings(arguments), budget=arguments.budget)
     if arguments.study is not None:
+        if arguments.plan or arguments.budget is not None:
+            raise ValueError("a study takes minutes; --plan and --budget are for the figures of one model")
         out = arguments.out or Path("figures", arguments.study)
         with _quiet():
             outcomes = reproduce_study(arguments.study, settings, out, arguments.only, _tell)
         return _account(outcomes, out)
     out = arguments.out or Path("figures", "-".join(_folders(settings)))
+    if arguments.plan:
+        with _quiet():
+            _announce(plan_of(settings, arguments.only))
+        return 0
     with _quiet():
-        outcomes = reproduce(settings, out, arguments.only, _tell)
+        outcomes = reproduce(settings, out, arguments.only, _tell, _announce)
     return _account(outcomes, out)
 
 
@@ -107,7 +115,7 @@ def _run(arguments: argparse.Namespace) -> int:
             model, given = prepare(settings, [figure])
             if CATALOGUE[figure].needs_mamba:
                 model.require_mamba(f"experiments such as {arguments.experiment}")
-            with answers_in(model, out / ANSWERS):
+            with answers_in(model, out / ANSWERS, asked):
                 result = compute(figure, model, with_layer(figure, model, settings, given), asked, given)
             result.save(out)
             discard_answers(out)
@@ -352,6 +360,13 @@ def _folders(settings: Settings) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _announce(plan: Plan) -> None:
+    from .reproduce.plan import said
+
+    for line in said(plan):
+        _say(line)
 
 
 def _tell(outcome: Outcome) -> None:

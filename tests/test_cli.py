@@ -27,6 +27,8 @@ from mamba_ioi import reproduce as pipeline
 from mamba_ioi.catalogue import CATALOGUE
 from mamba_ioi.cli import main
 from mamba_ioi.experiments import EXPERIMENTS
+from mamba_ioi.models.model import load_model
+from mamba_ioi.remote import requests
 from mamba_ioi.result import Result
 from mamba_ioi.trace.sites import SITES
 from mamba_ioi.zoo.tokenizer import build_tokenizer
@@ -178,6 +180,65 @@ def test_a_killed_run_goes_on_and_ends_alike(made: Path, folder: Path, tmp_path:
     pictures = [f"{figure}{suffix}" for figure in figures for suffix in (".png", ".pdf")]
     assert {path.name for path in killed.iterdir()} == {"results", *pictures, *pipeline.REPORTS}, "nothing temporary"
     assert all((killed / name).read_bytes() == (made / name).read_bytes() for name in pictures)
+
+
+@pytest.mark.parametrize("figure", ["fig5_greedy", "fig6", "appd2"])
+def test_a_figure_goes_on_from_the_rounds_that_it_has_done(
+    figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removal, cross-talk and ACDC take as many rounds as the model needs; killed in one, they keep those before."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    argv = ["reproduce", "--model", "planted", "--pairs", "2", "--only", figure, "--out"]
+    asked: list[str] = []
+    keep, find = requests.Answers.keep, requests.Answers.find
+
+    def found(self: requests.Answers, key: str) -> dict | None:
+        answer = find(self, key)
+        asked.append("found" if answer is not None else "computed")
+        return answer
+
+    monkeypatch.setattr(requests, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(requests.Answers, "find", found)
+    assert main([*argv, str(whole)]) == 0
+    rounds = len(asked)
+    assert rounds > 6 and set(asked) == {"computed"}
+    assert not (whole / "results" / figure / "answers").exists()
+
+    def interrupt(self: requests.Answers, key: str, answer: dict) -> None:
+        keep(self, key, answer)
+        if len(asked) == rounds // 2:
+            raise KeyboardInterrupt
+
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(requests.Answers, "keep", interrupt)
+        assert main([*argv, str(killed)]) == 130
+    asked.clear()
+    kept = len(list((killed / "results" / figure / "answers").iterdir()))  # without those that chose the bottleneck
+    assert kept > 0
+    assert main([*argv, str(killed)]) == 0
+    assert asked == ["found"] * kept + ["computed"] * (rounds - rounds // 2)
+    tables = [Result.load(out / "results" / figure).table for out in (whole, killed)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert not (killed / "results" / figure / "answers").exists()
+
+
+def test_answers_of_another_work_or_model_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "WORTH_KEEPING", 0.0)
+    model, calls = load_model("planted"), []
+
+    def work(model, number: int, aside: int) -> dict[str, torch.Tensor]:
+        calls.append(number)
+        return {"twice": torch.tensor([2 * number])}
+
+    def ask(asked: dict, number: int, aside: int = 0, dtype: torch.dtype = torch.float32) -> int:
+        with requests.answers_in(model, tmp_path, asked):
+            return int(requests.ask(model.to(dtype), work, number, aside=(aside,))["twice"])
+
+    assert [ask({"weights": "a"}, 1), ask({"weights": "a"}, 1, aside=7)] == [2, 2] and calls == [1]
+    assert [ask({"weights": "a"}, 2), ask({"weights": "b"}, 1), ask({"weights": "a"}, 1, 0, torch.float64)] == [4, 2, 2]
+    assert calls == [1, 2, 1, 1]
+    assert int(requests.ask(model, work, 1, aside=(0,))["twice"]) == 2 and len(calls) == 5, "nothing is kept outside"
 
 
 def test_a_save_cut_short_is_taken_up(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
     ("experiments",),
     ("circuits",),
     ("reference",),
-    ("reproduce.source", "reproduce.makers", "reproduce.folder", "report", "doctor", "bench"),
+    ("reproduce.source", "reproduce.makers", "reproduce.plan", "reproduce.folder", "report", "doctor", "bench"),
     ("reproduce",),
     ("cli",),
     ("__main__",),

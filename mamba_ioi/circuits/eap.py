@@ -136,7 +136,8 @@ def eap(
     with frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
         note = bar.update if model.remote is None else None
         for batch in batches:
-            total += ask(model, attributed_batch, graph, batch, alphas, len(pairs), variant, absolute, note)["scores"]
+            given = graph, batch, alphas, len(pairs), variant, absolute
+            total += ask(model, attributed_batch, *given, aside=(note,))["scores"].cpu()
             if note is None:
                 bar.update(steps)
     if not total.isfinite().all():

@@ -119,11 +119,11 @@ class Evaluator:
         """Run candidate circuits, with everything outside each of them resampled."""
         at_once = len(masks) if self.runs is not None else max(1, REQUEST_ROWS // self.n_rows)
         pieces = [self.pairs] if self.runs is not None else list(self.pairs.chunks(REQUEST_ROWS))
-        limits = self.rows, self.batch_rows
+        aside = self.rows, self.batch_rows, self.runs
         columns = []
         for pairs in pieces:
             parts = [
-                ask(self.model, measured, self.graph, pairs, some, self.base, *limits, self.absolute, self.runs)
+                ask(self.model, measured, self.graph, pairs, some, self.base, self.absolute, aside=aside)
                 for some in masks.split(at_once)
             ]
             columns.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -162,9 +162,9 @@ def measured(
     pairs: Pairs,
     masks: Bool[Tensor, "C n_pairs W"],
     base: Bool[Tensor, "n_pairs W"] | None,
+    absolute: bool,
     rows: int,
     batch_rows: int,
-    absolute: bool,
     runs: list[References] | None,
 ) -> dict[str, Float[Tensor, "C B"]]:
     """`Measures` of candidate circuits by name, here or on a server, where only they leave it.
@@ -175,9 +175,9 @@ def measured(
         pairs: the prompts.
         masks: the circuits.
         base: a circuit whose run they may go on from.
+        absolute: as `Evaluator` has it.
         rows: how many prompts share a forward.
         batch_rows: how many rows, candidates times prompts, run at once.
-        absolute: as `Evaluator` has it.
         runs: those of each batch of prompts; None to run them.
     """
     columns: dict[str, list[Tensor]] = {}

@@ -127,8 +127,8 @@ def _estimated(
     with frozen(model), tqdm(total=len(batches) * steps, desc="token edges", disable=not progress) as bar:
         note = bar.update if model.remote is None else None
         for batch in batches:
-            given = batch, list(layers), alphas, len(pairs), controls, absolute, note
-            total += ask(model, attributed_tokens, *given)["scores"]
+            given = batch, list(layers), alphas, len(pairs), controls, absolute
+            total += ask(model, attributed_tokens, *given, aside=(note,))["scores"].cpu()
             if note is None:
                 bar.update(steps)
     return total

@@ -140,8 +140,9 @@ def logits_without(
     most = fitting_rows(model, forward_bytes(model, length), ROWS_AT_ONCE, share=0.5)
     note = bar.update if bar is not None and model.remote is None else None
     for rows in torch.arange(len(tokens)).split(min(prompts, most)):
-        arguments = tokens[rows], readout.last[rows], readout.tokens[rows], list(removed), order, most, note
-        results[torch.tensor(runs)[:, None], rows] = ask(model, run_without_each, *arguments)["logits"]
+        arguments = tokens[rows], readout.last[rows], readout.tokens[rows], list(removed), order
+        found = ask(model, run_without_each, *arguments, aside=(most, note))["logits"]
+        results[torch.tensor(runs)[:, None], rows] = found.cpu()
         if bar is not None and note is None:
             bar.update(len(rows) * len(order))
     return results

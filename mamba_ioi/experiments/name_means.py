@@ -95,7 +95,7 @@ def name_means(
             prompts, at = data.clean_tokens[rows], data.name_positions[rows]
             names = torch.searchsorted(tokens, prompts.gather(1, at))
             cell = names * len(SLOTS) + torch.arange(len(SLOTS))
-            sums += ask(model, name_sums, layer, prompts, at + int(offset), cell, cells, at_once)["sums"]
+            sums += ask(model, name_sums, layer, prompts, at + int(offset), cell, cells, aside=(at_once,))["sums"].cpu()
             counts += torch.bincount(cell.flatten(), minlength=cells)
             bar.update(len(rows))
     means = (sums / counts.clamp(min=1)[:, None]).float()

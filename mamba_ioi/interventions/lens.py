@@ -74,7 +74,8 @@ def lens_logits(
     rows = fitting_rows(model, row + 8 * FLOAT * tokens.shape[1] * model.d_model, 256, share=0.5)
     logits, ranks = [], []
     for part in torch.arange(len(tokens)).split(rows):
-        found = ask(model, lensed, tokens[part], list(layers), at[part], wanted[part], answers[part], most)
+        given = tokens[part], list(layers), at[part], wanted[part], answers[part]
+        found = ask(model, lensed, *given, aside=(most,))
         logits.append(found["logits"].cpu())
         ranks.append(found["ranks"].cpu())
     return torch.cat(logits, dim=1), torch.cat(ranks, dim=1)
@@ -149,7 +150,7 @@ def linear_readout(
     ones = torch.ones(1, D)
     probes = torch.cat([torch.eye(D), 0 * ones, ones, torch.eye(D)[:1] / 2]).to(own_dtype) * _LARGE
     most = fitting_rows(model, 3 * FLOAT * model.vocab_size, 512, share=0.5)
-    found = ask(model, read_off, torch.cat([probes, stream.cpu()]), tokens, most)
+    found = ask(model, read_off, torch.cat([probes, stream.cpu()]), tokens, aside=(most,))
     stream = stream.to("cpu", dtype)
     normed, columns, heads, logits = (found[name].to("cpu", dtype) for name in ("normed", "columns", "heads", "logits"))
     b, head_bias, U = normed[D], columns[-1], columns[:-1] - columns[-1]

@@ -260,7 +260,7 @@ def _logits(
     while waiting:
         share = waiting.pop()
         try:
-            answer = ask(model, run_items, prompts, share, limits.rows, limits.values, note)
+            answer = ask(model, run_items, prompts, share, aside=(limits.rows, limits.values, note))
         except TimeoutError:
             count = sum(len(item.rows) for item in share)
             if count < 2:

@@ -32,7 +32,7 @@ from .slow_path import check_slow_path, slow_path_tolerance
 from .weights import DTYPES, dtype_name, one_line
 
 if TYPE_CHECKING:
-    from ..remote.requests import Remote
+    from ..remote.requests import Answers, Remote
     from ..zoo.planted import Planted
     from ..zoo.planted_recall import PlantedRecall
 
@@ -100,6 +100,8 @@ class CausalLM(Served, ModelSites, TransformersModel):
 
     memory: int | None = None
     """How many bytes an experiment may use, about; None: half of what is free. Results do not depend on it."""
+    answers: Answers | None = None
+    """Where what was computed of an unfinished work is stored; None: nowhere. See `remote.requests.answers_in`."""
 
     @property
     def model_id(self) -> str:

@@ -3,6 +3,9 @@
 `ask` is the one way from an experiment to a model: a function of the model that holds traces is called here, or runs
 on the server as one request (an nnsight session), so that its activations stay there and only what it returns comes
 back. This package travels as source with the request; a server needs torch and nnsight, and not this package.
+
+Answers are kept, here as on a server, in a folder where `answers_in` says so, and work that was interrupted goes on
+from them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import marshal
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +37,10 @@ logger = logging.getLogger(__name__)
 nnsight.register("mamba_ioi")
 
 KEPT_BYTES = 64 * 2**20
-"""How many bytes of answers are kept in memory for a call that is made again after a fault."""
+"""How many bytes of answers are kept in memory for a call that is made again after a fault; and how large an answer may
+be that is stored though it was computed here."""
+WORTH_KEEPING = 1.0
+"""How many seconds the work behind an answer took, at least, where it is stored though it was computed here."""
 
 Answer = dict[str, Tensor]
 
@@ -59,10 +66,11 @@ class Answers:
 
     Args:
         folder: where to store each answer as a safetensors file as well; made if absent.
+        asked: what they are part of, in values as a JSON file has them; answers to others are not found.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, asked: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.asked = folder, dict(asked or {})
         self.held: OrderedDict[str, Answer] = OrderedDict()
         self.failed: str | None = None
         """The request that failed last. Until it succeeds, those before it are answered from what is held."""
@@ -124,14 +132,16 @@ class Remote:
         return public_url(self.host)
 
 
-def ask(model: TransformersModel, work: Callable[..., Answer], *arguments: Any) -> Answer:
-    """``work(model, *arguments)``, on the server as one request if the model runs there.
+def ask(model: TransformersModel, work: Callable[..., Answer], *arguments: Any, aside: Sequence[Any] = ()) -> Answer:
+    """``work(model, *arguments, *aside)``, on the server as one request if the model runs there.
 
     Args:
         model: the model.
         work: a function at module level: its source travels, with all that it names. It opens traces on the model and
             returns tensors by name.
         arguments: what it is called with; tensors among them travel too.
+        aside: what it is called with after these and what the answer does not depend on: how many rows run at once, a
+            bar to move, runs to go on from.
 
     Returns:
         What ``work`` returns; tensors on the CPU if the model is remote.
@@ -142,18 +152,39 @@ def ask(model: TransformersModel, work: Callable[..., Answer], *arguments: Any) 
         ValueError: if the server refuses the request.
     """
     if model.remote is None:
-        return work(model, *arguments)
+        return _answered_here(model, work, arguments, aside)
     serve(model)
-    answers, key = model.remote.answers, digest(model, work, arguments)
+    answers, key = model.remote.answers, digest(key_on_servers(model), model, work, arguments)
     answer = answers.find(key)
     if answer is None:
         try:
-            answer = _send(model, work, arguments)
+            answer = _send(model, work, [*arguments, *aside])
         except TimeoutError:  # will be asked for in parts
             raise
         except BaseException:
             answers.failed = key
             raise
+        answers.keep(key, answer)
+    return answer
+
+
+def _answered_here(
+    model: TransformersModel, work: Callable[..., Answer], arguments: Sequence[Any], aside: Sequence[Any]
+) -> Answer:
+    """The answer of the model here: as it is stored, where answers are; else computed, and stored if it is worth it."""
+    answers: Answers | None = model.answers
+    try:
+        key = None if answers is None else digest(repr(sorted(answers.asked.items())), model, work, arguments)
+    except TypeError:  # asked for with something that no bytes stand for, such as a user's object
+        key = None
+    if answers is None or key is None:
+        return work(model, *arguments, *aside)
+    if (answer := answers.find(key)) is not None:
+        return {name: value.to(model.device) for name, value in answer.items()}
+    start = time.monotonic()
+    answer = work(model, *arguments, *aside)
+    size, graphs = sum(value.nbytes for value in answer.values()), any(one.requires_grad for one in answer.values())
+    if time.monotonic() - start >= WORTH_KEEPING and size <= KEPT_BYTES and not graphs:
         answers.keep(key, answer)
     return answer
 
@@ -241,22 +272,28 @@ def require_gradients(model: TransformersModel, what: str) -> None:
 
 
 @contextmanager
-def answers_in(model: TransformersModel, folder: Path) -> Iterator[None]:
-    """Store the answers to the requests made inside in a folder, where another process finds them."""
-    if model.remote is None:
-        yield
-        return
-    before, model.remote.answers = model.remote.answers, Answers(folder)
+def answers_in(model: TransformersModel, folder: Path, asked: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Store the answers to the requests made inside in a folder, where another process finds them.
+
+    Of a model that runs here, those are stored that took long and are small.
+
+    Args:
+        model: the model.
+        folder: where to store them.
+        asked: what they are part of, as `Answers` has it; it names the model's weights where the model runs here.
+    """
+    holder, kept = (model, Answers(folder, asked)) if model.remote is None else (model.remote, Answers(folder))
+    before, holder.answers = holder.answers, kept
     try:
         yield
     finally:
-        model.remote.answers = before
+        holder.answers = before
 
 
-def digest(model: TransformersModel, work: Callable, arguments: Sequence[Any]) -> str:
-    """What is asked, as a SHA-256: the model and its precision on the server, the function, its arguments' values."""
+def digest(name: str, model: TransformersModel, work: Callable, arguments: Sequence[Any]) -> str:
+    """What is asked, as a SHA-256: whom, by name, in which precision, the function, its arguments' values."""
     hashed = hashlib.sha256()
-    hashed.update(f"{key_on_servers(model)} {model.dtype} {work.__module__}.{work.__qualname__} ".encode())
+    hashed.update(f"{name} {model.dtype} {work.__module__}.{work.__qualname__} ".encode())
     for part in _parts(arguments):
         hashed.update(part)
     return hashed.hexdigest()

@@ -23,7 +23,8 @@ from ..catalogue import CATALOGUE, EVERY, Row
 from ..figures import circuit_html
 from ..figures.companions import GRAPHS
 from ..files import replace_files
-from ..reproduce.folder import BOTTLENECK, REPORTS, RESULTS, study_of
+from ..reproduce.folder import BOTTLENECK, PLAN, REPORTS, RESULTS, study_of
+from ..reproduce.plan import Plan
 from ..result import META_FILE, Result
 from .claims import QUESTIONS, judge, setting_of
 from .evidence import Claim, Finding, Number, Results, Table, number_table, of_own_pairs
@@ -121,6 +122,17 @@ def recorded_bottleneck(out: Path) -> tuple[Result | None, list[str]]:
     return result, []
 
 
+def recorded_plan(out: Path) -> Plan | None:
+    """What the folder's figures were chosen by, where there was a budget of time; None without, or if it is damaged."""
+    folder = out / RESULTS / PLAN
+    if not (folder / META_FILE).exists():
+        return None
+    try:
+        return Plan.of(Result.load(folder))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[str, Any]:
     """What both templates are filled with."""
     study, rows = study_of(out), rows_in(out)
@@ -143,7 +155,7 @@ def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[
         "homes": homes,
         "pictures": pictures,
         "apart": [figure for figure in results if figure not in homes],
-        "setting": setting_table(results, bottleneck),
+        "setting": setting_table(results, bottleneck, recorded_plan(out)),
         "figures": figure_rows(results, rows),
         "missing": missing,
         "damaged": damaged + broken,

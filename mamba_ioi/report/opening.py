@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..catalogue import CATALOGUE, Row, Study
+from ..catalogue import CATALOGUE, EVERY, Row, Study
+from ..reproduce.plan import Plan, duration
 from ..reproduce.source import ROWS
 from ..result import Result
 from ..zoo import EMBEDDED
@@ -27,12 +28,13 @@ def task_name(results: Results) -> str | None:
     return next(iter((*_all(every, "request", "task"), *_all(every, "data"))), None)
 
 
-def setting_table(results: Results, bottleneck: Result | None = None) -> Table:
+def setting_table(results: Results, bottleneck: Result | None = None, plan: Plan | None = None) -> Table:
     """What was run, in two columns.
 
     Args:
         results: by figure.
         bottleneck: the folder's record of its bottleneck.
+        plan: its record of what was chosen to keep to a budget of time.
     """
     every = results.values()
     sizes = _sizes(results)
@@ -46,6 +48,7 @@ def setting_table(results: Results, bottleneck: Result | None = None) -> Table:
         ("device", ", ".join(_all(every, "device"))),
         *_pairs(every),
         ("seed of the prompts", ", ".join(_all(every, "request", "seed"))),
+        ("budget of time", "" if plan is None else _within(plan)),
         ("bottleneck", "" if bottleneck is None else _chosen(bottleneck)),
         ("layer chosen", ", ".join(_all(every, "request", "layer"))),
         *((f"version of {name}", ", ".join(_all(every, "versions", name))) for name in _packages(every)),
@@ -65,6 +68,14 @@ def _pairs(results: Iterable[Result]) -> list[tuple[str, str]]:
         ("by the marks", marks),
         ("metric", ", ".join(_all(every, "request", "metric"))),
     ]
+
+
+def _within(plan: Plan) -> str:
+    """The budget, and what was chosen for it."""
+    pairs = "each figure's own number of pairs" if plan.pairs is None else f"{plural(plan.pairs, 'pair')} a figure"
+    out = [f"{EVERY[work.figure].label} (about {duration(work.seconds or 0.0)})" for work in plan.left_out]
+    told = f"; left out, since they do not fit: {', '.join(out)}" if out else ""
+    return f"{duration(plan.budget or 0.0)} on {plan.device}: {pairs}{told}"
 
 
 def _chosen(bottleneck: Result) -> str:

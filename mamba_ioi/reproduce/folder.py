@@ -21,6 +21,8 @@ from ..result import META_FILE, Result
 RESULTS = "results"
 BOTTLENECK = "bottleneck"
 """The name, among the results, of the record of the folder's bottleneck, which is chosen once."""
+PLAN = "plan"
+"""Likewise of what was chosen to keep to a budget of time."""
 ANSWERS = "answers"
 """The folder beside a result for what a server has answered, as long as the result is not complete."""
 REPORTS = ("report.html", "report.md")
@@ -58,7 +60,7 @@ def check_folder(out: Path, figures: list[str], identity: Mapping[str, Any]) -> 
         ValueError: if something is in the way of a figure, or a result of another model or version is there.
     """
     refuse_file(out / RESULTS)
-    for figure in (*EVERY, BOTTLENECK):
+    for figure in (*EVERY, BOTTLENECK, PLAN):
         folder = out / RESULTS / figure
         if figure in figures or not (folder / META_FILE).is_file():
             continue

@@ -40,6 +40,7 @@ class Settings:
         dtype: the precision of the weights, instead of the checkpoint's.
         remote: the NDIF server to run on, as for `load_model`.
         memory: how many bytes to use, about, instead of half of what is free.
+        budget: how many seconds the figures may take together, about: pairs, and figures if it must be, are chosen so.
         progress: show bars.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     dtype: str | None = None
     remote: bool | str = False
     memory: int | None = None
+    budget: float | None = None
     progress: bool = False
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .folder import (
     ANSWERS,
     BOTTLENECK,
     PICTURES,
+    PLAN,
     REPORTS,
     RESULTS,
     check_folder,
@@ -32,6 +33,7 @@ from .folder import (
 )
 from .identity import folder_identity, request
 from .makers import Given, Settings, bottleneck, make, prepare, unfit
+from .plan import Plan, duration, planned
 
 if TYPE_CHECKING:
     from ..models.model import CausalLM
@@ -58,8 +60,11 @@ def reproduce(
     out: str | os.PathLike[str],
     only: str | None = None,
     report: Callable[[Outcome], None] = lambda outcome: None,
+    announce: Callable[[Plan], None] = lambda plan: None,
 ) -> list[Outcome]:
     """Compute the figures that are not there yet; each result is stored before it is drawn. Then write the report.
+
+    With a budget of time, the number of pairs is chosen once and recorded in ``results/plan``.
 
     Args:
         settings: what to ask for.
@@ -67,6 +72,7 @@ def reproduce(
         only: ids of figures with commas between (``fig5`` stands for ``fig5_greedy`` too); all that the model can
             have if None.
         report: called with each outcome as soon as it is known.
+        announce: called with what the figures will take, before the first of them is computed.
 
     Returns:
         The outcomes, the report's last. A figure whose computation fails is among them, with its error, and does not
@@ -96,26 +102,35 @@ def reproduce(
         raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
     out = Path(os.path.expanduser(out))
     identity = folder_identity(settings)
-    asked = {figure: request(figure, settings, identity) for figure in figures}
 
     with locked(out, "--out"):
         check_folder(out, figures, identity)
+        model = given = plan = None
+        if settings.budget is not None:
+            plan, model, given = _within_budget(out, settings, only, figures, identity)
+            settings = replace(settings, pairs=plan.pairs)
+            for one in plan.left_out:
+                told = f"takes about {duration(one.seconds or 0.0)} on {plan.device}"
+                note(Outcome(one.figure, f"left out: it {told}, which the budget does not hold", there=False))
+                figures.remove(one.figure)
+        asked = {figure: request(figure, settings, identity) for figure in figures}
         found = {figure: stored_result(out / RESULTS / figure, asked[figure]) for figure in figures}
         missing = [figure for figure in figures if found[figure] is None]
-        model = given = None
         chosen: int | Exception | None = None
         if missing:
-            model, given = prepare(settings, missing)
+            model, given = (model, given) if model is not None else prepare(settings, missing)
             if model.remote is not None:
                 _refuse_other_precision(out, found, model)
-            for figure in missing:
+            for figure in list(missing):
                 if (reason := unfit(figure, model, given)) is None:
                     continue
                 if only is not None:
                     _refuse(figure, model, reason)
                 note(Outcome(figure, f"left out: {reason}", there=False))
                 figures.remove(figure)
+                missing.remove(figure)
                 found.pop(figure)
+            announce(plan or planned(model, settings, missing, given))
             if model.has_scans and any(CATALOGUE[figure].draws for figure in figures if found[figure] is None):
                 chosen = _choose_layer(out, model, settings, given, identity)
 
@@ -129,7 +144,7 @@ def reproduce(
                 raise chosen
             else:
                 own = replace(settings, layer=chosen)
-            with answers_in(model, out / RESULTS / figure / ANSWERS):
+            with answers_in(model, out / RESULTS / figure / ANSWERS, asked[figure]):
                 return compute(figure, model, own, asked[figure], given)
 
         for figure in figures:
@@ -207,6 +222,23 @@ def _refuse(figure: str, model: CausalLM, reason: str) -> None:
     raise ValueError(f"{figure} cannot be made of these pairs: {reason}")
 
 
+def _within_budget(
+    out: Path, settings: Settings, only: str | None, figures: Sequence[str], identity: Mapping[str, Any]
+) -> tuple[Plan, CausalLM | None, Given | None]:
+    """The folder's plan as it is recorded there; or made now and recorded, with the model that it was measured on."""
+    from ..result import Result
+
+    folder = out / RESULTS / PLAN
+    asked = {"figure": PLAN, **identity, "budget": settings.budget, "only": only, "most": settings.pairs}
+    if (stored := stored_result(folder, asked)) is not None:
+        return Plan.of(stored), None, None
+    model, given = prepare(settings, figures)
+    plan = planned(model, settings, [figure for figure in figures if unfit(figure, model, given) is None], given)
+    result = plan.result(model)
+    Result(result.table, result.meta | {"request": asked}).save(folder)
+    return plan, model, given
+
+
 def _choose_layer(
     out: Path, model: CausalLM, settings: Settings, given: Given | None, identity: Mapping[str, Any]
 ) -> int | Exception:
@@ -218,7 +250,7 @@ def _choose_layer(
     result = stored_result(folder, asked)
     if result is None:
         try:
-            with answers_in(model, folder / ANSWERS):
+            with answers_in(model, folder / ANSWERS, asked):
                 result = bottleneck(model, settings, given)
         except OSError:
             raise
