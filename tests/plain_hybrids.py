@@ -60,12 +60,18 @@ def run_by_hand(
 
         handles.append(part.register_forward_hook(hook))
 
+    def given_beside(block: nn.Module, work: Callable[[Tensor], Tensor]) -> None:
+        """What a Zamba2's shared block reads of the embeddings."""
+        handles.append(block.register_forward_pre_hook(lambda _, args: (args[0], work(args[1]), *args[2:])))
+
     for i, block in enumerate(module.model.layers):
         found, attn = mixer_of(block), find(block, "self_attn")
         scale = getattr(block, "residual_multiplier", 1.0)
         parallel = found is not None and attn is not None
         streams: dict[str, Tensor] = {}
         before(block, lambda value, i=i: site("resid_pre", i, value))
+        if hasattr(block, "mamba_decoder"):
+            given_beside(block, lambda value, i=i: site("beside", i, value))
         if found is not None:
             path, mixer = found
             norm = find(block, NORMS[path])

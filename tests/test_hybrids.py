@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nnsight.modeling.huggingface import _ID_CACHE
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,13 +24,10 @@ from mamba_ioi.interventions.patch import Resample
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import MambaModel
-from mamba_ioi.remote import ndif
 from mamba_ioi.trace.sites import owner
 
 from .hybrid_models import FAMILIES, IDS, KINDS, MODELS, close, differences, exact, short_pairs
-from .plain import NAMES, prompt_tokenizer
 from .plain_hybrids import run_by_hand
-from .test_remote import Worker
 
 CASES = [
     (family, name, layer)
@@ -53,7 +49,6 @@ every_own_site = pytest.mark.parametrize(
 )
 """But for resid_mid, which `test_the_stream_between_parts` holds."""
 with_stream_between = list(dict.fromkeys(case[0] for case in CASES if case[1] == "resid_mid"))
-with_circuits = [family for family in FAMILIES if family != "zamba2"]
 around_layers = pytest.mark.parametrize("name", ["embed", "norm", "logits"])
 
 
@@ -408,7 +403,6 @@ def test_removed_layers(model, pairs):
 
 
 @pytest.mark.conformance("edges")
-@pytest.mark.parametrize("model", with_circuits, indirect=True)
 def test_effects_of_edges(model, pairs):
     """Into each block: its own input less what a source adds, more what that adds in the other run."""
     found = exact_effects(model, pairs, progress=False).table.set_index(["src", "dst"]).score
@@ -416,8 +410,10 @@ def test_effects_of_edges(model, pairs):
     here, high = run_by_hand(exact(model), pairs.clean_tokens)
     high, low = differences(high, pairs), differences(low, pairs)
     layer = model.n_layers - 1
-    for source in range(layer):
-        added = [acts["resid_post", source] - acts["resid_pre", source] for acts in (here, there)]
+    for source in ("embed", *range(layer)):
+        added = [acts["resid_pre", 0] for acts in (here, there)]
+        if source != "embed":
+            added = [acts["resid_post", source] - acts["resid_pre", source] for acts in (here, there)]
         kept = {}
 
         def enter(stream, added=added, kept=kept):
@@ -428,6 +424,8 @@ def test_effects_of_edges(model, pairs):
             return stream - added[1] + added[0]
 
         edits = {("resid_pre", layer): enter, ("resid_post", layer): leave}
+        if source == "embed":  # which a Zamba2's shared block reads beside the stream
+            edits["beside", layer] = lambda value, added=added: value + added[1] - added[0]
         _, logits = run_by_hand(exact(model), pairs.clean_tokens, edits)
         effect = ((differences(logits, pairs) - high) / (high - low).abs()).mean().item()
         assert found[str(source), str(layer)] == pytest.approx(effect, rel=5e-3, abs=1e-3)
@@ -441,14 +439,18 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
 
     def forward(ids: Tensor, embedding: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         adds, inputs, streams, handles = [], [], [], []
+        besides.clear()
 
-        def first(_, args, kwargs):
+        def first(block, args, kwargs):
             value = args[0] if args else kwargs["hidden_states"]
             if not adds:
                 value = value if embedding is None else embedding
                 adds.append(value)
             streams.append(value)
             inputs.append(value.detach().requires_grad_() if embedding is None else value.clone())
+            if hasattr(block, "mamba_decoder"):  # a Zamba2's shared block, which reads the embeddings as well
+                besides[len(inputs) - 1] = args[1].clone() if embedding is None else embedding.clone()
+                args = (args[0], besides[len(inputs) - 1], *args[2:])
             return ((inputs[-1], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": inputs[-1]})
 
         def last(_, args, output):
@@ -466,6 +468,7 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
             handle.remove()
         return adds, inputs, differences(logits, pairs)
 
+    besides: dict[int, Tensor] = {}
     with torch.no_grad():
         assert embed is not None
         here, _, high = forward(pairs.clean_tokens, None)
@@ -475,7 +478,11 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
     for step in range(steps):
         alpha = step / (steps - 1)
         _, inputs, metric = forward(pairs.clean_tokens, torch.lerp(here[0], there[0], alpha).requires_grad_())
-        gradients = torch.autograd.grad((metric * scale).sum(), inputs)
+        both = torch.autograd.grad((metric * scale).sum(), [*inputs, *besides.values()])
+        gradients = both[: len(inputs)]
+        for j, gradient in zip(besides, both[len(inputs) :], strict=True):
+            scores["embed", names[j]] = scores.get(("embed", names[j]), 0.0)
+            scores["embed", names[j]] += float((gradient * (there[0] - here[0])).sum())
         for j, gradient in enumerate(gradients):
             for i in range(j + 1):
                 edge = ("embed", *names)[i], names[j]
@@ -484,7 +491,6 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
 
 
 @pytest.mark.conformance("EAP")
-@pytest.mark.parametrize("model", with_circuits, indirect=True)
 def test_scores_of_edges(model, pairs):
     expected = scores_by_hooks(exact(model), pairs, 3)
     table = eap(model, pairs, steps=3, progress=False).table
@@ -494,44 +500,7 @@ def test_scores_of_edges(model, pairs):
         assert row.score == pytest.approx(expected[row.src, row.dst], rel=2e-2, abs=2e-3 * largest)
 
 
-@pytest.mark.parametrize(
-    ("family", "work"),
-    [
-        pytest.param("zamba2", exact_effects, marks=pytest.mark.conformance("edges", refused=True)),
-        pytest.param("zamba2", eap, marks=pytest.mark.conformance("EAP", refused=True)),
-    ],
-)
-def test_edges_into_blocks_that_read_the_embeddings_are_refused(family, work, pairs):
-    with pytest.raises(ValueError, match="read more of the prompt than the residual stream"):
-        work(MODELS[family], pairs, progress=False)
-
-
 @pytest.mark.conformance("fine", refused=True)
 def test_edges_inside_layers_of_several_parts_are_refused(model, pairs):
     with pytest.raises(ValueError, match="edges inside a layer"):
         eap(model, pairs, fine=True, progress=False)
-
-
-@pytest.mark.conformance("remote")
-@pytest.mark.parametrize("family", [name for name in FAMILIES if " " not in name])
-def test_on_a_server(family, tmp_path, monkeypatch):
-    here = MODELS[family]
-    here._module.save_pretrained(tmp_path)
-    prompt_tokenizer(NAMES).save_pretrained(tmp_path)
-    worker = Worker(tmp_path)
-    monkeypatch.setattr(ndif.Backend, "_exchange", lambda self, *request: worker.exchange(self, *request))
-    monkeypatch.setitem(_ID_CACHE, str(tmp_path), f"random/{family}")
-    there = load_model(tmp_path, remote=True)
-    assert there.layer_kinds == here.layer_kinds
-    for layer in range(here.n_layers):
-        sites = [(name, layer) for name in here.sites_of(layer)]
-        expected = cache(here, IDS, sites)
-        for key, value in cache(there, IDS, sites).items():
-            close(value, expected[key])
-    for name in ("layer_input", "B", "h", "out_proj"):
-        patch = [Patch(name, 0, 0.6, [2, 4])]
-        close(run(there, IDS, patch), run(here, IDS, patch))
-    for layer in [i for i in range(here.n_layers) if "attn_out" in here.sites_of(i)][:1]:
-        for function in (hidden_attention, token_contributions):
-            close(*(function(model, IDS, layer, part="attention") for model in (there, here)))
-    worker.process.kill()

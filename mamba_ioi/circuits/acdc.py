@@ -116,8 +116,8 @@ def steps(graph: Graph) -> list[list[int]]:
     What need not be tested is in no step: ``skip -> out``, and ``ssm -> out`` where it is one with ``conv -> ssm``, as
     it is unless positions are kept apart, or the time step stays live where the conv's output is cut.
     """
-    groups = [list(range(len(graph.pairs)))[graph.into(graph.n_layers)][::-1]]
-    for layer in reversed(range(graph.n_layers)):
+    groups = [list(range(len(graph.pairs)))[graph.into(len(graph.nodes))][::-1]]
+    for layer in reversed(range(len(graph.nodes))):
         if graph.fine:
             inside = graph.inside(layer)
             if graph.length is not None or (graph.direct_step and graph.ssm == "conv"):

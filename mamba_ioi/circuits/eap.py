@@ -77,6 +77,7 @@ def eap(
     marks: Sequence[str] | str | None = None,
     variant: Literal["standard", "paper"] = "standard",
     fine: bool = False,
+    parts: bool = False,
     ssm: str = "conv",
     absolute: bool = True,
     metric: Metric | None = None,
@@ -96,6 +97,8 @@ def eap(
         variant: ``standard`` or ``paper``: what is interpolated, and whether gradients pass through the patch. See this
             module's text.
         fine: score also the edges inside layers: conv slices, SSM and skip.
+        parts: split each block of several parts into mixer, attention and MLP (see `Graph`); one that is a mixer alone
+            stays one node.
         ssm: what the edges conv -> ssm carry: ``conv``, or with ``positional`` and ``fine`` ``tokens``: the writes of
             each position to each later one, and the controls, in their place; `exact_effects` measures ``states`` too.
         absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
@@ -112,7 +115,8 @@ def eap(
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
             are kept; for marks that are unknown or stand at one position; for an unknown variant, less than one step or
             ``ssm="states"``, or ``tokens`` without positions; on a server whose sandbox has no gradients; for a model
-            that carries edits or hooks, or whose layers read more than the residual stream.
+            that carries edits or hooks, or whose layers read more than the residual stream; for ``parts`` beside
+            ``fine``, or of blocks whose parts are not known.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -127,7 +131,7 @@ def eap(
     model.require_stream("circuits", edges=True)
     by_position = positional and marks is None
     pairs = Pairs.of(model, data, positional=by_position, marks=marks, metric=metric)
-    graph = Graph(model.n_layers, fine, pairs.length if by_position else None, ssm).on(model)
+    graph = Graph(model.n_layers, fine, pairs.length if by_position else None, ssm, parts=parts).on(model)
     total = torch.zeros(len(graph.pairs), len(pairs.marks) or graph.width, dtype=torch.float64)
     row = backward_bytes(model, pairs.length - int(pairs.start[0])) + 2 * state_bytes(model)  # where runs begin
     rows = fitting_rows(model, row, MOST_ROWS) if batch_rows is None else batch_rows
@@ -141,7 +145,13 @@ def eap(
                 bar.update(steps)
     if not total.isfinite().all():
         raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
-    arguments = {"steps": steps, "positional": bool(positional or pairs.marks), "variant": variant, "fine": fine}
+    arguments = {
+        "steps": steps,
+        "positional": bool(positional or pairs.marks),
+        "variant": variant,
+        "fine": fine,
+        "parts": parts,
+    }
     arguments |= {"absolute": absolute, "metric": metric_name(pairs.metric)}
     arguments |= {"marks": pairs.marks[:-1]} if pairs.marks else {}
     return Result.create(
@@ -192,9 +202,7 @@ def attributed_batch(
     parts = []
     for part in batch.to(model.device).batches(len(batch)):
         begins = beginning(model, part.clean, int(part.start[0]))
-        runs = [
-            record(model, ids, part.last, begins, fine=graph.fine, ssm=graph.ssm) for ids in (part.clean, part.corrupt)
-        ]
+        runs = [record(model, ids, part.last, begins, graph=graph) for ids in (part.clean, part.corrupt)]
         _, spread = part.scale(*(one.logits for one in runs), absolute=absolute)
         spread = spread if part.metric == "nld" else torch.ones_like(spread)
         parts.append((part, *runs, 1 / (spread * n_rows * len(alphas))))
@@ -260,7 +268,7 @@ class Attributed(Pass):
         places: Tensor | None = None,
         n_places: int = 0,
     ) -> None:
-        Pass.__init__(self, corrupt.begins)
+        Pass.__init__(self, corrupt.begins, graph)
         self.graph, self.alpha, self.corrupt, self.clean = graph, alpha, corrupt, clean
         self.places = places
         self.width = n_places or (1 if graph.length is None else corrupt.sources[0].shape[1])
@@ -276,24 +284,34 @@ class Attributed(Pass):
         self._difference(0, self.start)
         return self.start
 
-    def into(self, layer, resid):
+    def into(self, node, resid):
         value = resid.clone() if self.clean is not None else torch.lerp(resid, self.base, self.alpha)
-        start, width, places = self.graph.into(layer).start, self.width, self.places
+        return self.contracted(value, node, self.graph.before[node] + 1)
+
+    def beside(self, node):
+        there = self.corrupt.sources[0]
+        value = self.start.clone() if self.clean is not None else torch.lerp(self.start, there, self.alpha)
+        return self.contracted(value, node, 1)
+
+    def contracted(self, value: Tensor, node: int, sources: int) -> Tensor:
+        """A value that a node reads, whose gradient gives scores of the edges from the first sources into the node."""
+        start, width, places = self.graph.into(node).start, self.width, self.places
         scores, differences = self.scores, self.differences
 
         def contract(gradient: Tensor) -> None:
-            for source in range(layer + 1):
+            for source in range(sources):
                 scores[start + source] += by_place(gradient * differences[source], width, places)
 
         value.register_hook(contract)
         return value
 
-    def after(self, layer, resid, added):
-        self.base = self.base + self.corrupt.sources[layer + 1]
-        self._difference(layer + 1, added)
+    def after(self, node, resid, added):
+        self.base = self.base + self.corrupt.sources[node + 1]
+        self._difference(node + 1, added)
         return resid + added
 
     def at(self, model, layer, site):
+        Pass.at(self, model, layer, site)
         if not self.graph.fine or site.name != "skip":
             return
         gate: Tensor = model.layers[layer].mixer.gate
