@@ -26,8 +26,8 @@ from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import MambaModel
 from mamba_ioi.trace.sites import owner
 
-from .hybrid_models import FAMILIES, IDS, KINDS, MODELS, close, differences, exact, short_pairs
-from .plain_hybrids import run_by_hand
+from .hybrid_models import FAMILIES, IDS, KINDS, MODELS, close, differences, exact, scan_layers, short_pairs
+from .plain_hybrids import cut_by_hand, run_by_hand
 
 CASES = [
     (family, name, layer)
@@ -232,23 +232,6 @@ def test_a_sweep_gives_what_runs_do(model):
         there = cache(model, source, [(name, layer)])[name, layer][:, [3]]
         expected = run(model, IDS, [Patch(name, layer, there, [3])], positions=readout.last)
         close(logits, expected.gather(1, readout.tokens))
-
-
-def scan_layers(model: MambaModel) -> list[int]:
-    return [i for i, kind in enumerate(model.layer_kinds) if "mamba" in kind.split("+") or "mamba2" in kind.split("+")]
-
-
-def cut_by_hand(acts: dict, there: dict | None, layer: int, sources: list[int], target: int) -> Tensor:
-    """The y at the target without what the sources write there, or with what they write in the other run."""
-    A_bar, write, C = (acts[name, layer] for name in ("A_bar", "write", "C"))
-    y = acts["y", layer][:, target].clone()
-    for source in sources:
-        flow = (0.0 if there is None else there["write", layer][:, source]) - write[:, source]
-        for t in range(source + 1, target + 1):
-            flow = A_bar[:, t].view(*A_bar[:, t].shape, *[1] * (flow.dim() + 1 - A_bar.dim())) * flow
-        read = C[:, target] if flow.dim() == 3 else C[:, target].repeat_interleave(flow.shape[1] // C.shape[2], dim=1)
-        y += (flow * (read[:, None] if flow.dim() == 3 else read[:, :, None])).sum(-1).flatten(1)
-    return y
 
 
 @pytest.mark.parametrize("resample", [False, True])
@@ -498,9 +481,3 @@ def test_scores_of_edges(model, pairs):
     assert len(table) == len(expected)
     for row in table.itertuples():
         assert row.score == pytest.approx(expected[row.src, row.dst], rel=2e-2, abs=2e-3 * largest)
-
-
-@pytest.mark.conformance("fine", refused=True)
-def test_edges_inside_layers_of_several_parts_are_refused(model, pairs):
-    with pytest.raises(ValueError, match="edges inside a layer"):
-        eap(model, pairs, fine=True, progress=False)

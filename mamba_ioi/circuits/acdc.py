@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool
@@ -85,7 +86,7 @@ def acdc(
     graph = graph_for(circuit, data, model, ssm)
     mask = graph.mask(circuit.edges)
     if fine:
-        graph, mask = graph.refine(mask)
+        graph, mask = graph.refine(mask, replace(graph, fine=True).on(model).parts)
     evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     search = Search(evaluator, mask, threshold)
     groups = steps(graph)
@@ -107,7 +108,7 @@ def acdc(
         "metric": metric_name(evaluator.pairs.metric),
     }
     kind = graph.n_layers, graph.fine, graph.length
-    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, *graph.inner_kind)
+    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, **graph.inner_kind)
 
 
 def steps(graph: Graph) -> list[list[int]]:
@@ -117,14 +118,14 @@ def steps(graph: Graph) -> list[list[int]]:
     it is unless positions are kept apart, or the time step stays live where the conv's output is cut.
     """
     groups = [list(range(len(graph.pairs)))[graph.into(len(graph.nodes))][::-1]]
-    for layer in reversed(range(len(graph.nodes))):
-        if graph.fine:
-            inside = graph.inside(layer)
+    for node in reversed(range(len(graph.nodes))):
+        if graph.splits(node):
+            inside = graph.inside(node)
             if graph.length is not None or (graph.direct_step and graph.ssm == "conv"):
                 groups.append([inside.stop + SSM_OUT])
-            groups.append([inside.stop + SSM, inside.stop + SKIP, *range(len(graph.pairs))[graph.written(layer)]])
+            groups.append([inside.stop + SSM, inside.stop + SKIP, *range(len(graph.pairs))[graph.written(node)]])
             groups.append(list(range(len(graph.pairs)))[inside][SLICE][::-1])
-        groups.append(list(range(len(graph.pairs)))[graph.into(layer)][::-1])
+        groups.append(list(range(len(graph.pairs)))[graph.into(node)][::-1])
     return groups
 
 
@@ -191,8 +192,8 @@ class Search:
     def _follow(self, group: list[int]) -> None:
         """Keep ``skip -> out`` and ``ssm -> out`` only with the edges they continue."""
         continuations = {SKIP: SKIP_OUT} if self.graph.length is not None else {SKIP: SKIP_OUT, SSM: SSM_OUT}
-        for layer in range(self.graph.n_layers if self.graph.fine else 0):
-            end = self.graph.inside(layer).stop
+        for node in filter(self.graph.splits, range(len(self.graph.nodes))):
+            end = self.graph.inside(node).stop
             for edge, continuation in continuations.items():
                 if end + edge in group:
                     self.mask[end + continuation] &= self.mask[end + edge]

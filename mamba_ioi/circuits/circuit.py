@@ -39,6 +39,7 @@ class Circuit:
         direct_step: whether the layers' time steps come from their inputs and not out of their convs (see `Graph`).
         taps: how many taps the layers' convs have.
         parts: whether blocks are split into mixer, attention and MLP, or the parts of each (see `Graph`).
+        mixed_input: whether mixers read what comes into their layers at earlier positions too (see `Graph`).
 
     Raises:
         ValueError: if an edge is not in the graph, or ``ssm`` is neither.
@@ -56,6 +57,7 @@ class Circuit:
     direct_step: bool = False
     taps: int = TAPS
     parts: bool | tuple[Parts, ...] = False
+    mixed_input: bool = False
 
     def __post_init__(self) -> None:
         graph = self.graph
@@ -70,20 +72,19 @@ class Circuit:
     def of(cls, model, edges: Iterable[Edge], **known) -> Circuit:
         """A circuit of this model with these edges, such as ``[("embed", "3"), ("3", "output")]``.
 
-        It is fine if an inner edge is among them, of parts if one of these is, and positional if they have positions (
-        ``length`` says how many there
-        are; else the largest is the last).
+        It is fine if an inner edge is among them, of parts if one of these is, and positional if they have positions
+        (``length`` says how many there are; else the largest is the last).
         """
         edges = list(edges)
         graph = Graph.of(model.n_layers, edges).on(model)
-        inner = {"ssm": graph.ssm, "direct_step": graph.direct_step, "taps": graph.taps, "parts": graph.parts}
-        known = {"fine": graph.fine, "length": graph.length, **inner, **known}
+        known = {"fine": graph.fine, "length": graph.length, **graph.inner_kind, **known}
         return cls(tuple(edges), model.n_layers, **known)
 
     @property
     def graph(self) -> Graph:
         """The graph that the edges are from."""
-        return Graph(self.n_layers, self.fine, self.length, self.ssm, self.direct_step, self.taps, self.parts)
+        inner = self.ssm, self.direct_step, self.taps, self.parts, self.mixed_input
+        return Graph(self.n_layers, self.fine, self.length, *inner)
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -141,6 +142,7 @@ class Circuit:
             "direct_step": self.direct_step,
             "taps": self.taps,
             "parts": self.parts,
+            "mixed_input": self.mixed_input,
             "accuracy": self.accuracy,
             "nld": self.nld,
             "edges": [list(edge) for edge in self.edges],
@@ -185,6 +187,7 @@ class Circuit:
                 direct_step=stored.get("direct_step", False),
                 taps=stored.get("taps", TAPS),
                 parts=stored.get("parts", False),
+                mixed_input=stored.get("mixed_input", False),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no complete circuit: {error}") from error

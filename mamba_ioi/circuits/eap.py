@@ -59,7 +59,7 @@ from ..trace.mixing import contracted
 from ..trace.scan import ScanStages
 from ..trace.tokens import controls_effects, written
 from .circuit import edge_table
-from .forward import Pass, Run, beginning, record, require_fine, run_nodes
+from .forward import Pass, Run, beginning, record, run_nodes
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .pairs import Pairs
 
@@ -96,7 +96,7 @@ def eap(
             circuits are made of positions, or of edges without.
         variant: ``standard`` or ``paper``: what is interpolated, and whether gradients pass through the patch. See this
             module's text.
-        fine: score also the edges inside layers: conv slices, SSM and skip.
+        fine: score also the edges inside mixers: conv slices, SSM and skip; with those of ``parts``.
         parts: split each block of several parts into mixer, attention and MLP (see `Graph`); one that is a mixer alone
             stays one node.
         ssm: what the edges conv -> ssm carry: ``conv``, or with ``positional`` and ``fine`` ``tokens``: the writes of
@@ -115,8 +115,8 @@ def eap(
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
             are kept; for marks that are unknown or stand at one position; for an unknown variant, less than one step or
             ``ssm="states"``, or ``tokens`` without positions; on a server whose sandbox has no gradients; for a model
-            that carries edits or hooks, or whose layers read more than the residual stream; for ``parts`` beside
-            ``fine``, or of blocks whose parts are not known.
+            that carries edits or hooks, or whose layers read more than the residual stream; for ``parts`` or ``fine``
+            of blocks whose parts are not known.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -126,7 +126,7 @@ def eap(
     if ssm == "tokens" and not (fine and positional and marks is None):
         raise ValueError("edges from token to token are scored with fine=True and positional=True, and without marks")
     if fine:
-        require_fine(model)
+        model.require_mamba("edges inside a layer")
     require_gradients(model, "edge attribution patching")
     model.require_stream("circuits", edges=True)
     by_position = positional and marks is None
@@ -315,7 +315,7 @@ class Attributed(Pass):
         if not self.graph.fine or site.name != "skip":
             return
         gate: Tensor = model.layers[layer].mixer.gate
-        end, width, scores, places = self.graph.inside(layer).stop, self.width, self.scores, self.places
+        end, width, scores, places = self.inside(layer).stop, self.width, self.scores, self.places
         d_gate = self.corrupt.inner[layer]["gate"] - self.here(layer, "gate", gate)
 
         def contract(gradient: Tensor) -> None:
@@ -332,7 +332,7 @@ class Attributed(Pass):
 
     def conv(self, layer: int, conv: ConvStages) -> None:
         """Score the edges into the conv's taps, and from them into the scan."""
-        inside, width, scores, places = self.graph.inside(layer), self.width, self.scores, self.places
+        inside, width, scores, places = self.inside(layer), self.width, self.scores, self.places
         convolved, weight, tokens = conv.peek("conv"), conv.weight.detach(), self.graph.writes
         d_input = self.corrupt.inner[layer]["conv_input"] - self.here(layer, "conv_input", conv.x.transpose(1, 2))
 
@@ -347,9 +347,9 @@ class Attributed(Pass):
 
     def scan(self, layer: int, scan: ScanStages) -> None:
         """Score the edge out of the scan, and those of writes and controls into it."""
-        end, width, scores, places = self.graph.inside(layer).stop, self.width, self.scores, self.places
+        end, width, scores, places = self.inside(layer).stop, self.width, self.scores, self.places
         output, kind, A, initial = scan.peek("ssm_output"), type(scan), scan.peek("A").detach(), scan.initial
-        writes, flows = self.graph.written(layer), None
+        writes, flows = self.graph.written(self.graph.mixers[layer]), None
         if self.graph.writes:
             names, live = ("ssm_input", "delta", "B", "C"), scan.flow()
             there = {name: self.corrupt.inner[layer][name] for name in names}
@@ -366,6 +366,10 @@ class Attributed(Pass):
                 scores[writes][-width:] += moved.T
 
         output.register_hook(contract)
+
+    def inside(self, layer: int) -> slice:
+        """Where the edges inside a layer's mixer stand among all."""
+        return self.graph.inside(self.graph.mixers[layer])
 
     def here(self, layer: int, name: str, live: Tensor) -> Tensor:
         """The value that the corrupt run's is compared with: the clean run's, or this run's."""

@@ -38,7 +38,7 @@ def exact_effects(
         model: a model from `load_model`; with ``fine`` a Mamba.
         data: pairs of prompts; aligned ones if ``positional``.
         positional: resample every edge at every position alone.
-        fine: the edges inside layers too.
+        fine: the edges inside mixers too, with those of ``parts``.
         parts: split blocks into mixer, attention and MLP, as in `eap`.
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, which is what `eap` estimates; or
             ``states``, the states h, as the authors' ACDC has it; or with positions ``tokens``, what each position

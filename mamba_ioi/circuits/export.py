@@ -111,7 +111,7 @@ def _by_pair(edges: Sequence[Edge], split: set[int]) -> dict[tuple[str, str], li
 def _ends(edge: Edge, split: set[int]) -> tuple[str, str]:
     """The names of an edge's ends as drawn: a layer that is split has an input and an output of its own."""
     src, dst = edge[:2]
-    inwards, outwards = "." in dst, "." in src
+    inwards, outwards = is_inner(dst), is_inner(src)
     if "." not in src and layer_of(src) in split:
         src = f"{src} in" if inwards else f"{src} out"
     if "." not in dst and layer_of(dst) in split:

@@ -176,18 +176,18 @@ class Run:
     Attributes:
         begins: where that is.
         sources: what embed and each node add to the residual stream, ``[B, L, D]`` each.
-        inner: for each layer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (in_proj's conv
-            branch) and ``gate``; for the edge conv -> ssm also ``conv`` and ``ssm_output``, or what the states follow
-            from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``, or for edges from token to token these, ``C``, as
-            ``B``, and ``ssm_output``. Of a Mamba-2 ``conv_input`` and ``conv`` are ``[B, L, X]``, ``delta``
-            ``[B, L, H]`` and ``B`` ``[B, L, G, N]``. Empty if not asked for.
+        inner: for each layer with a mixer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (the conv
+            branch of in_proj) and ``gate``; for the edge conv -> ssm also ``conv`` and ``ssm_output``, or what the
+            states follow from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``, or for edges from token to token
+            these, ``C``, as ``B``, and ``ssm_output``. Of a Mamba-2 ``conv_input`` and ``conv`` are ``[B, L, X]``,
+            ``delta`` ``[B, L, H]`` and ``B`` ``[B, L, G, N]``. Empty if not asked for.
         logits: at each row's read position, ``[B, V]``.
         ssm: which of these was asked for, as `graph` has it.
     """
 
     begins: Beginning
     sources: list[Float[Tensor, "B L D"]]
-    inner: list[dict[str, Float[Tensor, "B L E"]]]
+    inner: dict[int, dict[str, Float[Tensor, "B L E"]]]
     logits: Float[Tensor, "B V"]
     ssm: str = "conv"
 
@@ -199,8 +199,7 @@ class Record(Pass):
         Pass.__init__(self, begins, graph)
         self.fine, self.ssm = graph is not None and graph.fine, "conv" if graph is None else graph.ssm
         self.sources: list[Tensor] = []
-        self.inner: list[dict[str, Tensor]] = []
-        self.values: dict[str, Tensor] = {}
+        self.inner: dict[int, dict[str, Tensor]] = {}
 
     def embed(self, value):
         self.sources.append(value)
@@ -209,22 +208,22 @@ class Record(Pass):
     def at(self, model, layer, site):
         Pass.at(self, model, layer, site)
         if self.fine and site.name == "skip":
-            self.values = {"gate": model.layers[layer].mixer.gate}
+            self.inner[layer] = {"gate": model.layers[layer].mixer.gate}
 
     def opened(self, layer, stages):
         Pass.opened(self, layer, stages)
         if not self.fine:
             return
+        values = self.inner[layer]
         if stages.KIND == "conv":
-            self.values["conv_input"] = stages.x.transpose(1, 2)
+            values["conv_input"] = stages.x.transpose(1, 2)
             if self.ssm == "conv":
-                self.values["conv"] = stages.peek("conv")
+                values["conv"] = stages.peek("conv")
             return
         if self.ssm != "states":
-            self.values["ssm_output"] = stages.peek("ssm_output")
+            values["ssm_output"] = stages.peek("ssm_output")
         if self.ssm != "conv":
-            self.values |= stages.inflow() if self.ssm == "states" else stages.flow()
-        self.inner.append(self.values)
+            values |= stages.inflow() if self.ssm == "states" else stages.flow()
 
     def after(self, layer, resid, added):
         self.sources.append(added)
@@ -243,9 +242,7 @@ def record(
 
     Without a graph these are the layers.
     """
-    if graph is not None and graph.fine:
-        require_fine(model)
-    visitor = Record(begins or Beginning(), graph)
+    visitor = Record(begins or Beginning(), None if graph is None else graph.on(model))
     with torch.no_grad(), model.trace(tokens[:, visitor.begins.position :]):
         found = recorded(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
     return Run(visitor.begins, *found, ssm="conv" if graph is None else graph.ssm)
@@ -255,18 +252,3 @@ def recorded(model, visitor: Record, read: Tensor) -> tuple:
     """The body of `record`'s trace."""
     logits = run_nodes(model, visitor, read)
     return visitor.sources, visitor.inner, logits
-
-
-def require_fine(model) -> None:
-    """Refuse fine nodes where there are none.
-
-    Raises:
-        ValueError: if the model is no Mamba, or its layers are more than a scan's mixer.
-    """
-    model.require_mamba("edges inside a layer")
-    if not model.all_scans:
-        kinds = ", ".join(dict.fromkeys(model.layer_kinds))
-        raise ValueError(
-            f"edges inside a layer need layers that are a scan's mixer alone; {model.model_id} has {kinds}: leave fine "
-            f"out, and each layer is one node"
-        )

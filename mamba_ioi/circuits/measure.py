@@ -15,7 +15,7 @@ from ..remote.requests import ask
 from ..result import Result, bootstrap_interval
 from ..tasks.pairs import Metric, PromptPairs
 from .circuit import Circuit
-from .forward import Run, beginning, record, require_fine
+from .forward import Run, beginning, record
 from .graph import Graph
 from .pairs import Pairs
 from .resample import BaseCircuit, resampled_logits, run_circuit
@@ -91,15 +91,14 @@ class Evaluator:
     ) -> None:
         if graph.n_layers != model.n_layers:
             raise ValueError(f"the circuit is of a model with {graph.n_layers} layers, this one has {model.n_layers}")
-        if graph.fine:
-            require_fine(model)
+        graph = graph.on(model)
         model.require_stream("circuits", edges=True)
         if batch_rows is not None:
             batch_rows = whole_number(batch_rows, "batch_rows", least=1)
         pairs = Pairs.of(model, data, positional=graph.length is not None, metric=metric)
         if graph.length is not None and graph.length != pairs.length:
             raise ValueError(f"the circuit has {graph.length} positions, the prompts have {pairs.length}")
-        self.model, self.graph, self.absolute = model, graph.on(model), absolute
+        self.model, self.graph, self.absolute = model, graph, absolute
         row = row_bytes(model, graph, pairs.length, together)
         self.batch_rows = batch_rows or fitting_rows(model, row, MOST_ROWS, share=0.5)
         self.n_rows = len(pairs)

@@ -58,14 +58,13 @@ class Resampled(Pass):
         nodes = len(graph.nodes)
         self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(nodes + 1)]
         self.embeds: list = [narrow(keep[:, :, graph.into(j).start, :, None]).to(device, dtype) for j in range(nodes)]
-        self.inner: list = []  # of each layer, the weights inside it, and of its writes; None where all is kept
-        self.writes: list = []
-        for layer in range(graph.n_layers if graph.fine else 0):
-            inner = keep[:, :, graph.inside(layer).start : graph.written(layer).stop]
+        self.inner: dict = {}  # of each mixer's node, the weights inside it, and of its writes; none where all is kept
+        self.writes: dict = {}
+        for node in filter(graph.splits, range(nodes)):
+            inner = keep[:, :, graph.inside(node).start : graph.written(node).stop]
             parts = narrow(inner).to(device, dtype).split([inner.shape[2] - graph.writes, graph.writes], dim=2)
-            own, writes = parts if (inner != 1).any() else (None, None)
-            self.inner.append(own)
-            self.writes.append(writes)
+            if (inner != 1).any():
+                self.inner[node], self.writes[node] = parts
         self.live = graph.live_nodes((keep != 0).amax((0, 1, 3)))
         self.wanted = {source for mix in self.mixes[first:] for source, _ in mix.terms}
         self.base = torch.zeros_like(corrupt.sources[0])
@@ -89,7 +88,7 @@ class Resampled(Pass):
         for source, weight in mix.terms:
             if self.differences[source] is not None:
                 value = torch.addcmul(value, self.differences[source], weight)
-        if node < len(self.inner) and self.inner[node] is not None:
+        if node in self.inner:
             value = value.expand(max(value.shape[0], self.inner[node].shape[0]), *value.shape[1:])
         return value if self.share else value.expand(self.candidates, *value.shape[1:])
 
@@ -106,7 +105,7 @@ class Resampled(Pass):
 
     def at(self, model, layer, site):
         Pass.at(self, model, layer, site)
-        weights = self.inner[layer] if site.name == "skip" and self.inner else None
+        weights = self.inner.get(self.graph.mixers.get(layer)) if site.name == "skip" else None
         if weights is None:
             return
         kept, mixer = weights[:, :, SKIP] * weights[:, :, SKIP_OUT], model.layers[layer].mixer
@@ -115,9 +114,10 @@ class Resampled(Pass):
 
     def opened(self, layer, stages):
         Pass.opened(self, layer, stages)
-        weights = self.inner[layer] if self.inner else None
-        if weights is None:
+        node = self.graph.mixers[layer]
+        if node not in self.inner:
             return
+        weights = self.inner[node]
         if stages.KIND == "conv":
             self.conv(layer, stages, weights)
             return
@@ -125,7 +125,7 @@ class Resampled(Pass):
             self.resample_states(layer, stages, weights[:, :, SSM], weights[:, :, SSM_OUT])
             return
         if self.graph.ssm == "tokens":
-            self.exchange(layer, stages, self.writes[layer][:, :, self.begins.position :], weights[:, :, SSM])
+            self.exchange(layer, stages, self.writes[node][:, :, self.begins.position :], weights[:, :, SSM])
         if (weights[:, :, SSM_OUT] != 1).any():
             kept = weights[:, :, SSM_OUT, :, None]
             stages.set("ssm_output", blend(self.corrupt.inner[layer]["ssm_output"], stages.peek("ssm_output"), kept))

@@ -50,9 +50,9 @@ def scored_graph(
     positions = table.position if "position" in table else pd.Series(-1, index=table.index)
     length = int(positions.max()) + 1 if len(table) and positions.max() >= 0 else None
     ssm = str(known.get("ssm", "conv")) if ssm is None else ssm
-    fine, direct_step = any(map(is_inner, table.src.map(str))), bool(known.get("direct_step", False))
-    parts = known.get("parts") or _parts(table, n_layers)
-    graph = Graph(n_layers, fine, length, ssm, direct_step, int(known.get("taps", TAPS)), parts)
+    fine, parts = any(map(is_inner, table.src.map(str))), known.get("parts") or _parts(table, n_layers)
+    direct_step, mixed_input = (bool(known.get(name, False)) for name in ("direct_step", "mixed_input"))
+    graph = Graph(n_layers, fine, length, ssm, direct_step, int(known.get("taps", TAPS)), parts, mixed_input)
     values = torch.full((len(graph.pairs), graph.width), math.nan, dtype=torch.float64)
     for src, dst, position, score in zip(table.src, table.dst, positions, table.score, strict=True):
         if (src, dst) not in graph.index:
@@ -206,4 +206,4 @@ def _circuit(graph: Graph, values: Tensor, mask: Tensor, prune: bool, meta: dict
     table = edge_table(edges).assign(score=values[kept].tolist())
     meta = {**meta, "pruned": int(mask.sum() - kept.sum())}
     kind = graph.n_layers, graph.fine, graph.length
-    return Circuit(edges, *kind, accuracy, nld, table, meta, *graph.inner_kind)
+    return Circuit(edges, *kind, accuracy, nld, table, meta, **graph.inner_kind)
