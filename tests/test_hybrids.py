@@ -19,7 +19,8 @@ from mamba_ioi import (
     token_contributions,
 )
 from mamba_ioi.circuits import eap, exact_effects
-from mamba_ioi.experiments import bottleneck, layer_removal, resample_ablation
+from mamba_ioi.experiments import bottleneck, cross_talk, layer_removal, resample_ablation
+from mamba_ioi.interventions import batches
 from mamba_ioi.interventions.patch import Resample
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
@@ -234,9 +235,44 @@ def test_a_sweep_gives_what_runs_do(model):
         close(logits, expected.gather(1, readout.tokens))
 
 
+def test_a_sweep_begins_at_the_changed_layer(model, monkeypatch):
+    """And with the prompt: the layers below are not run again."""
+    left: list[int] = []
+    skip = batches.skip_block
+    monkeypatch.setattr(
+        batches, "skip_block", lambda model, layer, value: left.append(layer) or skip(model, layer, value)
+    )
+    source, zeros, layer = IDS.flip(0), torch.zeros(3, dtype=torch.long), model.n_layers - 1
+    readout = Readout(IDS[:, :3], zeros + 6, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    found = sweep(model, IDS, [[Resample("resid_pre", layer, 5)]], readout, source=source)
+    assert left == list(range(layer))
+    there = cache(model, source, [("resid_pre", layer)])["resid_pre", layer][:, [5]]
+    close(found[0], run(model, IDS, [Patch("resid_pre", layer, there, [5])]).gather(1, readout.tokens))
+
+
+@pytest.mark.parametrize("site", ["embed", "resid_pre"])
+def test_embeddings_that_are_read_twice(site):
+    """Zamba2's shared block reads them beside the stream: a change of the embeddings is in both, of the stream not."""
+    model, zeros = MODELS["zamba2"], torch.zeros(3, dtype=torch.long)
+    readout = Readout(IDS[:, :3], zeros + 6, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    there = run_by_hand(exact(model), IDS.flip(0))[0]["resid_pre", 0]
+
+    def put_in(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, 3] = there[:, 3]
+        return value
+
+    edits = {("resid_pre", 0): put_in}
+    if site == "embed":
+        edits |= {("beside", layer): put_in for layer in (1, 3)}
+    expected = run_by_hand(exact(model), IDS, edits)[1][:, 6].gather(1, IDS[:, :3])
+    change = Resample(site, None if site == "embed" else 0, 3)
+    close(sweep(model, IDS, [[change]], readout, source=IDS.flip(0))[0], expected)
+
+
 @pytest.mark.parametrize("resample", [False, True])
 def test_cuts(model, resample):
-    """In runs and in sweeps, which run whole prompts here: nothing that is asked for is left out."""
+    """In runs and in sweeps, which begin with the prompt here: nothing that is asked for is left out."""
     layer, source = scan_layers(model)[-1], IDS.flip(0)
     acts, there = (run_by_hand(exact(model), ids)[0] for ids in (IDS, source))
     y = acts["y", layer].clone()
@@ -370,6 +406,31 @@ def test_the_bottleneck_is_a_layer_with_a_scan(model, pairs):
         patched = differences(run_by_hand(exact(model), pairs.clean_tokens, edits)[1], pairs)
         effects[other] = ((high - patched) / (high - low)).median().item()
     assert layer == max(effects, key=lambda one: effects[one])
+
+
+def test_layers_that_move_between_tokens(model, pairs):
+    """Every layer resampled, and each step's choice, by hand: the conv's input, the attention's, a shared block's."""
+    there = run_by_hand(exact(model), pairs.corrupt_tokens)[0]
+    table = cross_talk(model, pairs, target=0.99, progress=False).table
+    moving = [i for i, kind in enumerate(model.layer_kinds) if kind != "mlp"]
+
+    def measured(resampled: list[int]) -> tuple[float, float]:
+        sites = [(name, i) for i in resampled for name in ("in_proj", "attn_in") if (name, i) in there]
+        if model.model_id == "zamba2":
+            sites = [("layer_input", i) if i in (1, 3) else (name, i) for name, i in sites]
+        edits = {site: lambda _, site=site: there[site] for site in sites}
+        logits = run_by_hand(exact(model), pairs.clean_tokens, edits)[1]
+        right = differences(logits, pairs)
+        return (right > 0).double().mean().item(), torch.sigmoid(right).mean().item()
+
+    assert table.layer[0] == -1 and set(table.layer[1:]) <= set(moving)
+    for row in table.itertuples():
+        moving = [i for i in moving if i != row.layer]
+        assert (row.accuracy, row.probability) == pytest.approx(measured(moving), abs=1e-4)
+        if row.step:
+            best = max(measured([i for i in (*moving, row.layer) if i != other]) for other in (*moving, row.layer))
+            own = measured(moving)
+            assert own[0] == best[0] and own[1] >= best[1] - 1e-4
 
 
 def test_removed_layers(model, pairs):
