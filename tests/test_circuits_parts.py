@@ -198,8 +198,6 @@ def test_circuits_of_parts(name, pairs, tmp_path):
         assert all(f'"{src}" -> "{dst}"' in to_dot(circuit) for src, dst in circuit.edges)
     whole = evaluate(model, pairs, Circuit.of(model, graph.edges()), absolute=False)
     assert whole.nld == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="take one of them"):
-        acdc(model, pairs, top_k(scores, len(graph)), fine=True)
     with pytest.raises(ValueError, match="MIB"):
         to_mib(tmp_path / "mib.json", top_k(scores, 5), d_model=16)
     assert len(values) == len(graph)
@@ -223,8 +221,11 @@ def test_the_graph():
     for parts in (((("x",),),), ((("",),), (("",),))):
         with pytest.raises(ValueError, match="parts are True, or"):
             Graph(1, parts=parts)
-    with pytest.raises(ValueError, match="take one of them"):
-        Graph(2, fine=True, parts=True)
+    fine = Graph(2, fine=True, parts=True)
+    assert fine.pairs[:10] == (("embed", "0"), *fine.pairs[fine.inside(0)], ("embed", "0.attn"))
+    assert [fine.splits(node) for node in range(6)] == [True, False, False] * 2 and len(fine) == len(graph) + 2 * 8
+    assert [fine.pairs[fine.into(node)] for node in range(7)] == [graph.pairs[graph.into(node)] for node in range(7)]
+    assert fine.inside(1) == fine.written(1) == slice(10, 10)
 
 
 def test_dead_ends():

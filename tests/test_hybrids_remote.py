@@ -6,7 +6,8 @@ import pytest
 from nnsight.modeling.huggingface import _ID_CACHE
 
 from mamba_ioi import Patch, cache, hidden_attention, load_model, run, token_contributions
-from mamba_ioi.circuits import eap
+from mamba_ioi.circuits import Circuit, Graph, eap, evaluate
+from mamba_ioi.experiments import resample_ablation
 from mamba_ioi.remote import ndif
 
 from .hybrid_models import FAMILIES, IDS, MODELS, close, short_pairs
@@ -36,6 +37,12 @@ def test_on_a_server(family, tmp_path, monkeypatch):
     for layer in [i for i in range(here.n_layers) if "attn_out" in here.sites_of(i)][:1]:
         for function in (hidden_attention, token_contributions):
             close(*(function(model, IDS, layer, part="attention") for model in (there, here)))
-    found, expected = (eap(model, short_pairs(), steps=2, parts=True).table.score for model in (there, here))
+    for how in ({"parts": True}, {"fine": True, "positional": True, "ssm": "tokens"}):
+        found, expected = (eap(model, short_pairs(), steps=2, **how).table.score for model in (there, here))
+        assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
+    circuit = Circuit.of(here, Graph(here.n_layers, fine=True).on(here).edges()[::2])
+    found, expected = (evaluate(model, short_pairs(), circuit) for model in (there, here))
+    assert (found.nld, found.kl) == pytest.approx((expected.nld, expected.kl), rel=1e-3, abs=1e-3)
+    found, expected = (resample_ablation(model, short_pairs(), "resid_pre").table.effect for model in (there, here))
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
     worker.process.kill()

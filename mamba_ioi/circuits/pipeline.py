@@ -152,6 +152,7 @@ def circuit_of(result: Result) -> Circuit:
         graph.get("direct_step", False),
         graph.get("taps", TAPS),
         graph.get("parts", False),
+        graph.get("mixed_input", False),
     )
 
 
