@@ -38,8 +38,8 @@ def acdc(
     """Drop edges whose removal lowers the mean normalized logit difference by no more than the threshold (App. D.2).
 
     Nodes are taken backwards from the output; of a layer, first its SSM (where ``ssm`` is ``tokens``, the writes and
-    controls that it is made of) and skip, then its conv slices, then the edges
-    into it, from the latest source to the earliest. Edges are removed by resampling them, on top of everything that is
+    controls that it is made of) and skip, then its conv slices, then the edges into it, from the latest source to the
+    earliest. Edges are removed by resampling them, on top of everything that is
     outside the circuit. ``ssm -> out`` and ``skip -> out`` are not tested: they stay where ``conv -> ssm`` and
     ``in -> skip`` do, for to cut the one is to cut the other (with positions, ``ssm -> out`` is tested).
     An edge from which no path leads to the output any more is dropped without a test.
@@ -53,11 +53,12 @@ def acdc(
       has to stay ends the run; the answer is that of testing them one by one.
 
     Args:
-        model: a model from `load_model`; with ``fine`` a Mamba.
+        model: a model from `load_model`; with ``fine`` one with scans.
         data: pairs of prompts; the metric is their mean.
         circuit: where to start from; None for the whole graph, with positions where ``ssm`` is ``tokens``.
         threshold: the largest drop of the mean NLD at which an edge goes.
-        fine: test the edges inside layers too.
+        fine: test the edges inside mixers too; of a hybrid also those between the parts of blocks (see `Graph`), of
+            which a circuit of whole blocks keeps all that lie within a block or between two that it joins.
         exact: test sequentially.
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, or ``states``, the states h, as the authors
             have it, or ``tokens``, what each position gives to each later one, which needs positions (see `Graph`);

@@ -87,7 +87,7 @@ def eap(
     """Score every edge by edge attribution patching with integrated gradients (paper, § 3.2, § 5 and App. D.1).
 
     Args:
-        model: a model from `load_model`; with ``fine`` a Mamba.
+        model: a model from `load_model`; with ``fine`` one with scans.
         data: pairs of prompts; aligned ones if ``positional``, unless ``marks`` are given.
         steps: how many points between clean and corrupt run the gradients are taken at; 1 is plain EAP.
         positional: keep positions apart: a score for (src, dst, position).

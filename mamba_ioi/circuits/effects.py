@@ -35,7 +35,7 @@ def exact_effects(
     """How much the metric changes when one edge is resampled and nothing else is: what `eap` estimates.
 
     Args:
-        model: a model from `load_model`; with ``fine`` a Mamba.
+        model: a model from `load_model`; with ``fine`` one with scans.
         data: pairs of prompts; aligned ones if ``positional``.
         positional: resample every edge at every position alone.
         fine: the edges inside mixers too, with those of ``parts``.

@@ -270,7 +270,7 @@ def resampled_logits(
     """The logits of C candidate circuits in one forward, everything outside each of them resampled.
 
     Args:
-        model: a `CausalLM` from `load_model`; fine graphs need a Mamba.
+        model: a `CausalLM` from `load_model`; fine graphs need one with scans.
         graph: which edges there are.
         tokens: the prompts that run.
         read: the position to read logits at, per prompt.
