@@ -17,6 +17,8 @@ import pandas as pd
 from transformers import BambaConfig, BambaForCausalLM
 
 from mamba_ioi import IOIDataset, experiments, load_model
+from mamba_ioi.circuits import eap, exact_effects, rank_correlation
+from mamba_ioi.circuits.graph import is_inner
 from mamba_ioi.zoo.train_tiny import Recipe, hf_logits, train
 
 LAYERS = 4
@@ -77,6 +79,15 @@ def main() -> None:
         cut = experiments.knockout(model, data, sources=sources, targets=["last"], progress=False)
         print("\neffect of cutting the name's token, or one of three after it, from the last one in each scan:")
         print(cut.table.pivot(index="layer", columns="source", values="effect").to_string())
+        scores, effects = eap(model, data, parts=True, steps=5), exact_effects(model, data, parts=True)
+        agreed = rank_correlation(scores, effects)
+        print(f"\nedges between parts, the most needed first (rank correlation with eap {agreed:.2f}):")
+        print(effects.table.sort_values("score").head(10)[["src", "dst", "score"]].to_string(index=False))
+        scores, effects = eap(model, data, fine=True, steps=5), exact_effects(model, data, fine=True)
+        agreed, inner = rank_correlation(scores, effects), effects.table[effects.table.src.map(is_inner)]
+        inner = pd.concat([inner, effects.table[effects.table.dst.map(is_inner)]]).drop_duplicates()
+        print(f"\nedges inside mixers, of {len(effects.table)} in all (rank correlation with eap {agreed:.2f}):")
+        print(inner.sort_values("score").head(8)[["src", "dst", "score"]].to_string(index=False))
 
 
 def by_position(model, data: IOIDataset, side: int) -> pd.DataFrame:

@@ -171,6 +171,11 @@ def close(value: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(value.double(), expected.double(), rtol=2e-4, atol=1e-4 * scale + 1e-7)
 
 
+def scan_layers(model: MambaModel) -> list[int]:
+    """The layers that have a scan."""
+    return [i for i, kind in enumerate(model.layer_kinds) if "mamba" in kind.split("+") or "mamba2" in kind.split("+")]
+
+
 def short_pairs() -> PromptPairs:
     """Three pairs that part at one token, with answers that mean nothing."""
     clean, corrupt = IDS.clone(), IDS.clone()

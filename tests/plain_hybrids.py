@@ -60,12 +60,18 @@ def run_by_hand(
 
         handles.append(part.register_forward_hook(hook))
 
+    def given_beside(block: nn.Module, work: Callable[[Tensor], Tensor]) -> None:
+        """What a Zamba2's shared block reads of the embeddings."""
+        handles.append(block.register_forward_pre_hook(lambda _, args: (args[0], work(args[1]), *args[2:])))
+
     for i, block in enumerate(module.model.layers):
         found, attn = mixer_of(block), find(block, "self_attn")
         scale = getattr(block, "residual_multiplier", 1.0)
         parallel = found is not None and attn is not None
         streams: dict[str, Tensor] = {}
         before(block, lambda value, i=i: site("resid_pre", i, value))
+        if hasattr(block, "mamba_decoder"):
+            given_beside(block, lambda value, i=i: site("beside", i, value))
         if found is not None:
             path, mixer = found
             norm = find(block, NORMS[path])
@@ -135,3 +141,16 @@ def run_by_hand(
 
 
 streams_of: dict[int, dict[str, Tensor]] = {}
+
+
+def cut_by_hand(acts: dict, there: dict | None, layer: int, sources: list[int], target: int) -> Tensor:
+    """The y at the target without what the sources write there, or with what they write in the other run."""
+    A_bar, write, C = (acts[name, layer] for name in ("A_bar", "write", "C"))
+    y = acts["y", layer][:, target].clone()
+    for source in sources:
+        flow = (0.0 if there is None else there["write", layer][:, source]) - write[:, source]
+        for t in range(source + 1, target + 1):
+            flow = A_bar[:, t].view(*A_bar[:, t].shape, *[1] * (flow.dim() + 1 - A_bar.dim())) * flow
+        read = C[:, target] if flow.dim() == 3 else C[:, target].repeat_interleave(flow.shape[1] // C.shape[2], dim=1)
+        y += (flow * (read[:, None] if flow.dim() == 3 else read[:, :, None])).sum(-1).flatten(1)
+    return y

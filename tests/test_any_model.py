@@ -47,18 +47,6 @@ OPT = {
 GRANITE = {"logits_scaling": 8.0, "residual_multiplier": 0.3, "embedding_multiplier": 6.0, "attention_multiplier": 0.2}
 SSD = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 4}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-ZAMBA2 = {
-    "num_key_value_heads": 2,
-    "mamba_d_state": 4,
-    "mamba_ngroups": 1,
-    "n_mamba_heads": 4,
-    "mamba_headdim": 8,
-    "num_mem_blocks": 1,
-    "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
-    "chunk_size": 4,
-    "adapter_rank": 4,
-    "pad_token_id": 0,
-}
 
 CONFIGS = {
     # logits scaled or capped after the unembedding

@@ -46,6 +46,18 @@ FINE = pd.DataFrame(
 )
 
 
+HYBRID = pd.concat(
+    [
+        FINE,
+        pd.DataFrame(
+            [("embed", "0.attn", -0.2), ("0.attn", "1", -0.3), ("1", "1.mlp", -0.1), ("1.mlp", "output", -0.1)],
+            columns=FINE.columns,
+        ),
+    ]
+)
+"""A fine circuit with an attention and an MLP, as a hybrid's."""
+
+
 def texts(figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
@@ -129,6 +141,22 @@ def test_positions_and_layers_in_words():
     assert name_positions([3, 5, 7, 15], LABELS) == "n1–n3, n5"
     assert name_positions([2, 4]) == "2, 4" and name_positions([]) == ""
     assert name_layers(["output", "10", "9", "embed", "0", "8", "1"]) == "embed, 0, 1, 8–10, output"
+
+
+def test_attention_and_mlps_are_drawn_whole_beside_the_parts_of_mixers():
+    edges = {(edge.src, edge.dst) for edge in drawn_edges(HYBRID)}
+    assert {("embed", "0.attn"), ("0.attn", "1 in"), ("1 out", "1.mlp"), ("1.mlp", "output")} <= edges
+    assert ("1 in", "1.skip") in edges and ("1.skip", "1 out") in edges
+    order = nodes_of(drawn_edges(HYBRID))
+    assert order.index("0.attn") < order.index("1 in") < order.index("1 out") < order.index("1.mlp")
+    assert {("1 out", "1.mlp"), ("1.mlp", "output")} <= {(e.src, e.dst) for e in drawn_edges(HYBRID, layer=1)}
+    result = circuit_result("positional_circuit", HYBRID.assign(position=-1, kept=True))
+    assert "0.attn" in texts(circuit_graph(result)) and 'data-node="1.mlp"' in circuit_html(result)
+    scores = circuit_result("eap", HYBRID.assign(position=-1)).plot()
+    shown = {label.get_text() for axes in scores.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())}
+    assert {"0.attn", "1", "1.mlp"} <= shown and not any("conv" in name or "skip" in name for name in shown)
+    parts = parts_table(HYBRID.assign(kept=True, effect=0.1))
+    assert set(parts.part) == {"conv[-1]", "skip", "ssm"} and set(parts.layer) == {1}
 
 
 def test_edges_of_one_pair_are_drawn_together():

@@ -171,8 +171,8 @@ def gradients_at_inputs(model, data: IOIDataset, alpha: float, variant: str) -> 
 def step(model, data: IOIDataset, alpha: float, variant: str, fine: bool = False) -> dict:
     """One step's scores, as a mapping of edges."""
     pairs = Pairs.of(model, data)
-    clean, corrupt = (record(model, tokens, pairs.last, fine=fine) for tokens in (pairs.clean, pairs.corrupt))
     graph = Graph(model.n_layers, fine)
+    clean, corrupt = (record(model, tokens, pairs.last, graph=graph) for tokens in (pairs.clean, pairs.corrupt))
     scores = attribute(model, graph, pairs, clean, corrupt, torch.ones(len(pairs)), alpha, variant)
     return dict(zip(graph.pairs, scores.flatten().tolist(), strict=True))
 

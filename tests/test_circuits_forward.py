@@ -46,7 +46,7 @@ def keep(graph: Graph, cut: list[set]) -> torch.Tensor:
 def test_any_set_of_edges_equals_the_twin(model: MambaModel, graph: Graph) -> None:
     module, positional = model._module, graph.length is not None
     corrupt = plain.mamba_run(module, TOKENS[1], LAST, ssm=graph.ssm)
-    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
+    run = record(model, TOKENS[1], LAST, graph=graph)
     sets = cuts(graph, 40)
     found = resampled_logits(model, graph, TOKENS[0], LAST, run, keep(graph, sets))
     expected = [plain.mamba_run(module, TOKENS[0], LAST, corrupt, cut, positional, graph.ssm).logits for cut in sets]
@@ -56,7 +56,7 @@ def test_any_set_of_edges_equals_the_twin(model: MambaModel, graph: Graph) -> No
 
 @pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES, TOKEN_EDGES], ids=str)
 def test_whole_and_empty_graph(model: MambaModel, graph: Graph) -> None:
-    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
+    run = record(model, TOKENS[1], LAST, graph=graph)
     masks = torch.stack([torch.ones(len(graph.pairs), graph.width), torch.zeros(len(graph.pairs), graph.width)])
     found = resampled_logits(model, graph, TOKENS[0], LAST, run, masks[:, None])
     for got, tokens in zip(found, TOKENS, strict=True):
@@ -80,7 +80,7 @@ def test_the_unembedding_is_one_product_of_all_rows(model: MambaModel, monkeypat
 
 @pytest.mark.parametrize("graph", [Graph(N), Graph(N, True), Graph(N, True, LENGTH), *STATES, TOKEN_EDGES], ids=str)
 def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
-    run, graph = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm), graph.on(model)
+    run, graph = record(model, TOKENS[1], LAST, graph=graph), graph.on(model)
     generator = torch.Generator().manual_seed(1)
     masks = (
         torch.rand(6, len(graph.pairs), graph.width, generator=generator) < torch.linspace(0.3, 0.8, 6)[:, None, None]
@@ -93,7 +93,7 @@ def test_pruned_edges_change_nothing(model: MambaModel, graph: Graph) -> None:
 
 @pytest.mark.parametrize("graph", [Graph(N), Graph(N, True, LENGTH), *STATES, TOKEN_EDGES], ids=str)
 def test_each_row_its_own_circuit(model: MambaModel, graph: Graph) -> None:
-    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
+    run = record(model, TOKENS[1], LAST, graph=graph)
     masks = torch.rand(2, ROWS, len(graph.pairs), graph.width, generator=torch.Generator().manual_seed(4)) < 0.6
     found = resampled_logits(model, graph, TOKENS[0], LAST, run, masks)
     for c in range(2):
@@ -111,7 +111,7 @@ def test_states_are_mixed_as_hooks_mix_them(graph: Graph, which: str) -> None:
     """
     model = wrap(random_mamba(seed=2), None, model_id="random")
     layer, module = 1, model._module
-    run = record(model, TOKENS[1], LAST, fine=True, ssm="states")
+    run = record(model, TOKENS[1], LAST, graph=Graph(3, fine=True, ssm="states"))
     weights = torch.rand(3, ROWS, graph.width, generator=torch.Generator().manual_seed(7))
     weights[1] = weights[1].round()
     keeping = torch.ones(3, ROWS, len(graph.pairs), graph.width)
@@ -169,9 +169,9 @@ def test_each_row_is_read_at_its_own_position(model: MambaModel) -> None:
 @pytest.mark.parametrize("parted", [1, 2, 5, LENGTH - 1])
 def test_runs_begin_where_the_prompts_part(model: MambaModel, graph: Graph, parted: int) -> None:
     corrupt = torch.cat([TOKENS[0][:, :parted], TOKENS[1][:, parted:]], dim=1)
-    whole = record(model, corrupt, LAST, fine=graph.fine, ssm=graph.ssm)
+    whole = record(model, corrupt, LAST, graph=graph)
     begins = beginning(model, corrupt, parted)
-    run = record(model, corrupt, LAST, begins, fine=graph.fine, ssm=graph.ssm)
+    run = record(model, corrupt, LAST, begins, graph=graph)
     torch.testing.assert_close(run.logits, whole.logits, rtol=1e-5, atol=1e-5)
     for got, expected in zip(run.sources, whole.sources, strict=True):
         torch.testing.assert_close(got, expected[:, parted:], rtol=1e-5, atol=1e-5)
@@ -184,7 +184,7 @@ def test_runs_begin_where_the_prompts_part(model: MambaModel, graph: Graph, part
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 def test_candidates_go_on_from_a_known_circuit(graph: Graph, family: str) -> None:
     model = wrap(RANDOM[family](seed=2), None, model_id="random")
-    run = record(model, TOKENS[1], LAST, fine=graph.fine, ssm=graph.ssm)
+    run = record(model, TOKENS[1], LAST, graph=graph)
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(len(graph.pairs), graph.width, generator=generator) < 0.7
     base = run_circuit(model, graph, TOKENS[0], run, mask)
@@ -247,4 +247,4 @@ def test_what_does_not_fit_is_refused(model: MambaModel) -> None:
     with pytest.raises(ValueError, match="one shape"):
         resampled_logits(model, graph, TOKENS[0][:, :5], LAST - 2, run, torch.ones(1, 1, len(graph.pairs), 1))
     with pytest.raises(ValueError, match="need a Mamba"):
-        record(wrap(others()["gpt2"][0], None, model_id="gpt2"), TOKENS[0], LAST, fine=True)
+        record(wrap(others()["gpt2"][0], None, model_id="gpt2"), TOKENS[0], LAST, graph=Graph(2, fine=True))

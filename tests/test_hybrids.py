@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nnsight.modeling.huggingface import _ID_CACHE
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,18 +19,16 @@ from mamba_ioi import (
     token_contributions,
 )
 from mamba_ioi.circuits import eap, exact_effects
-from mamba_ioi.experiments import bottleneck, layer_removal, resample_ablation
+from mamba_ioi.experiments import bottleneck, cross_talk, layer_removal, resample_ablation
+from mamba_ioi.interventions import batches
 from mamba_ioi.interventions.patch import Resample
 from mamba_ioi.interventions.readout import Readout
 from mamba_ioi.interventions.sweep import sweep
 from mamba_ioi.models.model import MambaModel
-from mamba_ioi.remote import ndif
 from mamba_ioi.trace.sites import owner
 
-from .hybrid_models import FAMILIES, IDS, KINDS, MODELS, close, differences, exact, short_pairs
-from .plain import NAMES, prompt_tokenizer
-from .plain_hybrids import run_by_hand
-from .test_remote import Worker
+from .hybrid_models import FAMILIES, IDS, KINDS, MODELS, close, differences, exact, scan_layers, short_pairs
+from .plain_hybrids import cut_by_hand, run_by_hand
 
 CASES = [
     (family, name, layer)
@@ -53,7 +50,6 @@ every_own_site = pytest.mark.parametrize(
 )
 """But for resid_mid, which `test_the_stream_between_parts` holds."""
 with_stream_between = list(dict.fromkeys(case[0] for case in CASES if case[1] == "resid_mid"))
-with_circuits = [family for family in FAMILIES if family != "zamba2"]
 around_layers = pytest.mark.parametrize("name", ["embed", "norm", "logits"])
 
 
@@ -239,26 +235,44 @@ def test_a_sweep_gives_what_runs_do(model):
         close(logits, expected.gather(1, readout.tokens))
 
 
-def scan_layers(model: MambaModel) -> list[int]:
-    return [i for i, kind in enumerate(model.layer_kinds) if "mamba" in kind.split("+") or "mamba2" in kind.split("+")]
+def test_a_sweep_begins_at_the_changed_layer(model, monkeypatch):
+    """And with the prompt: the layers below are not run again."""
+    left: list[int] = []
+    skip = batches.skip_block
+    monkeypatch.setattr(
+        batches, "skip_block", lambda model, layer, value: left.append(layer) or skip(model, layer, value)
+    )
+    source, zeros, layer = IDS.flip(0), torch.zeros(3, dtype=torch.long), model.n_layers - 1
+    readout = Readout(IDS[:, :3], zeros + 6, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    found = sweep(model, IDS, [[Resample("resid_pre", layer, 5)]], readout, source=source)
+    assert left == list(range(layer))
+    there = cache(model, source, [("resid_pre", layer)])["resid_pre", layer][:, [5]]
+    close(found[0], run(model, IDS, [Patch("resid_pre", layer, there, [5])]).gather(1, readout.tokens))
 
 
-def cut_by_hand(acts: dict, there: dict | None, layer: int, sources: list[int], target: int) -> Tensor:
-    """The y at the target without what the sources write there, or with what they write in the other run."""
-    A_bar, write, C = (acts[name, layer] for name in ("A_bar", "write", "C"))
-    y = acts["y", layer][:, target].clone()
-    for source in sources:
-        flow = (0.0 if there is None else there["write", layer][:, source]) - write[:, source]
-        for t in range(source + 1, target + 1):
-            flow = A_bar[:, t].view(*A_bar[:, t].shape, *[1] * (flow.dim() + 1 - A_bar.dim())) * flow
-        read = C[:, target] if flow.dim() == 3 else C[:, target].repeat_interleave(flow.shape[1] // C.shape[2], dim=1)
-        y += (flow * (read[:, None] if flow.dim() == 3 else read[:, :, None])).sum(-1).flatten(1)
-    return y
+@pytest.mark.parametrize("site", ["embed", "resid_pre"])
+def test_embeddings_that_are_read_twice(site):
+    """Zamba2's shared block reads them beside the stream: a change of the embeddings is in both, of the stream not."""
+    model, zeros = MODELS["zamba2"], torch.zeros(3, dtype=torch.long)
+    readout = Readout(IDS[:, :3], zeros + 6, zeros, zeros + 1, torch.tensor([[0, 1]] * 3))
+    there = run_by_hand(exact(model), IDS.flip(0))[0]["resid_pre", 0]
+
+    def put_in(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, 3] = there[:, 3]
+        return value
+
+    edits = {("resid_pre", 0): put_in}
+    if site == "embed":
+        edits |= {("beside", layer): put_in for layer in (1, 3)}
+    expected = run_by_hand(exact(model), IDS, edits)[1][:, 6].gather(1, IDS[:, :3])
+    change = Resample(site, None if site == "embed" else 0, 3)
+    close(sweep(model, IDS, [[change]], readout, source=IDS.flip(0))[0], expected)
 
 
 @pytest.mark.parametrize("resample", [False, True])
 def test_cuts(model, resample):
-    """In runs and in sweeps, which run whole prompts here: nothing that is asked for is left out."""
+    """In runs and in sweeps, which begin with the prompt here: nothing that is asked for is left out."""
     layer, source = scan_layers(model)[-1], IDS.flip(0)
     acts, there = (run_by_hand(exact(model), ids)[0] for ids in (IDS, source))
     y = acts["y", layer].clone()
@@ -394,6 +408,31 @@ def test_the_bottleneck_is_a_layer_with_a_scan(model, pairs):
     assert layer == max(effects, key=lambda one: effects[one])
 
 
+def test_layers_that_move_between_tokens(model, pairs):
+    """Every layer resampled, and each step's choice, by hand: the conv's input, the attention's, a shared block's."""
+    there = run_by_hand(exact(model), pairs.corrupt_tokens)[0]
+    table = cross_talk(model, pairs, target=0.99, progress=False).table
+    moving = [i for i, kind in enumerate(model.layer_kinds) if kind != "mlp"]
+
+    def measured(resampled: list[int]) -> tuple[float, float]:
+        sites = [(name, i) for i in resampled for name in ("in_proj", "attn_in") if (name, i) in there]
+        if model.model_id == "zamba2":
+            sites = [("layer_input", i) if i in (1, 3) else (name, i) for name, i in sites]
+        edits = {site: lambda _, site=site: there[site] for site in sites}
+        logits = run_by_hand(exact(model), pairs.clean_tokens, edits)[1]
+        right = differences(logits, pairs)
+        return (right > 0).double().mean().item(), torch.sigmoid(right).mean().item()
+
+    assert table.layer[0] == -1 and set(table.layer[1:]) <= set(moving)
+    for row in table.itertuples():
+        moving = [i for i in moving if i != row.layer]
+        assert (row.accuracy, row.probability) == pytest.approx(measured(moving), abs=1e-4)
+        if row.step:
+            best = max(measured([i for i in (*moving, row.layer) if i != other]) for other in (*moving, row.layer))
+            own = measured(moving)
+            assert own[0] == best[0] and own[1] >= best[1] - 1e-4
+
+
 def test_removed_layers(model, pairs):
     found = layer_removal(model, pairs, progress=False).table
     for layer in range(model.n_layers):
@@ -408,7 +447,6 @@ def test_removed_layers(model, pairs):
 
 
 @pytest.mark.conformance("edges")
-@pytest.mark.parametrize("model", with_circuits, indirect=True)
 def test_effects_of_edges(model, pairs):
     """Into each block: its own input less what a source adds, more what that adds in the other run."""
     found = exact_effects(model, pairs, progress=False).table.set_index(["src", "dst"]).score
@@ -416,8 +454,10 @@ def test_effects_of_edges(model, pairs):
     here, high = run_by_hand(exact(model), pairs.clean_tokens)
     high, low = differences(high, pairs), differences(low, pairs)
     layer = model.n_layers - 1
-    for source in range(layer):
-        added = [acts["resid_post", source] - acts["resid_pre", source] for acts in (here, there)]
+    for source in ("embed", *range(layer)):
+        added = [acts["resid_pre", 0] for acts in (here, there)]
+        if source != "embed":
+            added = [acts["resid_post", source] - acts["resid_pre", source] for acts in (here, there)]
         kept = {}
 
         def enter(stream, added=added, kept=kept):
@@ -428,6 +468,8 @@ def test_effects_of_edges(model, pairs):
             return stream - added[1] + added[0]
 
         edits = {("resid_pre", layer): enter, ("resid_post", layer): leave}
+        if source == "embed":  # which a Zamba2's shared block reads beside the stream
+            edits["beside", layer] = lambda value, added=added: value + added[1] - added[0]
         _, logits = run_by_hand(exact(model), pairs.clean_tokens, edits)
         effect = ((differences(logits, pairs) - high) / (high - low).abs()).mean().item()
         assert found[str(source), str(layer)] == pytest.approx(effect, rel=5e-3, abs=1e-3)
@@ -441,14 +483,18 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
 
     def forward(ids: Tensor, embedding: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         adds, inputs, streams, handles = [], [], [], []
+        besides.clear()
 
-        def first(_, args, kwargs):
+        def first(block, args, kwargs):
             value = args[0] if args else kwargs["hidden_states"]
             if not adds:
                 value = value if embedding is None else embedding
                 adds.append(value)
             streams.append(value)
             inputs.append(value.detach().requires_grad_() if embedding is None else value.clone())
+            if hasattr(block, "mamba_decoder"):  # a Zamba2's shared block, which reads the embeddings as well
+                besides[len(inputs) - 1] = args[1].clone() if embedding is None else embedding.clone()
+                args = (args[0], besides[len(inputs) - 1], *args[2:])
             return ((inputs[-1], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": inputs[-1]})
 
         def last(_, args, output):
@@ -466,6 +512,7 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
             handle.remove()
         return adds, inputs, differences(logits, pairs)
 
+    besides: dict[int, Tensor] = {}
     with torch.no_grad():
         assert embed is not None
         here, _, high = forward(pairs.clean_tokens, None)
@@ -475,7 +522,11 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
     for step in range(steps):
         alpha = step / (steps - 1)
         _, inputs, metric = forward(pairs.clean_tokens, torch.lerp(here[0], there[0], alpha).requires_grad_())
-        gradients = torch.autograd.grad((metric * scale).sum(), inputs)
+        both = torch.autograd.grad((metric * scale).sum(), [*inputs, *besides.values()])
+        gradients = both[: len(inputs)]
+        for j, gradient in zip(besides, both[len(inputs) :], strict=True):
+            scores["embed", names[j]] = scores.get(("embed", names[j]), 0.0)
+            scores["embed", names[j]] += float((gradient * (there[0] - here[0])).sum())
         for j, gradient in enumerate(gradients):
             for i in range(j + 1):
                 edge = ("embed", *names)[i], names[j]
@@ -484,7 +535,6 @@ def scores_by_hooks(module: PreTrainedModel, pairs: PromptPairs, steps: int) -> 
 
 
 @pytest.mark.conformance("EAP")
-@pytest.mark.parametrize("model", with_circuits, indirect=True)
 def test_scores_of_edges(model, pairs):
     expected = scores_by_hooks(exact(model), pairs, 3)
     table = eap(model, pairs, steps=3, progress=False).table
@@ -492,46 +542,3 @@ def test_scores_of_edges(model, pairs):
     assert len(table) == len(expected)
     for row in table.itertuples():
         assert row.score == pytest.approx(expected[row.src, row.dst], rel=2e-2, abs=2e-3 * largest)
-
-
-@pytest.mark.parametrize(
-    ("family", "work"),
-    [
-        pytest.param("zamba2", exact_effects, marks=pytest.mark.conformance("edges", refused=True)),
-        pytest.param("zamba2", eap, marks=pytest.mark.conformance("EAP", refused=True)),
-    ],
-)
-def test_edges_into_blocks_that_read_the_embeddings_are_refused(family, work, pairs):
-    with pytest.raises(ValueError, match="read more of the prompt than the residual stream"):
-        work(MODELS[family], pairs, progress=False)
-
-
-@pytest.mark.conformance("fine", refused=True)
-def test_edges_inside_layers_of_several_parts_are_refused(model, pairs):
-    with pytest.raises(ValueError, match="edges inside a layer"):
-        eap(model, pairs, fine=True, progress=False)
-
-
-@pytest.mark.conformance("remote")
-@pytest.mark.parametrize("family", [name for name in FAMILIES if " " not in name])
-def test_on_a_server(family, tmp_path, monkeypatch):
-    here = MODELS[family]
-    here._module.save_pretrained(tmp_path)
-    prompt_tokenizer(NAMES).save_pretrained(tmp_path)
-    worker = Worker(tmp_path)
-    monkeypatch.setattr(ndif.Backend, "_exchange", lambda self, *request: worker.exchange(self, *request))
-    monkeypatch.setitem(_ID_CACHE, str(tmp_path), f"random/{family}")
-    there = load_model(tmp_path, remote=True)
-    assert there.layer_kinds == here.layer_kinds
-    for layer in range(here.n_layers):
-        sites = [(name, layer) for name in here.sites_of(layer)]
-        expected = cache(here, IDS, sites)
-        for key, value in cache(there, IDS, sites).items():
-            close(value, expected[key])
-    for name in ("layer_input", "B", "h", "out_proj"):
-        patch = [Patch(name, 0, 0.6, [2, 4])]
-        close(run(there, IDS, patch), run(here, IDS, patch))
-    for layer in [i for i in range(here.n_layers) if "attn_out" in here.sites_of(i)][:1]:
-        for function in (hidden_attention, token_contributions):
-            close(*(function(model, IDS, layer, part="attention") for model in (there, here)))
-    worker.process.kill()

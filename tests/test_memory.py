@@ -104,7 +104,7 @@ def test_what_is_held_of_a_prompt_is_estimated(model, data, fine: bool, ssm: str
     held = References.of(model, graph, pairs, torch.ones(len(graph.pairs), 1, dtype=torch.bool))
     pieces = [tensor for one in held.corrupt.begins.states or () for tensor in (one.ssm, one.conv)]
     states = [tensor for tensor in pieces if tensor is not None]
-    inner = [tensor for layer in held.corrupt.inner for tensor in layer.values()]
+    inner = [tensor for layer in held.corrupt.inner.values() for tensor in layer.values()]
     tensors = [*held.corrupt.sources, *inner, *held.base.sources, *states]
     floats = sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values()) / 2
     run = pairs.length - held.corrupt.begins.position

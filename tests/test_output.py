@@ -16,7 +16,7 @@ from mamba_ioi.tasks.ioi import IOIDataset
 
 from . import plain
 from .conftest import random_mamba
-from .test_any_model import GPT, LAYERS, SIZES, TOKENIZER, ZAMBA2, V, hf, untouched
+from .test_any_model import GPT, LAYERS, SIZES, TOKENIZER, V, hf, untouched
 
 
 class Capped(MambaForCausalLM):
@@ -158,11 +158,32 @@ def test_gradients_start_from_the_output(model: MambaModel, module: nn.Module, d
     close(found.T, expected, 1e-3)
 
 
+class Remembered(nn.Embedding):
+    """Embeddings that keep what they gave last."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.last = super().forward(input)
+        return self.last
+
+
+class Beside(nn.Module):
+    """An MLP that reads the embeddings as well, past the residual stream."""
+
+    def __init__(self, mlp: nn.Module, embedding: Remembered) -> None:
+        super().__init__()
+        self.mlp, self.given = mlp, lambda: embedding.last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x + self.given())
+
+
 def test_what_a_stream_does_not_carry_is_refused(data: IOIDataset) -> None:
-    """Zamba 2's shared block reads the embeddings beside the stream: layers can be removed, edges not resampled."""
-    module = untouched(hf.Zamba2Config(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS,
-                                       num_attention_heads=2, initializer_range=0.4, **ZAMBA2))  # fmt: skip
-    model = wrap(module, TOKENIZER, model_id="zamba2")
+    """A block that reads the embeddings beside the stream: layers can be removed, edges not resampled."""
+    module = untouched(hf.LlamaConfig(**SIZES))
+    embedding = Remembered(V, 16, _weight=module.model.embed_tokens.weight)
+    module.model.embed_tokens, block = embedding, module.model.layers[1]
+    block.mlp = Beside(block.mlp, embedding)
+    model = wrap(module, TOKENIZER, model_id="beside")
     table = layer_removal(model, data, progress=False).table.set_index("layer")
     for layer in range(-1, LAYERS):
         logits = plain.without_layers(module, module.model.layers, {layer} - {-1}, data)
@@ -170,7 +191,7 @@ def test_what_a_stream_does_not_carry_is_refused(data: IOIDataset) -> None:
             plain.scores(logits, data), abs=1e-5
         )
     for measure in (circuits.eap, circuits.exact_effects, circuits.acdc):
-        with pytest.raises(ValueError, match="circuits cannot be measured: layer 1 of zamba2 reads more of the prompt"):
+        with pytest.raises(ValueError, match="circuits cannot be measured: layer 1 of beside reads more of the prompt"):
             measure(model, data, **({"fine": False} if measure is circuits.acdc else {}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool
@@ -37,8 +38,8 @@ def acdc(
     """Drop edges whose removal lowers the mean normalized logit difference by no more than the threshold (App. D.2).
 
     Nodes are taken backwards from the output; of a layer, first its SSM (where ``ssm`` is ``tokens``, the writes and
-    controls that it is made of) and skip, then its conv slices, then the edges
-    into it, from the latest source to the earliest. Edges are removed by resampling them, on top of everything that is
+    controls that it is made of) and skip, then its conv slices, then the edges into it, from the latest source to the
+    earliest. Edges are removed by resampling them, on top of everything that is
     outside the circuit. ``ssm -> out`` and ``skip -> out`` are not tested: they stay where ``conv -> ssm`` and
     ``in -> skip`` do, for to cut the one is to cut the other (with positions, ``ssm -> out`` is tested).
     An edge from which no path leads to the output any more is dropped without a test.
@@ -52,11 +53,12 @@ def acdc(
       has to stay ends the run; the answer is that of testing them one by one.
 
     Args:
-        model: a model from `load_model`; with ``fine`` a Mamba.
+        model: a model from `load_model`; with ``fine`` one with scans.
         data: pairs of prompts; the metric is their mean.
         circuit: where to start from; None for the whole graph, with positions where ``ssm`` is ``tokens``.
         threshold: the largest drop of the mean NLD at which an edge goes.
-        fine: test the edges inside layers too.
+        fine: test the edges inside mixers too; of a hybrid also those between the parts of blocks (see `Graph`), of
+            which a circuit of whole blocks keeps all that lie within a block or between two that it joins.
         exact: test sequentially.
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, or ``states``, the states h, as the authors
             have it, or ``tokens``, what each position gives to each later one, which needs positions (see `Graph`);
@@ -85,7 +87,7 @@ def acdc(
     graph = graph_for(circuit, data, model, ssm)
     mask = graph.mask(circuit.edges)
     if fine:
-        graph, mask = graph.refine(mask)
+        graph, mask = graph.refine(mask, replace(graph, fine=True).on(model).parts)
     evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     search = Search(evaluator, mask, threshold)
     groups = steps(graph)
@@ -107,7 +109,7 @@ def acdc(
         "metric": metric_name(evaluator.pairs.metric),
     }
     kind = graph.n_layers, graph.fine, graph.length
-    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, *graph.inner_kind)
+    return Circuit(graph.edges(kept), *kind, final["accuracy"], final["nld"], table, meta, **graph.inner_kind)
 
 
 def steps(graph: Graph) -> list[list[int]]:
@@ -116,15 +118,15 @@ def steps(graph: Graph) -> list[list[int]]:
     What need not be tested is in no step: ``skip -> out``, and ``ssm -> out`` where it is one with ``conv -> ssm``, as
     it is unless positions are kept apart, or the time step stays live where the conv's output is cut.
     """
-    groups = [list(range(len(graph.pairs)))[graph.into(graph.n_layers)][::-1]]
-    for layer in reversed(range(graph.n_layers)):
-        if graph.fine:
-            inside = graph.inside(layer)
+    groups = [list(range(len(graph.pairs)))[graph.into(len(graph.nodes))][::-1]]
+    for node in reversed(range(len(graph.nodes))):
+        if graph.splits(node):
+            inside = graph.inside(node)
             if graph.length is not None or (graph.direct_step and graph.ssm == "conv"):
                 groups.append([inside.stop + SSM_OUT])
-            groups.append([inside.stop + SSM, inside.stop + SKIP, *range(len(graph.pairs))[graph.written(layer)]])
+            groups.append([inside.stop + SSM, inside.stop + SKIP, *range(len(graph.pairs))[graph.written(node)]])
             groups.append(list(range(len(graph.pairs)))[inside][SLICE][::-1])
-        groups.append(list(range(len(graph.pairs)))[graph.into(layer)][::-1])
+        groups.append(list(range(len(graph.pairs)))[graph.into(node)][::-1])
     return groups
 
 
@@ -191,8 +193,8 @@ class Search:
     def _follow(self, group: list[int]) -> None:
         """Keep ``skip -> out`` and ``ssm -> out`` only with the edges they continue."""
         continuations = {SKIP: SKIP_OUT} if self.graph.length is not None else {SKIP: SKIP_OUT, SSM: SSM_OUT}
-        for layer in range(self.graph.n_layers if self.graph.fine else 0):
-            end = self.graph.inside(layer).stop
+        for node in filter(self.graph.splits, range(len(self.graph.nodes))):
+            end = self.graph.inside(node).stop
             for edge, continuation in continuations.items():
                 if end + edge in group:
                     self.mask[end + continuation] &= self.mask[end + edge]

@@ -15,7 +15,7 @@ import pandas as pd
 from ..checks import integer
 from ..files import replace_files
 from ..result import jsonable
-from .graph import TAPS, Edge, Graph, describe
+from .graph import TAPS, Edge, Graph, Parts, describe, layer_of
 
 FORMAT = "mamba_ioi.circuit"
 FORMAT_VERSION = 2
@@ -38,6 +38,8 @@ class Circuit:
         ssm: what a fine circuit's edges conv -> ssm carry, ``conv`` or ``states``, or ``tokens`` (see `Graph`).
         direct_step: whether the layers' time steps come from their inputs and not out of their convs (see `Graph`).
         taps: how many taps the layers' convs have.
+        parts: whether blocks are split into mixer, attention and MLP, or the parts of each (see `Graph`).
+        mixed_input: whether mixers read what comes into their layers at earlier positions too (see `Graph`).
 
     Raises:
         ValueError: if an edge is not in the graph, or ``ssm`` is neither.
@@ -54,11 +56,14 @@ class Circuit:
     ssm: str = "conv"
     direct_step: bool = False
     taps: int = TAPS
+    parts: bool | tuple[Parts, ...] = False
+    mixed_input: bool = False
 
     def __post_init__(self) -> None:
         graph = self.graph
         object.__setattr__(self, "n_layers", graph.n_layers)
         object.__setattr__(self, "length", graph.length)
+        object.__setattr__(self, "parts", graph.parts)
         object.__setattr__(self, "edges", graph.edges(graph.mask(self.edges)))
         if self.table.empty:
             object.__setattr__(self, "table", edge_table(self.edges))
@@ -67,19 +72,19 @@ class Circuit:
     def of(cls, model, edges: Iterable[Edge], **known) -> Circuit:
         """A circuit of this model with these edges, such as ``[("embed", "3"), ("3", "output")]``.
 
-        It is fine if an inner edge is among them, and positional if they have positions (``length`` says how many there
-        are; else the largest is the last).
+        It is fine if an inner edge is among them, of parts if one of these is, and positional if they have positions
+        (``length`` says how many there are; else the largest is the last).
         """
         edges = list(edges)
         graph = Graph.of(model.n_layers, edges).on(model)
-        inner = {"ssm": graph.ssm, "direct_step": graph.direct_step, "taps": graph.taps}
-        known = {"fine": graph.fine, "length": graph.length, **inner, **known}
+        known = {"fine": graph.fine, "length": graph.length, **graph.inner_kind, **known}
         return cls(tuple(edges), model.n_layers, **known)
 
     @property
     def graph(self) -> Graph:
         """The graph that the edges are from."""
-        return Graph(self.n_layers, self.fine, self.length, self.ssm, self.direct_step, self.taps)
+        inner = self.ssm, self.direct_step, self.taps, self.parts, self.mixed_input
+        return Graph(self.n_layers, self.fine, self.length, *inner)
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -121,7 +126,7 @@ class Circuit:
             raise ValueError("this circuit has no positions; find one with eap(..., positional=True)")
         if integer(layer) not in range(self.n_layers):
             raise ValueError(f"layers are 0 to {self.n_layers - 1}, not {layer}")
-        leaving = [edge for edge in self.edges if edge[0] == str(integer(layer)) and "." not in edge[1]]
+        leaving = [edge for edge in self.edges if layer_of(edge[0]) == integer(layer) != layer_of(edge[1])]
         return self.without(edge for edge in leaving if edge[-1] != self.length - 1)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -136,6 +141,8 @@ class Circuit:
             "ssm": self.ssm,
             "direct_step": self.direct_step,
             "taps": self.taps,
+            "parts": self.parts,
+            "mixed_input": self.mixed_input,
             "accuracy": self.accuracy,
             "nld": self.nld,
             "edges": [list(edge) for edge in self.edges],
@@ -179,6 +186,8 @@ class Circuit:
                 ssm=stored["ssm"] if stored["format_version"] > 1 else "conv",
                 direct_step=stored.get("direct_step", False),
                 taps=stored.get("taps", TAPS),
+                parts=stored.get("parts", False),
+                mixed_input=stored.get("mixed_input", False),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no complete circuit: {error}") from error

@@ -59,7 +59,7 @@ from ..trace.mixing import contracted
 from ..trace.scan import ScanStages
 from ..trace.tokens import controls_effects, written
 from .circuit import edge_table
-from .forward import Pass, Run, beginning, record, require_fine, run_nodes
+from .forward import Pass, Run, beginning, record, run_nodes
 from .graph import SKIP, SKIP_OUT, SLICE, SSM, SSM_OUT, Graph
 from .pairs import Pairs
 
@@ -77,6 +77,7 @@ def eap(
     marks: Sequence[str] | str | None = None,
     variant: Literal["standard", "paper"] = "standard",
     fine: bool = False,
+    parts: bool = False,
     ssm: str = "conv",
     absolute: bool = True,
     metric: Metric | None = None,
@@ -86,7 +87,7 @@ def eap(
     """Score every edge by edge attribution patching with integrated gradients (paper, § 3.2, § 5 and App. D.1).
 
     Args:
-        model: a model from `load_model`; with ``fine`` a Mamba.
+        model: a model from `load_model`; with ``fine`` one with scans.
         data: pairs of prompts; aligned ones if ``positional``, unless ``marks`` are given.
         steps: how many points between clean and corrupt run the gradients are taken at; 1 is plain EAP.
         positional: keep positions apart: a score for (src, dst, position).
@@ -95,7 +96,9 @@ def eap(
             circuits are made of positions, or of edges without.
         variant: ``standard`` or ``paper``: what is interpolated, and whether gradients pass through the patch. See this
             module's text.
-        fine: score also the edges inside layers: conv slices, SSM and skip.
+        fine: score also the edges inside mixers: conv slices, SSM and skip; with those of ``parts``.
+        parts: split each block of several parts into mixer, attention and MLP (see `Graph`); one that is a mixer alone
+            stays one node.
         ssm: what the edges conv -> ssm carry: ``conv``, or with ``positional`` and ``fine`` ``tokens``: the writes of
             each position to each later one, and the controls, in their place; `exact_effects` measures ``states`` too.
         absolute: the metric is the normalized logit difference over |max - min| (App. B), or else over max - min.
@@ -112,7 +115,8 @@ def eap(
         ValueError: for data whose clean and corrupt prompts differ in length, or which are not aligned where positions
             are kept; for marks that are unknown or stand at one position; for an unknown variant, less than one step or
             ``ssm="states"``, or ``tokens`` without positions; on a server whose sandbox has no gradients; for a model
-            that carries edits or hooks, or whose layers read more than the residual stream.
+            that carries edits or hooks, or whose layers read more than the residual stream; for ``parts`` or ``fine``
+            of blocks whose parts are not known.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -122,12 +126,12 @@ def eap(
     if ssm == "tokens" and not (fine and positional and marks is None):
         raise ValueError("edges from token to token are scored with fine=True and positional=True, and without marks")
     if fine:
-        require_fine(model)
+        model.require_mamba("edges inside a layer")
     require_gradients(model, "edge attribution patching")
     model.require_stream("circuits", edges=True)
     by_position = positional and marks is None
     pairs = Pairs.of(model, data, positional=by_position, marks=marks, metric=metric)
-    graph = Graph(model.n_layers, fine, pairs.length if by_position else None, ssm).on(model)
+    graph = Graph(model.n_layers, fine, pairs.length if by_position else None, ssm, parts=parts).on(model)
     total = torch.zeros(len(graph.pairs), len(pairs.marks) or graph.width, dtype=torch.float64)
     row = backward_bytes(model, pairs.length - int(pairs.start[0])) + 2 * state_bytes(model)  # where runs begin
     rows = fitting_rows(model, row, MOST_ROWS) if batch_rows is None else batch_rows
@@ -142,7 +146,13 @@ def eap(
                 bar.update(steps)
     if not total.isfinite().all():
         raise ValueError("some scores are not finite: the model's activations or gradients overflow on these data")
-    arguments = {"steps": steps, "positional": bool(positional or pairs.marks), "variant": variant, "fine": fine}
+    arguments = {
+        "steps": steps,
+        "positional": bool(positional or pairs.marks),
+        "variant": variant,
+        "fine": fine,
+        "parts": parts,
+    }
     arguments |= {"absolute": absolute, "metric": metric_name(pairs.metric)}
     arguments |= {"marks": pairs.marks[:-1]} if pairs.marks else {}
     return Result.create(
@@ -193,9 +203,7 @@ def attributed_batch(
     parts = []
     for part in batch.to(model.device).batches(len(batch)):
         begins = beginning(model, part.clean, int(part.start[0]))
-        runs = [
-            record(model, ids, part.last, begins, fine=graph.fine, ssm=graph.ssm) for ids in (part.clean, part.corrupt)
-        ]
+        runs = [record(model, ids, part.last, begins, graph=graph) for ids in (part.clean, part.corrupt)]
         _, spread = part.scale(*(one.logits for one in runs), absolute=absolute)
         spread = spread if part.metric == "nld" else torch.ones_like(spread)
         parts.append((part, *runs, 1 / (spread * n_rows * len(alphas))))
@@ -261,7 +269,7 @@ class Attributed(Pass):
         places: Tensor | None = None,
         n_places: int = 0,
     ) -> None:
-        Pass.__init__(self, corrupt.begins)
+        Pass.__init__(self, corrupt.begins, graph)
         self.graph, self.alpha, self.corrupt, self.clean = graph, alpha, corrupt, clean
         self.places = places
         self.width = n_places or (1 if graph.length is None else corrupt.sources[0].shape[1])
@@ -277,28 +285,38 @@ class Attributed(Pass):
         self._difference(0, self.start)
         return self.start
 
-    def into(self, layer, resid):
+    def into(self, node, resid):
         value = resid.clone() if self.clean is not None else torch.lerp(resid, self.base, self.alpha)
-        start, width, places = self.graph.into(layer).start, self.width, self.places
+        return self.contracted(value, node, self.graph.before[node] + 1)
+
+    def beside(self, node):
+        there = self.corrupt.sources[0]
+        value = self.start.clone() if self.clean is not None else torch.lerp(self.start, there, self.alpha)
+        return self.contracted(value, node, 1)
+
+    def contracted(self, value: Tensor, node: int, sources: int) -> Tensor:
+        """A value that a node reads, whose gradient gives scores of the edges from the first sources into the node."""
+        start, width, places = self.graph.into(node).start, self.width, self.places
         scores, differences = self.scores, self.differences
 
         def contract(gradient: Tensor) -> None:
-            for source in range(layer + 1):
+            for source in range(sources):
                 scores[start + source] += by_place(gradient * differences[source], width, places)
 
         value.register_hook(contract)
         return value
 
-    def after(self, layer, resid, added):
-        self.base = self.base + self.corrupt.sources[layer + 1]
-        self._difference(layer + 1, added)
+    def after(self, node, resid, added):
+        self.base = self.base + self.corrupt.sources[node + 1]
+        self._difference(node + 1, added)
         return resid + added
 
     def at(self, model, layer, site):
+        Pass.at(self, model, layer, site)
         if not self.graph.fine or site.name != "skip":
             return
         gate: Tensor = model.layers[layer].mixer.gate
-        end, width, scores, places = self.graph.inside(layer).stop, self.width, self.scores, self.places
+        end, width, scores, places = self.inside(layer).stop, self.width, self.scores, self.places
         d_gate = self.corrupt.inner[layer]["gate"] - self.here(layer, "gate", gate)
 
         def contract(gradient: Tensor) -> None:
@@ -315,7 +333,7 @@ class Attributed(Pass):
 
     def conv(self, layer: int, conv: ConvStages) -> None:
         """Score the edges into the conv's taps, and from them into the scan."""
-        inside, width, scores, places = self.graph.inside(layer), self.width, self.scores, self.places
+        inside, width, scores, places = self.inside(layer), self.width, self.scores, self.places
         convolved, weight, tokens = conv.peek("conv"), conv.weight.detach(), self.graph.writes
         d_input = self.corrupt.inner[layer]["conv_input"] - self.here(layer, "conv_input", conv.x.transpose(1, 2))
 
@@ -330,9 +348,9 @@ class Attributed(Pass):
 
     def scan(self, layer: int, scan: ScanStages) -> None:
         """Score the edge out of the scan, and those of writes and controls into it."""
-        end, width, scores, places = self.graph.inside(layer).stop, self.width, self.scores, self.places
+        end, width, scores, places = self.inside(layer).stop, self.width, self.scores, self.places
         output, kind, A, initial = scan.peek("ssm_output"), type(scan), scan.peek("A").detach(), scan.initial
-        writes, flows = self.graph.written(layer), None
+        writes, flows = self.graph.written(self.graph.mixers[layer]), None
         if self.graph.writes:
             names, live = ("ssm_input", "delta", "B", "C"), scan.flow()
             there = {name: self.corrupt.inner[layer][name] for name in names}
@@ -349,6 +367,10 @@ class Attributed(Pass):
                 scores[writes][-width:] += moved.T
 
         output.register_hook(contract)
+
+    def inside(self, layer: int) -> slice:
+        """Where the edges inside a layer's mixer stand among all."""
+        return self.graph.inside(self.graph.mixers[layer])
 
     def here(self, layer: int, name: str, live: Tensor) -> Tensor:
         """The value that the corrupt run's is compared with: the clean run's, or this run's."""

@@ -25,6 +25,7 @@ def exact_effects(
     *,
     positional: bool = False,
     fine: bool = False,
+    parts: bool = False,
     ssm: str = "conv",
     absolute: bool = True,
     metric: Metric | None = None,
@@ -34,10 +35,11 @@ def exact_effects(
     """How much the metric changes when one edge is resampled and nothing else is: what `eap` estimates.
 
     Args:
-        model: a model from `load_model`; with ``fine`` a Mamba.
+        model: a model from `load_model`; with ``fine`` one with scans.
         data: pairs of prompts; aligned ones if ``positional``.
         positional: resample every edge at every position alone.
-        fine: the edges inside layers too.
+        fine: the edges inside mixers too, with those of ``parts``.
+        parts: split blocks into mixer, attention and MLP, as in `eap`.
         ssm: what the edges conv -> ssm carry: ``conv``, the conv's output, which is what `eap` estimates; or
             ``states``, the states h, as the authors' ACDC has it; or with positions ``tokens``, what each position
             gives to each later one (see `Graph`).
@@ -51,7 +53,7 @@ def exact_effects(
         ``meta["graph"]`` and ``meta["arguments"]`` hold ``ssm``.
     """
     length = Pairs.of(model, data, positional=True).length if positional else None
-    graph = Graph(model.n_layers, fine, length, ssm).on(model)
+    graph = Graph(model.n_layers, fine, length, ssm, parts=parts).on(model)
     evaluator = Evaluator(model, data, graph, absolute=absolute, metric=metric, batch_rows=batch_rows, together=MANY)
     whole = graph.whole()
     before = evaluator.measure(whole[None]).score.double().mean()
@@ -67,6 +69,7 @@ def exact_effects(
         arguments={
             "positional": positional,
             "fine": fine,
+            "parts": parts,
             "ssm": ssm,
             "absolute": absolute,
             "metric": metric_name(evaluator.pairs.metric),

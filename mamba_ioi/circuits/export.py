@@ -12,7 +12,7 @@ from ..checks import whole_number
 from ..files import replace_files
 from ..result import Result
 from .circuit import Circuit, edge_table
-from .graph import EMBED, OUTPUT, Edge, layer_of
+from .graph import EMBED, OUTPUT, Edge, is_inner, layer_of
 from .search import scored_graph
 
 
@@ -29,15 +29,15 @@ def to_mib(path: str | os.PathLike[str], circuit: Circuit, *, d_model: int, scor
         scores: of every edge, from `eap`; the circuit's own if not given.
 
     Raises:
-        ValueError: if the circuit is fine or positional, or the scores are.
+        ValueError: if the circuit is fine, of parts or positional, or the scores are.
     """
     graph = circuit.graph
-    if graph.fine or graph.length is not None:
+    if graph.fine or graph.parts or graph.length is not None:
         raise ValueError("the MIB format holds circuits without positions and without nodes inside layers")
     known: dict[tuple[str, str], float] = {}
     if scores is not None:
         scored, values = scored_graph(scores, circuit.n_layers)
-        if scored.fine or scored.length is not None:
+        if scored.fine or scored.parts or scored.length is not None:
             raise ValueError("the MIB format needs scores without positions and without nodes inside layers")
         known = dict(zip(graph.pairs, values.flatten().tolist(), strict=True))
     elif "score" in circuit.table:
@@ -84,7 +84,7 @@ def to_dot(circuit: Circuit, *, labels: Sequence[str] | None = None, hide: Colle
     for node in hide:
         layer_of(node)
     shown = [edge for edge in circuit.edges if not {edge[0].split(".")[0], edge[1].split(".")[0]} & set(hide)]
-    layers = (layer_of(edge[0]) for edge in shown if "." in edge[0] or "." in edge[1])
+    layers = (layer_of(edge[0]) for edge in shown if is_inner(edge[0]) or is_inner(edge[1]))
     split = {layer for layer in layers if layer is not None}
     lines = ["digraph circuit {", "  rankdir=TB;", '  node [shape=box, style=rounded, fontname="Helvetica"];']
     for layer in sorted(split):
@@ -111,7 +111,7 @@ def _by_pair(edges: Sequence[Edge], split: set[int]) -> dict[tuple[str, str], li
 def _ends(edge: Edge, split: set[int]) -> tuple[str, str]:
     """The names of an edge's ends as drawn: a layer that is split has an input and an output of its own."""
     src, dst = edge[:2]
-    inwards, outwards = "." in dst, "." in src
+    inwards, outwards = is_inner(dst), is_inner(src)
     if "." not in src and layer_of(src) in split:
         src = f"{src} in" if inwards else f"{src} out"
     if "." not in dst and layer_of(dst) in split:

@@ -16,9 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..interventions.batches import run_prefix
-from ..trace.anatomy import put_output, skip_block, stream_of
+from ..trace.anatomy import given_embeddings, put_output, skip_block, stream_of
 from ..trace.state import LayerState
 from ..trace.walk import Visitor, logits_at, walk
+from .graph import ATTN, MIXER, MLP, Graph
+
+SITES_OF_PARTS = {MIXER: ("layer_input", "out_proj"), ATTN: ("attn_in", "attn_out"), MLP: ("mlp_in", "mlp_out")}
+"""Where a part reads the residual stream, its own copy, and what it adds."""
 
 
 @dataclass(frozen=True)
@@ -47,58 +51,100 @@ class Pass(Visitor):
 
     Args:
         begins: where the run begins; the values at its nodes are those from there on.
+        graph: whose nodes there are; None for one a layer.
     """
 
     resid: Tensor
     own_input: Tensor
     shape: torch.Size
+    start: Tensor
 
-    def __init__(self, begins: Beginning) -> None:
+    def __init__(self, begins: Beginning, graph: Graph | None = None) -> None:
         Visitor.__init__(self, begins.states)
         self.begins = begins
+        self.parts = None if graph is None or not graph.parts else numbered_parts(graph)
+        self.inputs: dict[int, Tensor] = {}
 
     def embed(self, value: Tensor) -> Tensor:
         """The embedding as the residual stream begins with it, ``[B, L, D]``."""
         return value
 
-    def into(self, layer: int, resid: Tensor) -> Tensor:
-        """The input of a layer (n_layers: of the output node), given the residual stream there."""
+    def into(self, node: int, resid: Tensor) -> Tensor:
+        """The input of a node, which is a layer or a part (after them: of the output node), given the stream there."""
         return resid
 
-    def skipped(self, layer: int) -> bool:
-        """Whether the layer need not run, because `after` does not need what it adds."""
+    def beside(self, node: int) -> Tensor:
+        """The embedding that a layer is given beside the stream (Zamba2)."""
+        return self.start
+
+    def skipped(self, node: int) -> bool:
+        """Whether the node need not run, because `after` does not need what it adds."""
         return False
 
-    def after(self, layer: int, resid: Tensor, added) -> Tensor:
-        """The residual stream after a layer that adds ``added`` (None if it was skipped)."""
+    def after(self, node: int, resid: Tensor, added) -> Tensor:
+        """The residual stream after a node that adds ``added`` (None if it was skipped)."""
         return resid + added
 
     def enter(self, model, layer):
         block = model.layers[layer]
         if layer == 0:
             first = block.input
-            self.resid = self.embed(first.to(torch.promote_types(first.dtype, torch.float32)))
-        if self.skipped(layer):
+            self.start = self.resid = self.embed(first.to(torch.promote_types(first.dtype, torch.float32)))
+        nodes = [layer] if self.parts is None else [number for group in self.parts[layer] for number, *_ in group]
+        if all(self.skipped(node) for node in nodes):
             skip_block(model, layer, block.input)
-            self.resid = self.after(layer, self.resid, None)
+            for node in nodes:
+                self.resid = self.after(node, self.resid, None)
             return False
+        if self.parts is not None:
+            return True
         value = self.into(layer, self.resid)
         self.shape, flat = value.shape[:-2], value.flatten(0, -3)
         if model.all_scans:
             args, kwargs = block.inputs
             block.inputs = ((flat, *args[1:]), {**kwargs, "attention_mask": None})
+        elif given_embeddings(block):
+            args, kwargs = block.inputs
+            self.own_input = flat.to(args[0].dtype)
+            block.inputs = (self.own_input, self.beside(layer).flatten(0, -3).to(args[1].dtype), *args[2:]), kwargs
         else:
             self.own_input = flat.to(block.input.dtype)
             block.input = self.own_input
         return True
 
+    def at(self, model, layer, site):
+        if self.parts is None or layer is None:
+            return
+        block = model.layers[layer]
+        for group in self.parts[layer]:
+            for number, reads, adds in group:
+                if site.name == reads:
+                    if number == group[0][0]:  # those side by side read the same stream
+                        self.inputs = {node: self.into(node, self.resid) for node, *_ in group}
+                    self.shape = self.inputs[number].shape[:-2]
+                    setattr(block, reads, self.inputs[number].flatten(0, -3))
+                elif site.name == adds:
+                    added = getattr(block, adds).to(self.resid.dtype)
+                    self.resid = self.after(number, self.resid, added.unflatten(0, self.shape))
+
     def leave(self, model, layer):
+        if self.parts is not None:
+            return
         block = model.layers[layer]
         if model.all_scans:
             added = block.mixer.out_proj.output.to(self.resid.dtype)
         else:
             added = stream_of(block.output).to(self.resid.dtype) - self.own_input.to(self.resid.dtype)
         self.resid = self.after(layer, self.resid, added.unflatten(0, self.shape))
+
+
+def numbered_parts(graph: Graph) -> list[list[list[tuple[int, str, str]]]]:
+    """Of each block's parts, group by group, the number of the node, and the sites where it reads and adds."""
+    numbers = {node: number for number, node in enumerate(graph.nodes)}
+    return [
+        [[(numbers[f"{layer}{end}"], *SITES_OF_PARTS[end]) for end in group] for group in block]
+        for layer, block in enumerate(graph.blocks)
+    ]
 
 
 def run_nodes(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "rows V"]:
@@ -115,7 +161,8 @@ def run_nodes(model, visitor: Pass, read: Int[Tensor, "B"]) -> Float[Tensor, "ro
     length = model.layers[0].input.shape[1]
     walk(model, visitor)
     read = read - visitor.begins.position
-    final = visitor.into(model.n_layers, visitor.resid).flatten(0, -3)
+    last = model.n_layers if visitor.parts is None else sum(len(group) for block in visitor.parts for group in block)
+    final = visitor.into(last, visitor.resid).flatten(0, -3)
     rows = torch.arange(final.shape[0], device=final.device)
     final = final[rows, read.repeat(final.shape[0] // read.shape[0])]
     put_output(model.layers[model.n_layers - 1], final[:, None].expand(-1, length, -1))
@@ -128,55 +175,55 @@ class Run:
 
     Attributes:
         begins: where that is.
-        sources: what embed and each layer add to the residual stream, n_layers + 1 times ``[B, L, D]``.
-        inner: for each layer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (in_proj's conv
-            branch) and ``gate``; for the edge conv -> ssm also ``conv`` and ``ssm_output``, or what the states follow
-            from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``, or for edges from token to token these, ``C``, as
-            ``B``, and ``ssm_output``. Of a Mamba-2 ``conv_input`` and ``conv`` are ``[B, L, X]``, ``delta``
-            ``[B, L, H]`` and ``B`` ``[B, L, G, N]``. Empty if not asked for.
+        sources: what embed and each node add to the residual stream, ``[B, L, D]`` each.
+        inner: for each layer with a mixer, the values of its inner nodes, ``[B, L, E]`` each: ``conv_input`` (the conv
+            branch of in_proj) and ``gate``; for the edge conv -> ssm also ``conv`` and ``ssm_output``, or what the
+            states follow from, ``ssm_input``, ``delta`` and ``B`` ``[B, L, N]``, or for edges from token to token
+            these, ``C``, as ``B``, and ``ssm_output``. Of a Mamba-2 ``conv_input`` and ``conv`` are ``[B, L, X]``,
+            ``delta`` ``[B, L, H]`` and ``B`` ``[B, L, G, N]``. Empty if not asked for.
         logits: at each row's read position, ``[B, V]``.
         ssm: which of these was asked for, as `graph` has it.
     """
 
     begins: Beginning
     sources: list[Float[Tensor, "B L D"]]
-    inner: list[dict[str, Float[Tensor, "B L E"]]]
+    inner: dict[int, dict[str, Float[Tensor, "B L E"]]]
     logits: Float[Tensor, "B V"]
     ssm: str = "conv"
 
 
 class Record(Pass):
-    """Keep what every node gives; inside layers if ``fine``, there what ``ssm`` says (see `graph`)."""
+    """Keep what every node of a graph gives."""
 
-    def __init__(self, begins: Beginning, fine: bool, ssm: str = "conv") -> None:
-        Pass.__init__(self, begins)
-        self.fine, self.ssm = fine, ssm
+    def __init__(self, begins: Beginning, graph: Graph | None = None) -> None:
+        Pass.__init__(self, begins, graph)
+        self.fine, self.ssm = graph is not None and graph.fine, "conv" if graph is None else graph.ssm
         self.sources: list[Tensor] = []
-        self.inner: list[dict[str, Tensor]] = []
-        self.values: dict[str, Tensor] = {}
+        self.inner: dict[int, dict[str, Tensor]] = {}
 
     def embed(self, value):
         self.sources.append(value)
         return value
 
     def at(self, model, layer, site):
+        Pass.at(self, model, layer, site)
         if self.fine and site.name == "skip":
-            self.values = {"gate": model.layers[layer].mixer.gate}
+            self.inner[layer] = {"gate": model.layers[layer].mixer.gate}
 
     def opened(self, layer, stages):
         Pass.opened(self, layer, stages)
         if not self.fine:
             return
+        values = self.inner[layer]
         if stages.KIND == "conv":
-            self.values["conv_input"] = stages.x.transpose(1, 2)
+            values["conv_input"] = stages.x.transpose(1, 2)
             if self.ssm == "conv":
-                self.values["conv"] = stages.peek("conv")
+                values["conv"] = stages.peek("conv")
             return
         if self.ssm != "states":
-            self.values["ssm_output"] = stages.peek("ssm_output")
+            values["ssm_output"] = stages.peek("ssm_output")
         if self.ssm != "conv":
-            self.values |= stages.inflow() if self.ssm == "states" else stages.flow()
-        self.inner.append(self.values)
+            values |= stages.inflow() if self.ssm == "states" else stages.flow()
 
     def after(self, layer, resid, added):
         self.sources.append(added)
@@ -189,34 +236,19 @@ def record(
     read: Int[Tensor, "B"],
     begins: Beginning | None = None,
     *,
-    fine: bool = False,
-    ssm: str = "conv",
+    graph: Graph | None = None,
 ) -> Run:
-    """Run the model on the tokens, from where the run begins, and keep what every node gives (see `Record`)."""
-    if fine:
-        require_fine(model)
-    visitor = Record(begins or Beginning(), fine, ssm)
+    """Run the model on the tokens, from where the run begins, and keep what every node of the graph gives.
+
+    Without a graph these are the layers.
+    """
+    visitor = Record(begins or Beginning(), None if graph is None else graph.on(model))
     with torch.no_grad(), model.trace(tokens[:, visitor.begins.position :]):
         found = recorded(model, visitor, read).save()  # pyright: ignore[reportAttributeAccessIssue]
-    return Run(visitor.begins, *found, ssm=ssm)
+    return Run(visitor.begins, *found, ssm="conv" if graph is None else graph.ssm)
 
 
 def recorded(model, visitor: Record, read: Tensor) -> tuple:
     """The body of `record`'s trace."""
     logits = run_nodes(model, visitor, read)
     return visitor.sources, visitor.inner, logits
-
-
-def require_fine(model) -> None:
-    """Refuse fine nodes where there are none.
-
-    Raises:
-        ValueError: if the model is no Mamba, or its layers are more than a scan's mixer.
-    """
-    model.require_mamba("edges inside a layer")
-    if not model.all_scans:
-        kinds = ", ".join(dict.fromkeys(model.layer_kinds))
-        raise ValueError(
-            f"edges inside a layer need layers that are a scan's mixer alone; {model.model_id} has {kinds}: leave fine "
-            f"out, and each layer is one node"
-        )

@@ -40,12 +40,22 @@ What the edge ``39.conv -> 39.ssm`` carries, and ``39.ssm -> 39`` after it, is s
     from t on, and read it by the corrupt run's C. D x stays live: through it the conv's output reaches the scan's at
     its own position, along no edge. ``39.ssm -> 39`` carries the scan's output, D x included.
 
+Parts split a block of a hybrid or a transformer: ``3`` is then its mixer alone, ``3.attn`` its attention, ``3.mlp`` its
+MLP or experts; a block has those of the three that it consists of. Mixer and attention read the stream as it comes into
+the block, the MLP reads it with what they add (``3 -> 3.mlp``, ``3.attn -> 3.mlp``), or where it stands beside the
+attention, without. A block's parts add up to what the block adds, so by ``eap``'s standard variant the scores of the
+edges from the parts of one block to those of another sum to the score of the edge between the two.
+
+Of such blocks the fine nodes are the parts, and those inside the mixers: attention and MLP stay whole. So a fine graph
+of a hybrid is one of parts, whether that is asked for or not.
+
 In a Mamba-2 the conv gives x, B and C, and the time step delta comes from the layer's input beside it, along no edge
 (``direct_step``): it stays live whatever is cut, but for states, writes, controls and outputs that are the corrupt
-run's themselves.
+run's themselves. In a Zamba2 a shared block reads the layer's input, and what it gives enters the mixer alone: so the
+mixer reads what comes into the layer at earlier positions too (``mixed_input``).
 
-Order: edges by destination (layers, then output), then source (embed, layers); a layer's inner edges follow those
-into it, as listed above, and after them its writes; positions of an edge are adjacent.
+Order: edges by destination (nodes, then output), then source (embed, nodes); a layer's inner edges follow those into
+it, as listed above, and after them its writes; positions of an edge are adjacent.
 """
 
 from __future__ import annotations
@@ -53,12 +63,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from ..checks import integer, scalar
+from ..trace.anatomy import given_embeddings
 
 Edge = tuple[str, str] | tuple[str, str, int]
 """``(src, dst)``, or ``(src, dst, position)``."""
@@ -69,7 +81,14 @@ TAPS = 4
 SLICE, SSM, SKIP, SSM_OUT, SKIP_OUT = slice(0, -4), -4, -3, -2, -1
 """Where the edges inside a layer stand among them, counted from their end."""
 SSM_CUTS = ("conv", "states", "tokens")
-_NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[1-9]\d*|0)\])?|ssm|skip|controls|write\[\d+\]))?")
+MIXER, ATTN, MLP = "", ".attn", ".mlp"
+"""What the names of a block's parts end in."""
+WHOLE, EVERY = ((MIXER,),), ((MIXER, ATTN), (MLP,))
+"""A block that is one node, and one that has all parts: those side by side together, one after another."""
+_NODE = re.compile(r"embed|output|\d+(\.(conv(\[(-[1-9]\d*|0)\])?|ssm|skip|controls|write\[\d+\]|attn|mlp))?")
+
+Parts = tuple[tuple[str, ...], ...]
+"""A block's nodes as in `EVERY`."""
 
 
 def inner_edges(layer: int, taps: int = TAPS, writes: int = 0) -> list[tuple[str, str]]:
@@ -96,8 +115,37 @@ def layer_of(node: str) -> int | None:
         ValueError: if there is no such node in any graph.
     """
     if not isinstance(node, str) or not _NODE.fullmatch(node):
-        raise ValueError(f"{node!r} is no node: nodes are 'embed', '0', …, 'output', '0.conv[-1]', '0.ssm', '0.skip'")
+        known = "'embed', '0', …, 'output', '0.conv[-1]', '0.ssm', '0.skip', '0.attn', '0.mlp'"
+        raise ValueError(f"{node!r} is no node: nodes are {known}")
     return None if node in (EMBED, OUTPUT) else int(node.split(".")[0])
+
+
+def is_inner(node: str) -> bool:
+    """Whether a node lies inside a layer's mixer."""
+    return "." in node and not node.endswith((ATTN, MLP))
+
+
+def _block(node: str) -> str:
+    """The block that a node is, or is a part of; embed and output themselves."""
+    return node.split(".")[0]
+
+
+def parts_of(model) -> tuple[Parts, ...] | bool:
+    """The parts of each block of a model; False if mixers are all that there is.
+
+    Raises:
+        ValueError: for a block whose parts are not known.
+    """
+    found: list[Parts] = []
+    for layer in range(model.n_layers):
+        sites = model.sites_of(layer)
+        first = tuple(end for end, site in ((MIXER, "layer_input"), (ATTN, "attn_in")) if site in sites)
+        if not first and "mlp_in" not in sites:
+            raise ValueError(f"the parts of layer {layer} of {model.model_id} are not known: leave parts and fine out")
+        mlp = (MLP,) if "mlp_in" in sites else ()
+        groups = (first, mlp) if "resid_mid" in sites else (first + mlp,)
+        found.append(tuple(group for group in groups if group))
+    return any(block != WHOLE for block in found) and tuple(found)
 
 
 @dataclass(frozen=True)
@@ -106,12 +154,19 @@ class Graph:
 
     Attributes:
         n_layers: how many layers (blocks) the model has.
-        fine: whether layers are split into conv slices, SSM and skip.
+        fine: whether mixers are split into conv slices, SSM and skip; of a hybrid, also blocks into parts, by `on`.
         length: the number of positions, if edges are kept apart by position.
         ssm: what the edge into a layer's SSM carries, ``conv`` or ``states``, or ``tokens``; without fine nodes it has
             no meaning.
         direct_step: whether a layer's time step comes from its input and not out of its conv, as in a Mamba-2.
         taps: how many taps the layers' convs have; without fine nodes it has no meaning.
+        mixed_input: whether a mixer's input holds what comes into its layer at earlier positions, as in a Zamba2.
+        parts: whether blocks are split into mixer, attention and MLP, or the parts of each block, those that stand side
+            by side together; True: of every block all three. `on` takes those that a model has.
+        nodes: the nodes between embed and output, in order.
+        before: how many of them each node, and after them the output, reads.
+        mixers: the number of the node that is each layer's mixer, by layer, where it has one.
+        starts: where the edges into each node, and after them into the output, begin in `pairs`.
         pairs: every (src, dst), in order; n_pairs of them.
         index: where each (src, dst) stands in `pairs`.
     """
@@ -122,6 +177,12 @@ class Graph:
     ssm: str = "conv"
     direct_step: bool = False
     taps: int = TAPS
+    parts: bool | tuple[Parts, ...] = False
+    mixed_input: bool = False
+    nodes: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    before: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    mixers: dict[int, int] = field(init=False, repr=False, compare=False)
+    starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # computed here and not by cached_property, which holds a lock: a graph travels to servers
     pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False, compare=False)
     index: dict[tuple[str, str], int] = field(init=False, repr=False, compare=False)
@@ -138,17 +199,50 @@ class Graph:
             raise ValueError(f"a conv has at least one tap, not {self.taps!r}")
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "length", length)
+        self._place_nodes()
         found: list[tuple[str, str]] = []
-        for layer in range(self.n_layers):
-            found += [(source, str(layer)) for source in self.sources(layer)]
-            found += inner_edges(layer, self.taps, self.writes) if self.fine else []
-        found += [(source, OUTPUT) for source in self.sources(self.n_layers)]
+        starts: list[int] = []
+        layers = {node: layer for layer, node in self.mixers.items()}
+        for i, node in enumerate((*self.nodes, OUTPUT)):
+            starts.append(len(found))
+            found += [(source, node) for source in self.sources(i)]
+            if self.fine and i in layers:
+                found += inner_edges(layers[i], self.taps, self.writes)
+        object.__setattr__(self, "starts", tuple(starts))
         object.__setattr__(self, "pairs", tuple(found))
         object.__setattr__(self, "index", {pair: i for i, pair in enumerate(found)})
 
+    def _place_nodes(self) -> None:
+        """Order the nodes, by the parts of each block."""
+        if isinstance(self.parts, Iterable):
+            parts = tuple(tuple(map(tuple, block)) for block in self.parts)
+            ends = {end for block in parts for group in block for end in group}
+            if len(parts) != self.n_layers or not ends <= {MIXER, ATTN, MLP}:
+                raise ValueError(f"parts are True, or {MIXER!r}, {ATTN!r} and {MLP!r} of {self.n_layers} blocks")
+            object.__setattr__(self, "parts", parts)
+        nodes: list[str] = []
+        before: list[int] = []
+        mixers: dict[int, int] = {}
+        for layer, block in enumerate(self.blocks):
+            for group in block:
+                before += [len(nodes)] * len(group)
+                if MIXER in group:
+                    mixers[layer] = len(nodes) + group.index(MIXER)
+                nodes += [f"{layer}{end}" for end in group]
+        object.__setattr__(self, "nodes", tuple(nodes))
+        object.__setattr__(self, "before", (*before, len(nodes)))
+        object.__setattr__(self, "mixers", mixers)
+
+    @property
+    def blocks(self) -> tuple[Parts, ...]:
+        """The parts of each block, in order of execution."""
+        if isinstance(self.parts, tuple):
+            return self.parts
+        return (EVERY if self.parts else WHOLE,) * self.n_layers
+
     @classmethod
     def of(cls, n_layers: int, edges: Iterable[Edge]) -> Graph:
-        """The smallest kind of graph that holds these edges: fine if an inner one is there, positional if one is.
+        """The smallest kind of graph that holds these edges: fine, of parts or positional if one of them is.
 
         Its ssm is ``tokens`` if a write or controls are among them, else ``conv``.
         """
@@ -156,21 +250,31 @@ class Graph:
         positional = {len(edge) == 3 for edge in edges}
         if len(positional) > 1:
             raise ValueError("edges are either all (src, dst) or all (src, dst, position)")
-        fine = any("." in node for edge in edges for node in edge[:2])
+        nodes = [str(node) for edge in edges for node in edge[:2]]
+        fine = any(is_inner(node) for node in nodes)
         positions = [edge[2] for edge in edges if len(edge) == 3]
         length = 1 + max(positions) if positions else None
         tokens = any("." in edge[0] and edge[0].split(".")[1].startswith(("write[", "controls")) for edge in edges)
-        return cls(n_layers, fine, length, "tokens" if tokens else "conv")
+        parts = any("." in node and not is_inner(node) for node in nodes)
+        return cls(n_layers, fine, length, "tokens" if tokens else "conv", parts=parts)
 
     def on(self, model) -> Graph:
-        """The same graph of this model, whose layers have their taps, and their time steps from where it says."""
+        """The same graph of this model: its taps, its parts, and where it says that time steps come from.
+
+        Raises:
+            ValueError: for a fine graph of a model that is no Mamba, or blocks whose parts are not known.
+        """
+        if self.fine:
+            model.require_mamba("edges inside a layer")
         sizes = model.sizes()
-        return replace(self, direct_step="H" in sizes, taps=sizes.get("K", self.taps))
+        mixed = any(given_embeddings(model.layers[layer]) for layer in range(model.n_layers))
+        inner = {"direct_step": "H" in sizes, "taps": sizes.get("K", self.taps), "mixed_input": mixed}
+        return replace(self, **inner, parts=(self.fine or self.parts) and parts_of(model))
 
     @property
-    def inner_kind(self) -> tuple[str, bool, int]:
-        """What tells how layers look inside: ``ssm``, ``direct_step``, ``taps``."""
-        return self.ssm, self.direct_step, self.taps
+    def inner_kind(self) -> dict[str, Any]:
+        """What tells how layers look inside: ``ssm``, ``direct_step``, ``taps``, ``parts``, ``mixed_input``."""
+        return {name: getattr(self, name) for name in ("ssm", "direct_step", "taps", "parts", "mixed_input")}
 
     @property
     def width(self) -> int:
@@ -183,48 +287,46 @@ class Graph:
         return self.length or 0 if self.fine and self.ssm == "tokens" else 0
 
     def __len__(self) -> int:
-        return len(self.pairs) * self.width - self.n_layers * self.writes * (self.writes - 1) // 2
+        return len(self.pairs) * self.width - len(self.mixers) * self.writes * (self.writes - 1) // 2
 
     def whole(self) -> Bool[Tensor, "n_pairs width"]:
         """The mask of all edges: every pair at every position, but for writes at positions before them."""
         mask = torch.ones(len(self.pairs), self.width, dtype=torch.bool)
-        for layer in range(self.n_layers if self.writes else 0):
-            mask[self.written(layer)].triu_()
+        for node in self.mixers.values() if self.writes else ():
+            mask[self.written(node)].triu_()
         return mask
 
-    def stored(self) -> dict[str, int | bool | str | None]:
+    def stored(self) -> dict[str, Any]:
         """What tells the graph, as a result's ``meta["graph"]`` holds it."""
-        known = {"n_layers": self.n_layers, "fine": self.fine, "length": self.length, "ssm": self.ssm}
-        return known | {"direct_step": self.direct_step, "taps": self.taps}
+        return {"n_layers": self.n_layers, "fine": self.fine, "length": self.length} | self.inner_kind
 
-    def sources(self, layer: int) -> list[str]:
-        """The nodes with an edge into a layer (``n_layers`` stands for the output)."""
-        return [EMBED, *map(str, range(layer))]
+    def sources(self, node: int) -> list[str]:
+        """The nodes with an edge into a node of `nodes` (the number of them all stands for the output)."""
+        return [EMBED, *self.nodes[: self.before[node]]]
 
-    def into(self, layer: int) -> slice:
-        """Where the edges into a layer's input stand in `pairs` (``n_layers``: into the output)."""
-        start = layer * (layer + 1) // 2 + (self._inner + self.writes if self.fine else 0) * layer
-        return slice(start, start + layer + 1)
+    def into(self, node: int) -> slice:
+        """Where the edges into a node's input stand in `pairs` (the number of all nodes: into the output)."""
+        start = self.starts[node]
+        return slice(start, start + self.before[node] + 1)
 
-    def inside(self, layer: int) -> slice:
-        """Where a layer's inner edges stand in `pairs`, but for its writes."""
-        start = self.into(layer).stop
-        return slice(start, start + self._inner)
+    def splits(self, node: int) -> bool:
+        """Whether a node has edges inside: it is a mixer, in a fine graph."""
+        return self.fine and node in self.mixers.values()
 
-    @property
-    def _inner(self) -> int:
-        """How many edges a layer has inside."""
-        return self.taps + 4 if self.fine else 0
+    def inside(self, node: int) -> slice:
+        """Where a node's inner edges stand in `pairs`, but for its writes; an empty slice where it has none."""
+        start = self.into(node).stop
+        return slice(start, start + self.taps + 4 if self.splits(node) else start)
 
     @property
     def slices(self) -> range:
         """The taps, as conv slices."""
         return range(1 - self.taps, 1)
 
-    def written(self, layer: int) -> slice:
-        """Where the edges of a layer's writes stand in `pairs`, if there are any."""
-        start = self.inside(layer).stop
-        return slice(start, start + self.writes)
+    def written(self, node: int) -> slice:
+        """Where the edges of a node's writes stand in `pairs`; an empty slice where it has none."""
+        start = self.inside(node).stop
+        return slice(start, start + self.writes if self.splits(node) else start)
 
     def edges(self, mask: Bool[Tensor, "n_pairs width"] | None = None) -> tuple[Edge, ...]:
         """The edges that a mask holds, in order; all of them without a mask."""
@@ -250,14 +352,23 @@ class Graph:
             mask[self.index[pair], at] = there[at]
         return mask
 
-    def refine(self, mask: Bool[Tensor, "n_pairs width"]) -> tuple[Graph, Bool[Tensor, "n_fine width"]]:
-        """The fine graph, and the same circuit in it, with everything inside every layer kept."""
+    def refine(
+        self, mask: Bool[Tensor, "n_pairs width"], parts: bool | tuple[Parts, ...] = False
+    ) -> tuple[Graph, Bool[Tensor, "n_fine width"]]:
+        """The fine graph, and the same circuit in it, with everything inside every layer kept.
+
+        Args:
+            mask: the circuit.
+            parts: the parts of each block, if they are several: what a graph of whole blocks is split into first.
+        """
         if self.fine:
             return self, mask
-        graph = replace(self, fine=True)
+        graph = replace(self, fine=True, parts=self.parts or parts)
         fine = graph.whole()
-        for layer in range(self.n_layers + 1):
-            fine[graph.into(layer)] = mask[self.into(layer)]
+        for i, (src, dst) in enumerate(graph.pairs):
+            pair = (src, dst) if self.parts else (_block(src), _block(dst))
+            if not (is_inner(src) or is_inner(dst)) and pair in self.index:
+                fine[i] = mask[self.index[pair]]
         return graph, fine
 
     def prune(self, mask: Bool[Tensor, "n_pairs width"]) -> Bool[Tensor, "n_pairs width"]:
@@ -265,39 +376,40 @@ class Graph:
 
         A source whose input is all resampled gives what it gives in the corrupt run, and what reaches no output is
         never read. Positions: a layer passes what it receives at p to any position from p on (which holds for a
-        causal model), the gate to p alone; the output is read at the last position. Where ``ssm`` is ``states``, the
-        conv's output reaches the layer's output at its own position without an edge, and where it is ``tokens`` the
-        scan's.
+        causal model), the gate and an MLP to p alone; the output is read at the last position. Where ``ssm`` is
+        ``states``, the conv's output reaches the layer's output at its own position without an edge, and where it is
+        ``tokens`` the scan's.
         """
         return mask & self.whole() & self._reach(mask) & self._needed(mask)
 
-    def live_layers(self, kept: Bool[Tensor, "n_pairs"]) -> list[bool]:
-        """Whether each layer may lie on a path, of edges of which any position is kept."""
+    def live_nodes(self, kept: Bool[Tensor, "n_pairs"]) -> list[bool]:
+        """Whether each node may lie on a path, of edges of which any position is kept."""
         plain = replace(self, length=None, ssm="conv" if self.writes else self.ssm)
         mask = torch.zeros(len(plain.pairs), 1, dtype=torch.bool)
-        for layer in range(self.n_layers + 1):
-            mask[plain.into(layer), 0] = kept[self.into(layer)]
-            if layer < self.n_layers:
-                mask[plain.inside(layer), 0] = kept[self.inside(layer)]
+        for node in range(len(self.nodes) + 1):
+            mask[plain.into(node), 0] = kept[self.into(node)]
+            if self.splits(node):
+                mask[plain.inside(node), 0] = kept[self.inside(node)]
                 if self.writes:  # by D x at least
-                    mask[plain.inside(layer)][SSM] = True
+                    mask[plain.inside(node)][SSM] = True
         used = plain.prune(mask)
-        return [bool(used[plain.into(layer)].any()) for layer in range(self.n_layers)]
+        return [bool(used[plain.into(node)].any()) for node in range(len(self.nodes))]
 
     def _reach(self, mask: Tensor) -> Tensor:
         """Which edges have a source that a path from embed reaches, ``[n_pairs, width]``."""
         reached = torch.zeros_like(mask)
         outputs = [torch.ones(self.width, dtype=torch.bool)]
-        for layer in range(self.n_layers + 1):
-            into = self.into(layer)
-            reached[into] = torch.stack(outputs)
+        for node in range(len(self.nodes) + 1):
+            into = self.into(node)
+            reached[into] = torch.stack(outputs[: self.before[node] + 1])
             arrives = (mask[into] & reached[into]).any(0)
-            if layer == self.n_layers:
+            if node == len(self.nodes):
                 break
-            if not self.fine:
-                outputs.append(self._onwards(arrives))
+            if not self.splits(node):
+                outputs.append(arrives if self.nodes[node].endswith(MLP) else self._onwards(arrives))
                 continue
-            inner, kept = reached[self.inside(layer)], mask[self.inside(layer)]
+            arrives = self._onwards(arrives) if self.mixed_input else arrives
+            inner, kept = reached[self.inside(node)], mask[self.inside(node)]
             inner[SLICE] = torch.stack([self._shift(arrives, -s) for s in self.slices])
             conv = (inner[SLICE] & kept[SLICE]).any(0)
             step = arrives & self.direct_step
@@ -306,7 +418,7 @@ class Graph:
                 inner[SSM] = conv
                 inner[SSM_OUT] = self._onwards((inner[SSM] & kept[SSM]) | step)
             elif self.ssm == "tokens":
-                writes = self.written(layer)
+                writes = self.written(node)
                 inner[SSM], reached[writes] = conv | step, (conv | step)[:, None]
                 written = (mask[writes] & reached[writes]).any(0)
                 inner[SSM_OUT] = written | self._onwards(inner[SSM] & kept[SSM]) | conv
@@ -323,34 +435,36 @@ class Graph:
         needed = torch.zeros_like(mask)
         last = torch.zeros(self.width, dtype=torch.bool)
         last[-1] = True
-        needed[self.into(self.n_layers)] = last
-        leaves = torch.zeros(self.n_layers, self.width, dtype=torch.bool)
-        leaves |= (mask & needed)[self.into(self.n_layers)][1:]
-        for layer in reversed(range(self.n_layers)):
-            if self.fine:
-                inner, kept = needed[self.inside(layer)], mask[self.inside(layer)]
-                inner[SSM_OUT] = inner[SKIP_OUT] = leaves[layer]
-                read = leaves[layer] & kept[SSM_OUT]
-                inner[SKIP] = leaves[layer] & kept[SKIP_OUT]
+        final = self.into(len(self.nodes))
+        needed[final] = last
+        leaves = (mask & needed)[final][1:]
+        for node in reversed(range(len(self.nodes))):
+            if self.splits(node):
+                inner, kept = needed[self.inside(node)], mask[self.inside(node)]
+                inner[SSM_OUT] = inner[SKIP_OUT] = leaves[node]
+                read = leaves[node] & kept[SSM_OUT]
+                inner[SKIP] = leaves[node] & kept[SKIP_OUT]
                 if self.ssm == "conv":
                     step = inner[SSM] = self._backwards(read)
                     inner[SLICE] = inner[SSM] & kept[SSM]
                 elif self.ssm == "tokens":
-                    writes = self.written(layer)
+                    writes = self.written(node)
                     inner[SSM], needed[writes] = self._backwards(read), read
                     step = (inner[SSM] & kept[SSM]) | (mask[writes] & needed[writes]).any(1)
                     inner[SLICE] = step | read
                 else:
                     carried = step = self._carried(read.flip(0), kept[SSM].flip(0)).flip(0)
                     inner[SSM] = read | self._shift(carried, -1)
-                    inner[SLICE] = carried | leaves[layer]
+                    inner[SLICE] = carried | leaves[node]
                 through = [self._shift(inner[k] & kept[k], s) for k, s in enumerate(self.slices)]
                 arrives = torch.stack([*through, inner[SKIP] & kept[SKIP], step & self.direct_step]).any(0)
+                arrives = self._backwards(arrives) if self.mixed_input else arrives
             else:
-                arrives = self._backwards(leaves[layer])
-            into = self.into(layer)
+                at_once = self.nodes[node].endswith(MLP)
+                arrives = leaves[node] if at_once else self._backwards(leaves[node])
+            into = self.into(node)
             needed[into] = arrives
-            leaves[:layer] |= (mask[into] & arrives)[1:]
+            leaves[: self.before[node]] |= (mask[into] & arrives)[1:]
         return needed
 
     def _carried(self, begins: Bool[Tensor, "width"], kept: Bool[Tensor, "width"]) -> Bool[Tensor, "width"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,7 @@ from ..remote.requests import ask
 from ..result import Result, bootstrap_interval
 from ..tasks.pairs import Metric, PromptPairs
 from .circuit import Circuit
-from .forward import Run, beginning, record, require_fine
+from .forward import Run, beginning, record
 from .graph import Graph
 from .pairs import Pairs
 from .resample import BaseCircuit, resampled_logits, run_circuit
@@ -91,15 +91,14 @@ class Evaluator:
     ) -> None:
         if graph.n_layers != model.n_layers:
             raise ValueError(f"the circuit is of a model with {graph.n_layers} layers, this one has {model.n_layers}")
-        if graph.fine:
-            require_fine(model)
+        graph = graph.on(model)
         model.require_stream("circuits", edges=True)
         if batch_rows is not None:
             batch_rows = whole_number(batch_rows, "batch_rows", least=1)
         pairs = Pairs.of(model, data, positional=graph.length is not None, metric=metric)
         if graph.length is not None and graph.length != pairs.length:
             raise ValueError(f"the circuit has {graph.length} positions, the prompts have {pairs.length}")
-        self.model, self.graph, self.absolute = model, graph.on(model), absolute
+        self.model, self.graph, self.absolute = model, graph, absolute
         row = row_bytes(model, graph, pairs.length, together)
         self.batch_rows = batch_rows or fitting_rows(model, row, MOST_ROWS, share=0.5)
         self.n_rows = len(pairs)
@@ -151,7 +150,7 @@ class References:
     def of(cls, model, graph: Graph, batch: Pairs, base: Bool[Tensor, "n_pairs W"] | None) -> References:
         """Run them, from the position where the first row's prompts part."""
         begins = beginning(model, batch.clean, int(batch.start[0]))
-        corrupt = record(model, batch.corrupt, batch.last, begins, fine=graph.fine, ssm=graph.ssm)
+        corrupt = record(model, batch.corrupt, batch.last, begins, graph=graph)
         clean = record(model, batch.clean, batch.last, begins).logits
         return cls(corrupt, clean, None if base is None else run_circuit(model, graph, batch.clean, corrupt, base))
 
@@ -214,7 +213,7 @@ def row_bytes(model, graph: Graph, length: int, together: int) -> int:
     """What a row, a candidate on a prompt, needs: its forward and sources, and a share of the prompt's references."""
     references = reference_bytes(model, graph, length)
     overwritten = FLOAT * model.d_inner * (2 * length + 4 * model.d_state) if graph.fine and graph.ssm != "conv" else 0
-    return forward_bytes(model, length) + overwritten + stream_bytes(model, length) + references // together
+    return forward_bytes(model, length) + overwritten + _sources(model, graph, length) + references // together
 
 
 def reference_bytes(model, graph: Graph, length: int) -> int:
@@ -222,7 +221,12 @@ def reference_bytes(model, graph: Graph, length: int) -> int:
     inner = FLOAT * model.n_layers * length * 4 * inner_width(model) if graph.fine else 0
     if graph.fine and graph.ssm != "conv":  # B and C beside gate, conv_input, ssm_input and delta
         inner += 2 * FLOAT * model.n_layers * length * model.sizes().get("G", 1) * model.d_state
-    return 2 * stream_bytes(model, length) + inner + state_bytes(model)
+    return 2 * _sources(model, graph, length) + inner + state_bytes(model)
+
+
+def _sources(model, graph: Graph, length: int) -> int:
+    """What embed and the nodes of a row add to the stream."""
+    return stream_bytes(model, length) * (len(graph.nodes) + 1) // (model.n_layers + 1)
 
 
 def graph_for(circuit: Circuit, data: PromptPairs, model, ssm: str | None = None) -> Graph:
@@ -235,9 +239,10 @@ def graph_for(circuit: Circuit, data: PromptPairs, model, ssm: str | None = None
         raise ValueError(
             f"the circuit has ssm={circuit.ssm!r}, and other edges into its SSMs than ssm={ssm!r}: find one with that"
         )
+    graph = replace(circuit.graph, ssm=ssm).on(model)
     if circuit.length is None:
-        return Graph(circuit.n_layers, circuit.fine, None, ssm).on(model)
+        return graph
     length = Pairs.of(model, data, positional=True).length
     if circuit.length > length:
         raise ValueError(f"the circuit has {circuit.length} positions, the prompts have {length}")
-    return Graph(circuit.n_layers, circuit.fine, length, ssm).on(model)
+    return replace(graph, length=length)

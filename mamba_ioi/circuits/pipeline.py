@@ -151,6 +151,8 @@ def circuit_of(result: Result) -> Circuit:
         graph.get("ssm", "conv"),
         graph.get("direct_step", False),
         graph.get("taps", TAPS),
+        graph.get("parts", False),
+        graph.get("mixed_input", False),
     )
 
 

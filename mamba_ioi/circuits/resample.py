@@ -38,8 +38,8 @@ class Resampled(Pass):
             each row's own, or 1; W is L in a positional graph, or 1.
         corrupt: the run that resampled values come from, on B prompts.
         share: whether candidates share what they have in common (only a Mamba's number of rows may change on the way).
-        known: what each node gave in a circuit that every candidate is like in the edges into the first layers.
-        first: the first layer that has to be run; n_layers if they differ in the edges into the output alone.
+        known: what each node gave in a circuit that every candidate is like in the edges into the first nodes.
+        first: the first node that has to be run; after the last if they differ in the edges into the output alone.
     """
 
     def __init__(
@@ -51,20 +51,21 @@ class Resampled(Pass):
         known: list[Float[Tensor, "B L D"]] | None = None,
         first: int = 0,
     ) -> None:
-        Pass.__init__(self, corrupt.begins)
+        Pass.__init__(self, corrupt.begins, graph)
         self.graph, self.corrupt, self.share, self.known, self.first = graph, corrupt, share, known, first
         self.candidates = keep.shape[0]
         device, dtype = corrupt.sources[0].device, corrupt.sources[0].dtype
-        self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(graph.n_layers + 1)]
-        self.inner: list = []  # of each layer, the weights inside it, and of its writes; None where all is kept
-        self.writes: list = []
-        for layer in range(graph.n_layers if graph.fine else 0):
-            inner = keep[:, :, graph.inside(layer).start : graph.written(layer).stop]
+        nodes = len(graph.nodes)
+        self.mixes = [Mix.of(keep[:, :, graph.into(j)], device, dtype) for j in range(nodes + 1)]
+        self.embeds: list = [narrow(keep[:, :, graph.into(j).start, :, None]).to(device, dtype) for j in range(nodes)]
+        self.inner: dict = {}  # of each mixer's node, the weights inside it, and of its writes; none where all is kept
+        self.writes: dict = {}
+        for node in filter(graph.splits, range(nodes)):
+            inner = keep[:, :, graph.inside(node).start : graph.written(node).stop]
             parts = narrow(inner).to(device, dtype).split([inner.shape[2] - graph.writes, graph.writes], dim=2)
-            own, writes = parts if (inner != 1).any() else (None, None)
-            self.inner.append(own)
-            self.writes.append(writes)
-        self.live = graph.live_layers((keep != 0).amax((0, 1, 3)))
+            if (inner != 1).any():
+                self.inner[node], self.writes[node] = parts
+        self.live = graph.live_nodes((keep != 0).amax((0, 1, 3)))
         self.wanted = {source for mix in self.mixes[first:] for source, _ in mix.terms}
         self.base = torch.zeros_like(corrupt.sources[0])
         self.differences: list = []  # a tensor each, or None where a layer was skipped
@@ -76,29 +77,35 @@ class Resampled(Pass):
         self.differences = [value - corrupt]
         return value
 
-    def into(self, layer, resid):
-        mix = self.mixes[layer]
+    def beside(self, node):
+        there = self.corrupt.sources[0]
+        value = torch.lerp(there.expand_as(self.start), self.start, self.embeds[node])
+        return value.expand(self.candidates, *value.shape[1:])
+
+    def into(self, node, resid):
+        mix = self.mixes[node]
         value = self.base[None] if mix.from_corrupt else resid
         for source, weight in mix.terms:
             if self.differences[source] is not None:
                 value = torch.addcmul(value, self.differences[source], weight)
-        if layer < len(self.inner) and self.inner[layer] is not None:
-            value = value.expand(max(value.shape[0], self.inner[layer].shape[0]), *value.shape[1:])
+        if node in self.inner:
+            value = value.expand(max(value.shape[0], self.inner[node].shape[0]), *value.shape[1:])
         return value if self.share else value.expand(self.candidates, *value.shape[1:])
 
-    def skipped(self, layer):
-        return layer < self.first or not self.live[layer]
+    def skipped(self, node):
+        return node < self.first or not self.live[node]
 
-    def after(self, layer, resid, added):
-        corrupt = self.corrupt.sources[layer + 1]
+    def after(self, node, resid, added):
+        corrupt = self.corrupt.sources[node + 1]
         self.base = self.base + corrupt
-        if self.known is not None and layer < self.first:
-            added = self.known[layer + 1][None]
-        self.differences.append(None if added is None or layer + 1 not in self.wanted else added - corrupt)
+        if self.known is not None and node < self.first:
+            added = self.known[node + 1][None]
+        self.differences.append(None if added is None or node + 1 not in self.wanted else added - corrupt)
         return resid + (corrupt if added is None else added)
 
     def at(self, model, layer, site):
-        weights = self.inner[layer] if site.name == "skip" and self.inner else None
+        Pass.at(self, model, layer, site)
+        weights = self.inner.get(self.graph.mixers.get(layer)) if site.name == "skip" else None
         if weights is None:
             return
         kept, mixer = weights[:, :, SKIP] * weights[:, :, SKIP_OUT], model.layers[layer].mixer
@@ -107,9 +114,10 @@ class Resampled(Pass):
 
     def opened(self, layer, stages):
         Pass.opened(self, layer, stages)
-        weights = self.inner[layer] if self.inner else None
-        if weights is None:
+        node = self.graph.mixers[layer]
+        if node not in self.inner:
             return
+        weights = self.inner[node]
         if stages.KIND == "conv":
             self.conv(layer, stages, weights)
             return
@@ -117,7 +125,7 @@ class Resampled(Pass):
             self.resample_states(layer, stages, weights[:, :, SSM], weights[:, :, SSM_OUT])
             return
         if self.graph.ssm == "tokens":
-            self.exchange(layer, stages, self.writes[layer][:, :, self.begins.position :], weights[:, :, SSM])
+            self.exchange(layer, stages, self.writes[node][:, :, self.begins.position :], weights[:, :, SSM])
         if (weights[:, :, SSM_OUT] != 1).any():
             kept = weights[:, :, SSM_OUT, :, None]
             stages.set("ssm_output", blend(self.corrupt.inner[layer]["ssm_output"], stages.peek("ssm_output"), kept))
@@ -262,14 +270,14 @@ def resampled_logits(
     """The logits of C candidate circuits in one forward, everything outside each of them resampled.
 
     Args:
-        model: a `CausalLM` from `load_model`; fine graphs need a Mamba.
+        model: a `CausalLM` from `load_model`; fine graphs need one with scans.
         graph: which edges there are.
         tokens: the prompts that run.
         read: the position to read logits at, per prompt.
         corrupt: `record` of the prompts that resampled values come from (with ``fine`` if the graph is), which begins
             no later than the prompts part.
         keep: which edges are kept: a bool, or a share. R is B (each row its own circuit) or 1, W is L or 1.
-        base: `run_circuit` of a circuit on the same prompts: the layers below those where the candidates differ from
+        base: `run_circuit` of a circuit on the same prompts: the nodes below those where the candidates differ from
             it are not run.
 
     Raises:
@@ -288,7 +296,7 @@ def resampled_logits(
 
 @dataclass(frozen=True)
 class BaseCircuit:
-    """A circuit, and what embed and each layer added to the residual stream in its run, n_layers + 1 times."""
+    """A circuit, and what embed and each node added to the residual stream in its run."""
 
     mask: Bool[Tensor, "n_pairs W"]
     sources: list[Float[Tensor, "B L D"]]
@@ -302,18 +310,18 @@ class Kept(Resampled):
         self.given = [value[0]]
         return value
 
-    def skipped(self, layer):
+    def skipped(self, node):
         return False
 
-    def after(self, layer, resid, added):
+    def after(self, node, resid, added):
         self.given.append(added[0])
-        return Resampled.after(self, layer, resid, added)
+        return Resampled.after(self, node, resid, added)
 
 
 def run_circuit(
     model, graph: Graph, tokens: Int[Tensor, "B L"], corrupt: Run, mask: Bool[Tensor, "n_pairs W"]
 ) -> BaseCircuit:
-    """Run one circuit, for candidates that are like it in the edges into the first layers to go on from."""
+    """Run one circuit, for candidates that are like it in the edges into the first nodes to go on from."""
     keep, read = _weights(graph, tokens, corrupt, mask[None, None]), torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
     visitor = Kept(graph.on(model), keep, corrupt)
     with torch.no_grad(), model.trace(tokens[:, corrupt.begins.position :]):
@@ -330,15 +338,15 @@ def given(model, visitor: Kept, read: Tensor) -> list[Tensor]:
 def first_difference(
     graph: Graph, keep: Float[Tensor, "C R n_pairs W"] | Bool[Tensor, "C R n_pairs W"], mask: Bool[Tensor, "n_pairs W"]
 ) -> int:
-    """The first layer with an edge into it or inside it that any candidate keeps and the circuit does not, or reversed.
+    """The first node with an edge into it or inside it that any candidate keeps and the circuit does not, or reversed.
 
-    n_layers if only edges into the output differ, or none.
+    How many nodes there are if only edges into the output differ, or none.
     """
     unlike = (keep != mask.to(keep)).flatten(0, 1).any(0).any(1)
-    for layer in range(graph.n_layers):
-        if unlike[graph.into(layer).start : graph.written(layer).stop].any():
-            return layer
-    return graph.n_layers
+    for node in range(len(graph.nodes)):
+        if unlike[graph.into(node).start : graph.written(node).stop].any():
+            return node
+    return len(graph.nodes)
 
 
 def _weights(graph: Graph, tokens: Tensor, corrupt: Run, keep: Tensor) -> Float[Tensor, "C R n_pairs w"]:

@@ -16,7 +16,7 @@ from ..result import Result, note_precisions
 from ..tasks.pairs import PromptPairs
 from .circuit import Circuit, edge_table
 from .eap import table_of
-from .graph import TAPS, Graph
+from .graph import ATTN, MIXER, MLP, TAPS, Graph, Parts, is_inner, layer_of
 from .measure import Evaluator
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,15 @@ def scored_graph(
     missing = {"src", "dst", "score"} - set(table.columns)
     if missing:
         raise ValueError(f"scores are a table with src, dst, position, score; {', '.join(sorted(missing))} is missing")
+    known = scores.meta.get("graph", {}) if isinstance(scores, Result) else {}
     if n_layers is None:
-        n_layers = sum(table.dst == "output") // max(1, int(table.get("position", pd.Series([-1])).max()) + 1) - 1
+        n_layers = 1 + max((layer_of(str(src)) or 0 for src in table.src), default=0)
     positions = table.position if "position" in table else pd.Series(-1, index=table.index)
     length = int(positions.max()) + 1 if len(table) and positions.max() >= 0 else None
-    known = scores.meta.get("graph", {}) if isinstance(scores, Result) else {}
     ssm = str(known.get("ssm", "conv")) if ssm is None else ssm
-    fine, direct_step = bool(table.src.str.contains(".", regex=False).any()), bool(known.get("direct_step", False))
-    graph = Graph(n_layers, fine, length, ssm, direct_step, int(known.get("taps", TAPS)))
+    fine, parts = any(map(is_inner, table.src.map(str))), known.get("parts") or _parts(table, n_layers)
+    direct_step, mixed_input = (bool(known.get(name, False)) for name in ("direct_step", "mixed_input"))
+    graph = Graph(n_layers, fine, length, ssm, direct_step, int(known.get("taps", TAPS)), parts, mixed_input)
     values = torch.full((len(graph.pairs), graph.width), math.nan, dtype=torch.float64)
     for src, dst, position, score in zip(table.src, table.dst, positions, table.score, strict=True):
         if (src, dst) not in graph.index:
@@ -60,6 +61,21 @@ def scored_graph(
     if len(table) != len(graph) or values[graph.whole()].isnan().any():
         raise ValueError(f"scores are one number for each of {len(graph)} edges; these are {len(table)}")
     return graph, values
+
+
+def _parts(table: pd.DataFrame, n_layers: int) -> bool | tuple[Parts, ...]:
+    """The parts of each block, by the edges between them; False if there are none."""
+    pairs = {(str(src), str(dst)) for src, dst in zip(table.src, table.dst, strict=True)}
+    nodes = {node for pair in pairs for node in pair}
+    if not any("." in node and not is_inner(node) for node in nodes):
+        return False
+    found: list[Parts] = []
+    for layer in range(n_layers):
+        first = tuple(end for end in (MIXER, ATTN) if f"{layer}{end}" in nodes)
+        mlp = (MLP,) if f"{layer}{MLP}" in nodes else ()
+        follows = any((f"{layer}{end}", f"{layer}{MLP}") in pairs for end in first)
+        found.append(tuple(group for group in ((first, mlp) if follows else (first + mlp,)) if group))
+    return tuple(found)
 
 
 def rank(scores: Float[Tensor, "n_pairs W"], by: Ranking = "signed", seed: int = 0) -> Int[Tensor, "n_edges"]:
@@ -190,4 +206,4 @@ def _circuit(graph: Graph, values: Tensor, mask: Tensor, prune: bool, meta: dict
     table = edge_table(edges).assign(score=values[kept].tolist())
     meta = {**meta, "pruned": int(mask.sum() - kept.sum())}
     kind = graph.n_layers, graph.fine, graph.length
-    return Circuit(edges, *kind, accuracy, nld, table, meta, *graph.inner_kind)
+    return Circuit(edges, *kind, accuracy, nld, table, meta, **graph.inner_kind)

@@ -24,10 +24,12 @@ def cross_talk(model: MambaModel, data: PromptPairs, target: float = 0.9, *, pro
     """Restore layers' cross-talk one by one until the model answers, for each kind of pairs in the data.
 
     A layer's conv input (``in_proj``) resampled at all positions keeps it from moving anything between tokens that
-    the clean prompt has and the corrupt one has not. The start is all layers resampled; then, step by step, the layer
-    is restored that raises accuracy most, until accuracy is above ``target`` or every layer is restored (paper,
-    Section 4.1.3). Of layers that reach the same accuracy, the one of higher mean probability of the answer is
-    restored; of those, the lowest.
+    the clean prompt has and the corrupt one has not. So does its attention's input (``attn_in``) in a hybrid; of a
+    Zamba2's layer that has a shared block, ``layer_input``, which what that block's attention moves is in. A layer that
+    moves nothing between tokens, an MLP alone, is always as it is. The start is all other layers resampled; then,
+    step by step, the layer is restored that raises accuracy most, until accuracy is above ``target`` or every layer is
+    restored (paper, Section 4.1.3). Of layers that reach the same accuracy, the one of higher mean probability of the
+    answer is restored; of those, the lowest.
 
     Args:
         model: a Mamba.
@@ -70,11 +72,12 @@ def cross_talk(model: MambaModel, data: PromptPairs, target: float = 0.9, *, pro
 def _restore_layers(model: MambaModel, data: PromptPairs, target: float) -> list[dict]:
     """The steps for the rows of one kind of prompt."""
     readout = Readout.of(data)
-    resampled = list(range(model.n_layers))
+    moved = {layer: found for layer in range(model.n_layers) if (found := between_tokens(model, layer))}
+    resampled = list(moved)
     steps: list[dict] = []
     restored, choices = -1, [resampled]
     while True:
-        interventions = [[Resample("in_proj", layer) for layer in choice] for choice in choices]
+        interventions = [[Resample(site, layer) for layer in choice for site in moved[layer]] for choice in choices]
         logits = sweep(model, data.clean_tokens, interventions, readout, source=data.corrupt_tokens)
         accuracies, probabilities = candidate_scores(logits, readout)
         best = best_run(accuracies, probabilities)
@@ -87,3 +90,11 @@ def _restore_layers(model: MambaModel, data: PromptPairs, target: float) -> list
         if accuracy > target or not resampled:
             return steps
         choices = [[other for other in resampled if other != layer] for layer in resampled]
+
+
+def between_tokens(model: MambaModel, layer: int) -> list[str]:
+    """The sites at which a layer reads what it moves between tokens; none if it moves nothing."""
+    sites = model.sites_of(layer)
+    if "attention" in model.layer_kinds[layer].split("+") and "attn_in" not in sites:
+        return ["layer_input"]  # what a shared block's attention moved before the mixer reads it
+    return [site for site in ("in_proj", "attn_in") if site in sites]

@@ -19,6 +19,7 @@ class ZambaEnvoy(HybridEnvoy):
     """
 
     inside = SSDMixerEnvoy
+    given_embeddings = True
 
     @staticmethod
     def layout_of(block: nn.Module) -> Layout:

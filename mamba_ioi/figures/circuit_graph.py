@@ -13,6 +13,7 @@ from mamba_ioi.figures.circuit_layout import (
     Layout,
     default_hidden,
     drawn_edges,
+    is_inner,
     lay_out,
     name_layers,
     nodes_of,
@@ -147,7 +148,7 @@ def _draw(axes: Axes, edges: list[DrawnEdge], layout: Layout, labels: Sequence[s
             )
     for name in nodes_of(edges):
         x, y, w, h = layout.nodes[name]
-        fill = FILLS["plain"] if name in ("embed", "output") else FILLS["ssm" if "." in name else "learned"]
+        fill = FILLS["plain"] if name in ("embed", "output") else FILLS["ssm" if is_inner(name) else "learned"]
         axes.add_patch(
             FancyBboxPatch(
                 (x - w / 2 + 3, y - h / 2 + 3), w - 6, h - 6, boxstyle="round,pad=3", fc=fill, ec=INK, lw=0.9, zorder=4

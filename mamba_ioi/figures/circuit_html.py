@@ -17,6 +17,7 @@ from mamba_ioi.figures.circuit_layout import (
     box_width,
     default_hidden,
     drawn_edges,
+    is_inner,
     lay_out,
     moved,
     nodes_of,
@@ -128,7 +129,7 @@ def _edge(edge: DrawnEdge, layout: Layout, line: float, labels: Sequence[str] | 
 
 def _node(node: str, layout: Layout) -> str:
     x, y, w, h = layout.nodes[node]
-    fill = FILLS["plain"] if node in ("embed", "output") else FILLS["ssm" if "." in node else "learned"]
+    fill = FILLS["plain"] if node in ("embed", "output") else FILLS["ssm" if is_inner(node) else "learned"]
     name = html.escape(node)
     return (
         f'<g class="node" data-node="{name}"><rect x="{x - w / 2:.1f}" y="{y - h / 2:.1f}" width="{w:.1f}" '

@@ -25,6 +25,8 @@ DOT_SECONDS = 60
 LABEL_WIDTH = 22
 READABLE_LAYERS = 8
 """Circuits of models with more layers are shown without the nodes that are tied to nearly all others."""
+WHOLE_PARTS = ("attn", "mlp")
+"""The parts of a block that are nodes of their own beside its mixer."""
 ROW, COLUMN, BOX_HEIGHT, CHARACTER = 78.0, 92.0, 24.0, 7.2
 
 Point = tuple[float, float]
@@ -73,8 +75,8 @@ class Layout:
 def drawn_edges(table: pd.DataFrame, hide: Collection[str] = (), layer: int | None = None) -> list[DrawnEdge]:
     """The edges of a circuit as they are drawn, in the table's order.
 
-    A layer of which inner edges are kept is drawn by its parts, between nodes ``39 in`` and ``39 out``; a dashed line
-    of no score joins its conv slices to the conv.
+    A mixer of which inner edges are kept is drawn by what is inside, between nodes ``39 in`` and ``39 out``; a dashed
+    line of no score joins its conv slices to the conv.
 
     Args:
         table: columns src, dst, and position (−1 for none) and score where there are such.
@@ -90,12 +92,13 @@ def drawn_edges(table: pd.DataFrame, hide: Collection[str] = (), layer: int | No
     for name in (*hide, *(() if layer is None else (str(layer),))):
         if name not in known:
             raise ValueError(f"{name!r} is no node of this circuit; its nodes are {', '.join(in_order(known))}")
-    split = {src for src, dst in ends if src == dst}
+    inside = [is_inner(str(row.src)) or is_inner(str(row.dst)) for row in rows.itertuples()]
+    split = {src for (src, _), inner in zip(ends, inside, strict=True) if inner}
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row, pair in zip(rows.itertuples(), ends, strict=True):
+    for row, pair, inner in zip(rows.itertuples(), ends, inside, strict=True):
         if set(pair) & set(hide) or (layer is not None and str(layer) not in pair):
             continue
-        src, dst, inner = str(row.src), str(row.dst), pair[0] == pair[1]
+        src, dst = str(row.src), str(row.dst)
         if src in split:
             src += " in" if inner else " out"
         if dst in split:
@@ -107,6 +110,11 @@ def drawn_edges(table: pd.DataFrame, hide: Collection[str] = (), layer: int | No
     ]
     slices = {edge.dst for edge in edges if "[" in edge.dst}
     return edges + [DrawnEdge(name, name.split("[")[0], (), (np.nan,)) for name in sorted(slices)]
+
+
+def is_inner(node: str) -> bool:
+    """Whether a node lies inside a mixer: ``39.ssm``, and not ``39`` or ``39.attn``."""
+    return "." in node and node.split(".")[1] not in WHOLE_PARTS
 
 
 def default_hidden(table: pd.DataFrame) -> list[str]:
@@ -130,7 +138,7 @@ def nodes_of(edges: Sequence[DrawnEdge]) -> list[str]:
 
 def in_order(names: Collection[str]) -> list[str]:
     """Names of nodes as the model computes them: embed, layers and their parts, output."""
-    parts = ("in", "conv[", "conv", "ssm", "skip", "out")
+    parts = ("in", "conv[", "conv", "ssm", "skip", "out", *WHOLE_PARTS)
 
     def key(name: str) -> tuple[int, int, int]:
         if name in ("embed", "output"):

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 
 from mamba_ioi.figures.circuit_graph import circuit_note
-from mamba_ioi.figures.circuit_layout import in_order
+from mamba_ioi.figures.circuit_layout import in_order, is_inner
 from mamba_ioi.figures.heatmap import DIVERGING, Scale, draw_cells
 from mamba_ioi.figures.style import GREY, PlainFigure, literal, new_figure, paper_style, require, set_heading
 
@@ -66,10 +66,10 @@ def edge_scores(result: Result) -> Figure:
 
     Args:
         result: columns src, dst, score, and mark if they are by marks, as `circuits.eap` and `circuits.exact_effects`
-            have them; edges inside layers are left out.
+            have them; edges inside mixers are left out.
     """
     require(result, "src", "dst", "score")
-    inside = result.table["src"].str.contains(".", regex=False) | result.table["dst"].str.contains(".", regex=False)
+    inside = result.table["src"].map(is_inner) | result.table["dst"].map(is_inner)
     table = result.table[~inside]
     nodes = in_order(set(table["src"]) | set(table["dst"]))
     side = max(2.5, 0.115 * len(nodes) + 0.55)
@@ -208,10 +208,11 @@ def layer_parts(result: Result) -> Figure:
 
 
 def parts_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns layer, part (`conv[-1]`, `skip`, `ssm`), kept, effect, of the edges inside layers that are tested.
+    """Columns layer, part (`conv[-1]`, `skip`, `ssm`), kept, effect, of the edges inside mixers that are tested.
 
     With positions, a part is kept if it is kept anywhere, and its effect is the largest in magnitude.
     """
+    table = table[table["dst"].map(is_inner)]
     ends = table["dst"].str.extract(r"^(?P<layer>\d+)\.(?P<part>.+)$")
     rows = table[["kept", "effect"]].join(ends).dropna(subset="part")
     rows["layer"] = rows["layer"].astype(int)

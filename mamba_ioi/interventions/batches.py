@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..trace.anatomy import given_embeddings, skip_block
 from ..trace.change import Change, Patched, Placed, Prefix, SourceValues
 from ..trace.state import LayerState
 from ..trace.walk import leave_out, logits_at, walk
@@ -151,10 +152,13 @@ class Joining(Patched):
         self.batch, self.first = batch, batch.entries[0].layer
 
     def enter(self, model, layer):
-        joining = [entry for entry in self.batch.entries if entry.layer == layer]
+        block, joining = model.layers[layer], [entry for entry in self.batch.entries if entry.layer == layer]
+        if given_embeddings(block):  # of a prompt each, while the trace began with one
+            (stream, _, *others), kwargs = block.inputs
+            there = [entry.item.rows for entry in self.batch.entries if entry.layer <= layer]
+            block.inputs = (stream, self.batch.resid[0][torch.cat(there), self.start :], *others), kwargs
         if not joining:
             return True
-        block = model.layers[layer]
         stream = [] if layer == self.first else [block.input]
         for entry in joining:
             if entry.origin is None:
@@ -172,7 +176,7 @@ def run_batch(model, batch: Batch) -> Float[Tensor, "R V"]:
     """The body of a patched forward's trace."""
     visitor = Joining(batch)
     for layer in range(visitor.first):
-        model.layers[layer].skip(batch.resid[0][:1, batch.start :])  # of no use to anyone: rows join at the first
+        skip_block(model, layer, batch.resid[0][:1, batch.start :])  # of no use to anyone: rows join at the first
     walk(model, visitor, visitor.first)
     return logits_at(model, batch.last)
 

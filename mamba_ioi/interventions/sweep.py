@@ -7,6 +7,8 @@ p - 1, and runs only the layers from l on and the positions from p on. A resampl
 two prompts have not yet parted, so there is nothing to run. Interventions that start at the same position run
 together: each joins the batch at its own layer. Every forward is one nnsight trace.
 
+In a hybrid attention reads all positions before p: there runs start at layer l and the prompt's first position.
+
 For a remote model the same code runs on the server: a request brings token ids and what to change, the base run's and
 the source run's activations stay there, and the few logits of the readout come back.
 """
@@ -28,6 +30,7 @@ from tqdm.auto import tqdm
 from ..memory import budget, fitting_rows, forward_bytes, state_bytes, stream_bytes
 from ..models.model import CausalLM
 from ..remote.requests import ask
+from ..trace.anatomy import given_embeddings
 from ..trace.change import Change, Placed, SourceValues
 from ..trace.cut import NAMES, carry, mask
 from ..trace.recurrence import compute_dtype
@@ -83,18 +86,26 @@ def sweep(
     tokens, _ = model.to_tokens(tokens)
     source = source_tokens(model, tokens, source)
     readout.check(tokens, model.vocab_size)
-    if not model.all_scans:
-        return _plain_runs(model, tokens, source, interventions, readout, description)
-    called = [any(isinstance(one, Patch) and callable(one.value) for one in some) for some in interventions]
-    if any(called):
-        found = torch.empty(len(called), *readout.read.shape, dtype=compute_dtype(model.dtype))
+    alone = [not model.has_scans or any(_needs_a_run(model, one) for one in some) for some in interventions]
+    if any(alone):
+        found = torch.empty(len(alone), *readout.read.shape, dtype=compute_dtype(model.dtype))
         for whole, runs in ((True, _plain_runs), (False, _shared_runs)):
-            places = [index for index, one in enumerate(called) if one == whole]
+            places = [index for index, one in enumerate(alone) if one == whole]
             some = [interventions[index] for index in places]
             if some:
                 found[places] = runs(model, tokens, source, some, readout, description)
         return found
     return _shared_runs(model, tokens, source, interventions, readout, description)
+
+
+def _needs_a_run(model: CausalLM, change: Patch | Resample | Cut) -> bool:
+    """Whether a change cannot be made to a run that others share: it is a callable, or of embeddings read twice."""
+    if isinstance(change, Cut):
+        return False
+    if isinstance(change, Patch) and callable(change.value):
+        return True
+    beside = any(given_embeddings(model.layers[layer]) for layer in range(model.n_layers))
+    return beside and resolve(model, change.site, change.layer).site.name == "embed"
 
 
 def _shared_runs(
@@ -131,7 +142,7 @@ def _plain_runs(
 ) -> Float[Tensor, "I B K"]:
     """A sweep of which every intervention is a run of the whole prompts.
 
-    So it is where positions leave more than a state behind, and where a callable is to see every row.
+    So it is where no family says what blocks read, and where a callable is to see every row.
     """
     refuse_touched(model, "sweeps")
     values: dict[str, Tensor] = {}
@@ -252,7 +263,7 @@ def _logits(
     model: CausalLM, prompts: Prompts, interventions: Sequence[Sequence[Change]], limits: Budget, bar: tqdm
 ) -> Float[Tensor, "I B K"]:
     """The logits of every intervention on some prompts, here or by requests of bounded size to a server."""
-    items = _pieces(_items(prompts, interventions), limits.rows)
+    items = _pieces(_items(prompts, interventions, model.all_scans), limits.rows)
     bar.update(len(interventions) * len(prompts.tokens) - sum(len(item.rows) for item in items))
     waiting = [items] if limits.request is None else _batches(items, limits.request)[::-1]
     note = bar.update if model.remote is None else None
@@ -279,8 +290,11 @@ def _logits(
     return results
 
 
-def _items(prompts: Prompts, interventions: Sequence[Sequence[Change]]) -> list[Item]:
-    """The runs that differ from the clean one, by the position they start at and the first layer that changes."""
+def _items(prompts: Prompts, interventions: Sequence[Sequence[Change]], states: bool) -> list[Item]:
+    """The runs that differ from the clean one, by the position they start at and the first layer that changes.
+
+    Where ``states`` are not all that positions leave behind, every run starts at the first one.
+    """
     tokens, source, last = prompts.tokens, prompts.source, prompts.last.tolist()
     batch, length = tokens.shape
     differs = [0] * batch if source is None else divergence_index(tokens, source).tolist()
@@ -298,7 +312,7 @@ def _items(prompts: Prompts, interventions: Sequence[Sequence[Change]]) -> list[
         for row in range(batch):
             start = min((begin[row] for begin in begins), default=length)
             if start <= last[row]:
-                starts[start].append(row)
+                starts[start if states else 0].append(row)
         for start, rows in starts.items():
             live = [one for one, begin in zip(changes, begins, strict=True) if any(begin[r] < length for r in rows)]
             items.append(Item(index, start, torch.tensor(rows, device=tokens.device), live))

@@ -139,15 +139,22 @@ def stream_differences(model) -> dict[str, Tensor]:
 def followed(model, plain: dict[str, Tensor] | None, given: Iterable[int] = (), probe: bool = False) -> Any:
     """The body of a trace: each block's input and output, and the logits.
 
-    With a plain run, the blocks of ``given`` have its inputs, and the logits are those at its last position. With
+    With a plain run, the blocks of ``given`` have its inputs (and its embeddings, where they are given them), and the
+    logits are those at its last position. With
     ``probe``, the unembedding gives ``head``, numbers far apart, and the logits are what becomes of them.
     """
     found = {}
     for i in range(model.n_layers):
         block = model.layers[i]
         if plain is not None and i in given:
-            block.input = plain[f"input.{i}"]
+            if given_embeddings(block):
+                args, kwargs = block.inputs
+                block.inputs = (plain[f"input.{i}"], plain[f"beside.{i}"], *args[2:]), kwargs
+            else:
+                block.input = plain[f"input.{i}"]
         found[f"input.{i}"] = block.input.clone()
+        if given_embeddings(block):
+            found[f"beside.{i}"] = block.inputs[0][1].clone()
         output = block.output
         found[f"output.{i}"] = stream_of(output).clone()
         found[f"tuple.{i}"] = torch.tensor(len(output) if isinstance(output, tuple) else 0)
@@ -161,6 +168,11 @@ def followed(model, plain: dict[str, Tensor] | None, given: Iterable[int] = (), 
         model.unembedding.output = found["head"] = head
     found["logits"] = logits_of(model.output)
     return found
+
+
+def given_embeddings(block) -> bool:
+    """Whether a block is given the embeddings beside the stream, as its second argument."""
+    return getattr(type(block), "given_embeddings", False)
 
 
 def stream_of(output) -> Tensor:

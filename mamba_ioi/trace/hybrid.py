@@ -180,6 +180,8 @@ class HybridEnvoy(LayerEnvoy):
 
     inside: ClassVar[type[ScanMixerEnvoy]]
     """The envoy of its mixers."""
+    given_embeddings: ClassVar[bool] = False
+    """Whether it is given the embeddings beside the stream, as its second argument."""
 
     @staticmethod
     def layout_of(block: nn.Module) -> Layout:
