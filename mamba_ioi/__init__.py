@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .result import Result
     from .tasks import PromptPairs
     from .tasks.ioi import IOIDataset
+    from .zoo.dictionaries import load_dictionary
 
 __version__ = "0.2.0"
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "experiments",
     "generate",
     "hidden_attention",
+    "load_dictionary",
     "load_model",
     "metrics",
     "planted",
@@ -63,6 +65,7 @@ _HOMES = {
     "cache_to": "interventions.stream",
     "generate": "interventions.generation",
     "hidden_attention": "interventions.token_to_token",
+    "load_dictionary": "zoo.dictionaries",
     "load_model": "models.model",
     "planted": "models.model",
     "planted_recall": "models.model",

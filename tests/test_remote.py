@@ -207,6 +207,14 @@ def test_effects_of_features(there: MambaModel, local: MambaModel, data: IOIData
     )
     assert expected.table.estimate.abs().max() > 1e-3
     same(found, expected)
+    sides = [(Halves(local.d_inner), site, 2) for site in ("ssm_input", "y")]
+    top = {"sources": list(range(8)), "targets": [3], "steps": 2, "progress": False}
+    found, expected = (
+        Result(result.table.sort_values("source", ignore_index=True), result.meta)
+        for result in (experiments.feature_edges(model, data[:2], *sides, **top) for model in (there, local))
+    )
+    assert expected.table.estimate.abs().max() > 1e-3
+    same(found, expected)
 
 
 def test_activations_in_batches_and_in_a_folder(

@@ -23,7 +23,9 @@ from .bottleneck import bottleneck, default_layer
 from .conv_slices import conv_slices
 from .cross_talk import cross_talk
 from .direct_effects import direct_effects
+from .feature_edges import feature_edges
 from .feature_effects import feature_effects
+from .feature_faithfulness import feature_faithfulness
 from .knockout import knockout
 from .layer_removal import greedy_layer_removal, layer_removal
 from .logit_lens import logit_lens
@@ -44,7 +46,9 @@ __all__ = [
     "default_layer",
     "direct_effects",
     "example_prompts",
+    "feature_edges",
     "feature_effects",
+    "feature_faithfulness",
     "greedy_layer_removal",
     "knockout",
     "layer_removal",

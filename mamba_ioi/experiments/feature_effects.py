@@ -44,6 +44,14 @@ class Encoded:
             features = sae.encode(x)
             return cls(features, x - sae.decode(features))
 
+    def with_one(self, sae: Any, other: Encoded, name: int) -> Float[Tensor, "B L *inner W"]:
+        """The value that they make once a feature, or the error, is another's."""
+        features = self.features.clone()
+        if name != ERROR:
+            features[..., name] = other.features[..., name]
+        with torch.no_grad():
+            return sae.decode(features) + (other if name == ERROR else self).error
+
 
 def feature_effects(
     model: CausalLM,
@@ -89,21 +97,18 @@ def feature_effects(
     """
     check_data(model, pairs)
     top, steps = whole_number(top, "top", least=0), whole_number(steps, "steps", least=1)
-    Splice(sae)  # has both
-    ref = resolve(model, site, layer)
-    if ref.position is not None or ref.layer is None or not ref.site.by_position:
-        raise ValueError(f"features are looked at all positions of a layer's site, and {site!r} is none that has them")
+    ref = check_dictionary(model, sae, site, layer)
     metric = check_metric(pairs, metric)
     if not isinstance(metric, str):
         raise ValueError(f"estimates are of metrics by name, and {metric!r} is a callable")
-    estimates = torch.cat([_estimates(model, part, sae, ref, steps, metric) for part in _parts(model, pairs, ref, 1)])
+    estimates = torch.cat([_estimates(model, part, sae, ref, steps, metric) for part in parts_of(model, pairs, ref, 1)])
     means = estimates.double().mean(0)
     size = len(means) - 1
     ordered = means.abs().argsort(descending=True, stable=True)
     chosen = [int(one) for one in ordered if one < size][:top]
     names = [*chosen, ERROR]
     found = []
-    for part in _parts(model, pairs, ref, len(names)):
+    for part in parts_of(model, pairs, ref, len(names)):
         patches = [[Patch(ref.site.name, ref.layer, value)] for value in _values(model, part, sae, ref, names)]
         bar = "feature_effects" if progress else None
         found.append(measured_runs(model, part, patches, metric=metric, description=bar)[0])
@@ -119,7 +124,20 @@ def feature_effects(
     return Result.create("feature_effects", table, model=model, arguments=arguments)
 
 
-def _parts(model: CausalLM, pairs: PromptPairs, ref: SiteRef, held: int) -> Iterator[PromptPairs]:
+def check_dictionary(model: CausalLM, sae: Any, site: str, layer: int | None) -> SiteRef:
+    """The site whose values a dictionary encodes.
+
+    Raises:
+        ValueError: for what has no ``encode`` and ``decode``, an unknown site or layer, or a site without positions.
+    """
+    Splice(sae)  # has both
+    ref = resolve(model, site, layer)
+    if ref.position is not None or ref.layer is None or not ref.site.by_position:
+        raise ValueError(f"features are looked at all positions of a layer's site, and {site!r} is none that has them")
+    return ref
+
+
+def parts_of(model: CausalLM, pairs: PromptPairs, ref: SiteRef, held: int) -> Iterator[PromptPairs]:
     """The pairs, some at a time: so many that the memory holds this many values of the site, beside a few."""
     row = (held + 8) * site_bytes(model, ref.site, pairs.clean_tokens.shape[1])
     rows = fitting_rows(model, row, len(pairs), share=0.5)
@@ -127,7 +145,7 @@ def _parts(model: CausalLM, pairs: PromptPairs, ref: SiteRef, held: int) -> Iter
         yield pairs[start : start + rows]
 
 
-def _both(model: CausalLM, pairs: PromptPairs, ref: SiteRef) -> tuple[Tensor, Tensor]:
+def both_runs(model: CausalLM, pairs: PromptPairs, ref: SiteRef) -> tuple[Tensor, Tensor]:
     """The site's value in the clean and in the corrupt prompts."""
     clean, corrupt = (cache(model, ids, [ref.key])[ref.key] for ids in (pairs.clean_tokens, pairs.corrupt_tokens))
     return clean, corrupt
@@ -138,7 +156,7 @@ def _estimates(
     model: CausalLM, pairs: PromptPairs, sae: Any, ref: SiteRef, steps: int, metric: str
 ) -> Float[Tensor, "B G"]:
     """Each row's estimate for each feature, and last for the error."""
-    values = _both(model, pairs, ref)
+    values = both_runs(model, pairs, ref)
     here, there = (Encoded.of(sae, value.clone()) for value in values)
     ids = pairs.answers, pairs.corrupt_answers, pairs.candidates
     of_features, of_error = torch.zeros_like(here.features), torch.zeros_like(here.error)
@@ -168,12 +186,7 @@ def _difference(model: CausalLM, pairs: PromptPairs, tokens: Int[Tensor, "B L"])
 
 def _values(model: CausalLM, pairs: PromptPairs, sae: Any, ref: SiteRef, names: list[int]) -> Iterator[Tensor]:
     """The site's value once one feature, or the error, is the corrupt run's."""
-    values = _both(model, pairs, ref)
+    values = both_runs(model, pairs, ref)
     here, there = (Encoded.of(sae, value) for value in values)
-    with torch.no_grad():
-        for name in names:
-            features = here.features.clone()
-            if name != ERROR:
-                features[..., name] = there.features[..., name]
-            error = there.error if name == ERROR else here.error
-            yield (sae.decode(features) + error).to(values[0])
+    for name in names:
+        yield here.with_one(sae, there, name).to(values[0])

@@ -5,8 +5,8 @@ To first order, putting the source run's value in place of the clean one changes
     sum over the site's dimensions of (source - clean) * d(logit difference)/d(value)
 
 (arXiv 2310.10348). The gradient at all layers and positions comes from one backward pass, so the whole map costs a run
-of the source prompts and a forward and backward of the clean ones. `gradients_at` is for those who go along a path
-from one value to another, as integrated gradients do. What runs in the trace uses torch alone.
+of the source prompts and a forward and backward of the clean ones. `gradients_at` and `gradients_between` are for those
+who go along a path from one value to another, as integrated gradients do. What runs in the trace uses torch alone.
 """
 
 from __future__ import annotations
@@ -211,6 +211,64 @@ def held_gradient(model, ref: SiteRef, value: Tensor, read: Tensor, ids: Sequenc
     measure(metric, forward(model, plan, read)[1], *ids).sum().backward()
     assert leaf.grad is not None  # the site is before the logits
     return leaf.grad
+
+
+@torch.inference_mode(False)
+def gradients_between(
+    model: CausalLM,
+    tokens: Int[Tensor, "B L"],
+    ref: SiteRef,
+    value: Float[Tensor, "B L *site"],
+    later: SiteRef,
+    weights: Float[Tensor, "W B L *later"],
+) -> Float[Tensor, "W B L *site"]:
+    """The gradients of weighted sums of a later site's value at a site, where it is given a value.
+
+    Args:
+        model: any causal language model.
+        tokens: the prompts.
+        ref: the site, one that has positions.
+        value: what the site becomes at every position; of states, each is held.
+        later: the later site, one that has positions.
+        weights: of each sum, the weight of every number of the later site's value.
+
+    Raises:
+        ValueError: on a server whose sandbox has no gradients.
+    """
+    require_gradients(model, "integrated gradients")
+    held = 4 * (value[0].numel() * (8 if "N" in ref.site.shape else 3) + len(weights) * weights[0, 0].numel())
+    most = fitting_rows(model, backward_bytes(model, tokens.shape[1]) + held, MOST_ROWS)
+    parts = []
+    with frozen(model):
+        for rows in torch.arange(len(tokens)).split(most):
+            parts.append(ask(model, batch_between, ref, value[rows], later, weights[:, rows], tokens[rows]))
+    return torch.cat([part["gradients"] for part in parts], dim=1)
+
+
+def batch_between(
+    model,
+    ref: SiteRef,
+    value: Float[Tensor, "B L *site"],
+    later: SiteRef,
+    weights: Float[Tensor, "W B L *later"],
+    tokens: Int[Tensor, "B L"],
+) -> dict[str, Float[Tensor, "W B L *site"]]:
+    """`gradients_between` on some prompts, as ``gradients``, here or on a server that has gradients."""
+    tokens, weights = tokens.to(model.device), weights.to(model.device)
+    with torch.enable_grad(), model.trace(tokens):
+        gradients = held_gradients(model, ref, value.to(model.device), later, weights).save()  # pyright: ignore[reportAttributeAccessIssue]
+    return {"gradients": gradients.cpu()}
+
+
+def held_gradients(model, ref: SiteRef, value: Tensor, later: SiteRef, weights: Tensor) -> Tensor:
+    """The body of a trace: put a value at a site, and take the gradients of a later site's weighted sums there."""
+    leaf = value.detach().clone().requires_grad_()
+    last = model.n_layers if later.layer is None or not model.all_scans else later.layer
+    found = forward(model, Plan([Change(ref.layer, ref.site, leaf, None)], [later], last), None)[0][later.key]
+    if not found.requires_grad:  # nothing leads from one to the other
+        return torch.zeros(len(weights), *leaf.shape, dtype=leaf.dtype, device=leaf.device)
+    sums = [(found * one).sum() for one in weights]
+    return torch.stack([torch.autograd.grad(one, leaf, retain_graph=True, materialize_grads=True)[0] for one in sums])
 
 
 def _token_ids(readout: Readout, name: str) -> Tensor:

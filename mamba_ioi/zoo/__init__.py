@@ -18,6 +18,9 @@ EMBEDDED: Mapping[str, Path] = {
 }
 """The folder of each trained model that ships with the package, by the name that `load_model` takes."""
 
+DICTIONARIES: Mapping[str, tuple[str, ...]] = {"tiny": ("ssm_input", "out_proj")}
+"""The sites of each packaged model that a dictionary of features ships for, in the order of execution."""
+
 RECALL: Mapping[str, str] = {name.removeprefix("recall-"): name for name in EMBEDDED if name.startswith("recall-")}
 """The subjects of the recall study, a packaged model each."""
 
