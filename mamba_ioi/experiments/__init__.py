@@ -27,6 +27,7 @@ from .feature_effects import feature_effects
 from .knockout import knockout
 from .layer_removal import greedy_layer_removal, layer_removal
 from .logit_lens import logit_lens
+from .means import Means, means
 from .name_means import NameMeans, name_means
 from .name_steering import name_pca, name_steering
 from .probe import probe
@@ -36,6 +37,7 @@ from .state_similarity import state_similarity
 __all__ = [
     "EXPERIMENTS",
     "Experiment",
+    "Means",
     "NameMeans",
     "balanced_pairs",
     "bottleneck",
@@ -49,6 +51,7 @@ __all__ = [
     "knockout",
     "layer_removal",
     "logit_lens",
+    "means",
     "name_means",
     "name_pca",
     "name_steering",

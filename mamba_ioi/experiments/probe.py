@@ -21,9 +21,17 @@ from ..memory import fitting_rows, site_bytes
 from ..models.model import CausalLM
 from ..result import Result
 from ..tasks.pairs import PromptPairs
-from .common import cell_columns, check_any_places, check_data, check_layers, mean_with_interval, positions_at, present
-
-ANSWER = "answer"
+from .common import (
+    ANSWER,
+    cell_columns,
+    check_any_places,
+    check_data,
+    check_layers,
+    mean_with_interval,
+    positions_at,
+    present,
+    tokens_at,
+)
 
 
 def probe(
@@ -133,21 +141,11 @@ def _labels(pairs: PromptPairs, target: str, what: str) -> Int[Tensor, "B"]:
     """
     if what not in ("token", "slot"):
         raise ValueError(f"what is 'token' or 'slot', not {what!r}")
-    tokens = pairs.clean_tokens.cpu()
-    if target == ANSWER and ANSWER not in pairs.marks:
-        if pairs.answers.dim() == 2:
-            raise ValueError("the answers are sets of tokens, and a probe reads one label a row: name a mark")
-        wanted = pairs.answers.cpu()
-    else:
-        at = pairs.positions_of(target).cpu()
-        wanted = tokens.gather(1, at.clamp(min=0)[:, None])[:, 0].where(at >= 0, -1)
-    labels = wanted
+    labels = wanted = tokens_at(pairs, target)
     if what == "slot":
         labels = torch.full_like(wanted, -1)
-        for slot, positions in reversed(list(enumerate(pairs.marks.values()))):
-            at = positions.cpu()
-            here = (at >= 0) & (tokens.gather(1, at.clamp(min=0)[:, None])[:, 0] == wanted) & (wanted >= 0)
-            labels[here] = slot
+        for slot, mark in reversed(list(enumerate(pairs.marks))):
+            labels[(tokens_at(pairs, mark) == wanted) & (wanted >= 0)] = slot
     if len(labels[labels >= 0].unique()) < 2:
         raise ValueError(
             f"the {what} of {target!r} is not one of several in these rows: there is nothing to tell apart"
