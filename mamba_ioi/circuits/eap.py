@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import whole_number
-from ..interventions.attribution import frozen
+from ..interventions.plan import frozen
 from ..memory import backward_bytes, fitting_rows, state_bytes
 from ..remote.requests import ask, require_gradients
 from ..result import Result

@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 
 from ..checks import integers, whole_number
 from ..experiments.common import resample_effects
-from ..interventions.attribution import frozen
 from ..interventions.cut import Cut
 from ..interventions.patch import Resample, resolve
+from ..interventions.plan import frozen
 from ..interventions.run import run
 from ..memory import backward_bytes, fitting_rows
 from ..remote.requests import ask, require_gradients

@@ -135,7 +135,7 @@ def means(
 
 
 def _cells(
-    model: CausalLM, pairs: PromptPairs, by: str | None, prompts: str
+    model: CausalLM, pairs: PromptPairs, by: str | None, prompts: Literal["clean", "corrupt"]
 ) -> tuple[Int[Tensor, "G"] | None, list, Int[Tensor, "B"]]:
     """The tokens that tell rows apart (None: no tokens do), their labels, and each row's place there, -1 for none."""
     if by is None:
@@ -202,12 +202,11 @@ def cell_sums(
     most: int,
 ) -> dict[str, Float[Tensor, "cells *site"]]:
     """``sums`` of a site at some positions of each prompt, each added to its cell; here or on a server."""
-    sums: Tensor | None = None
+    sums: Tensor | float = 0.0
     for rows in torch.arange(len(tokens)).split(most):
         found = cache(model, tokens[rows], [(site, layer)], positions=at[rows].clamp(min=0))[site, layer]
         values, own = found.cpu().double().flatten(0, 1), cell[rows].flatten()
-        if sums is None:
-            sums = values.new_zeros(cells, *values.shape[1:])
-        sums.index_add_(0, own[own >= 0], values[own >= 0])
-    assert sums is not None  # there is at least one row
+        some = values.new_zeros(cells, *values.shape[1:]).index_add_(0, own[own >= 0], values[own >= 0])
+        sums = sums + some
+    assert isinstance(sums, Tensor)  # there is at least one row
     return {"sums": sums}

@@ -12,8 +12,7 @@ from one value to another, as integrated gradients do. What runs in the trace us
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -28,7 +27,7 @@ from ..trace.change import Change
 from ..trace.sites import owner
 from ..trace.walk import Visitor, logits_at, walk
 from .patch import SiteRef, resolve
-from .plan import Plan, forward
+from .plan import Plan, forward, frozen
 from .positions import read_positions
 from .readout import Readout
 
@@ -218,19 +217,6 @@ def _token_ids(readout: Readout, name: str) -> Tensor:
     columns = getattr(readout, name)
     ids = readout.tokens.gather(1, (columns if columns.dim() == 2 else columns[:, None]).clamp(min=0))
     return ids.where(columns >= 0, -1) if columns.dim() == 2 else ids[:, 0]
-
-
-@contextmanager
-def frozen(model) -> Iterator[None]:
-    """Let no gradient into the parameters, so that nothing is kept for them in the forward pass."""
-    parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def _rows_at_once(model: MambaModel, refs: Sequence[SiteRef], length: int) -> int:

@@ -5,7 +5,8 @@ What runs inside a trace here uses torch alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,12 @@ class Plan:
     def calls(self) -> bool:
         """Whether a value is a callable, which is to see every row."""
         return any(callable(change.value) for change in self.changes)
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether a value may bring what gradients are asked for: a tensor that says so, or any callable."""
+        values = [change.value for change in self.changes]
+        return any(value.requires_grad if isinstance(value, Tensor) else callable(value) for value in values)
 
     def rows(self, part: slice, batch: int) -> Plan:
         """The same for some of the rows."""
@@ -112,6 +119,30 @@ class Plan:
         refuse_hooked_output(model, paths)
 
 
+@contextmanager
+def gradients(model, plan: Plan) -> Iterator[None]:
+    """Let gradients into what the changes bring, where the caller has them on; into no parameter of the model."""
+    if model.remote is None and torch.is_grad_enabled() and plan.asks_for_gradients:
+        with frozen(model):
+            yield
+    else:
+        with torch.no_grad():
+            yield
+
+
+@contextmanager
+def frozen(model) -> Iterator[None]:
+    """Let no gradient into the parameters, so that nothing is kept for them in the forward pass."""
+    parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 def by_layer(changes: Iterable[Placed]) -> dict[int | None, dict[str, list[Placed]]]:
     """Changes by layer and site, each list in the order given."""
     found: dict[int | None, dict[str, list[Placed]]] = {}
@@ -123,7 +154,7 @@ def by_layer(changes: Iterable[Placed]) -> dict[int | None, dict[str, list[Place
 def read_sites(model, ids: Int[Tensor, "B L"], plan: Plan) -> dict[str, Tensor]:
     """What a plan reads, by key, in one trace."""
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), model.trace(ids):
+    with gradients(model, plan), model.trace(ids):
         found = forward(model, plan, None)[0].save()
     return found
 
@@ -140,7 +171,7 @@ def source_values(model, source: Int[Tensor, "B L"], keys: Iterable[tuple[int, s
 
 def read_logits(model, ids: Int[Tensor, "B L"], plan: Plan, read: Int[Tensor, "B"] | None) -> Tensor:
     """The logits under a plan, in one trace: at ``read``, ``[B, V]``, or where it is None everywhere, ``[B, L, V]``."""
-    with torch.no_grad(), model.trace(ids):
+    with gradients(model, plan), model.trace(ids):
         logits = forward(model, plan, read)[1].save()
     return logits
 

@@ -291,7 +291,8 @@ class Patched(Visitor):
             if before is not None:  # the stream after the block has it as well
                 self.moved = envoy.mlp_in - before
         for key, position in reads:
-            value = look_at(owner(model, site, layer), site).detach()
+            value = look_at(owner(model, site, layer), site)
+            value = value if torch.is_grad_enabled() else value.detach()
             if position is not None:
                 value = value[:, position].clone()
             elif self.keep is not None and site.by_position:
