@@ -48,8 +48,8 @@ class SiteRef:
 class Patch:
     """One change of a run: at ``site`` of ``layer``, at ``positions``, ``value`` takes the model's place.
 
-    In `run` and `cache`, and in sweeps with callables, gradients flow into tensors that ``value`` is, or that a callable
-    computes with, where they ask for them and torch has gradients on; into the model's weights flow none.
+    In `run` and `cache`, and in sweeps with callables, gradients flow into tensors that ``value`` is, or that a
+    callable computes with, where they ask for them and torch has gradients on; into the model's weights flow none.
 
     Attributes:
         site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
