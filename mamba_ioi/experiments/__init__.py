@@ -30,7 +30,7 @@ from .logit_lens import logit_lens
 from .means import Means, means
 from .name_means import NameMeans, name_means
 from .name_steering import name_pca, name_steering
-from .probe import probe
+from .probe import probe, probes
 from .resample_ablation import resample_ablation
 from .state_similarity import state_similarity
 
@@ -56,6 +56,7 @@ __all__ = [
     "name_pca",
     "name_steering",
     "probe",
+    "probes",
     "resample_ablation",
     "state_similarity",
 ]
