@@ -27,7 +27,7 @@ from ..trace.change import Change
 from ..trace.sites import owner
 from ..trace.walk import Visitor, logits_at, walk
 from .patch import SiteRef, resolve
-from .plan import Plan, forward, frozen
+from .plan import Frozen, Plan, forward
 from .positions import read_positions
 from .readout import Readout
 
@@ -68,7 +68,7 @@ def attributed_effects(
     readout.check(tokens, model.vocab_size)
     ids = [_token_ids(readout, name) for name in ("answers", "corrupt_answers", "candidates")]
     parts = []
-    with frozen(model):
+    with Frozen(model):
         for rows in torch.arange(len(tokens)).split(_rows_at_once(model, refs, tokens.shape[1])):
             prompts = tokens[rows], source[rows], readout.last[rows], [column[rows] for column in ids]
             parts.append(ask(model, attributed_batch, refs, *prompts, metric)["effects"])
@@ -177,7 +177,7 @@ def gradients_at(
     held = 4 * value[0].numel() * (8 if "N" in ref.site.shape else 3)
     most = fitting_rows(model, backward_bytes(model, tokens.shape[1]) + held, MOST_ROWS)
     parts = []
-    with frozen(model):
+    with Frozen(model):
         for rows in torch.arange(len(tokens)).split(most):
             columns = [column[rows] for column in ids]
             parts.append(ask(model, gradient_batch, ref, value[rows], tokens[rows], last[rows], columns, metric))

@@ -5,8 +5,8 @@ What runs inside a trace here uses torch alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,28 +119,28 @@ class Plan:
         refuse_hooked_output(model, paths)
 
 
-@contextmanager
-def gradients(model, plan: Plan) -> Iterator[None]:
-    """Let gradients into what the changes bring, where the caller has them on; into no parameter of the model."""
-    if model.remote is None and torch.is_grad_enabled() and plan.asks_for_gradients:
-        with frozen(model):
-            yield
-    else:
-        with torch.no_grad():
-            yield
+class Frozen:
+    """A context in which no gradient goes into the parameters, so that nothing is kept for them in the forward pass.
 
+    It is a class because a function's decorator does not travel to servers.
+    """
 
-@contextmanager
-def frozen(model) -> Iterator[None]:
-    """Let no gradient into the parameters, so that nothing is kept for them in the forward pass."""
-    parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
+    def __init__(self, model) -> None:
+        self.parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_) -> None:
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
+
+
+def gradients(model, plan: Plan) -> AbstractContextManager:
+    """Let gradients into what the changes bring, where the caller has them on; into no parameter of the model."""
+    wanted = model.remote is None and torch.is_grad_enabled() and plan.asks_for_gradients
+    return Frozen(model) if wanted else torch.no_grad()
 
 
 def by_layer(changes: Iterable[Placed]) -> dict[int | None, dict[str, list[Placed]]]:
