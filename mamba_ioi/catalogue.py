@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ _EFFECTS = ("corruption", "layer", "position", "label", "effect", "low", "high",
 _SCORES = ("accuracy", "accuracy_low", "accuracy_high", "probability", "low", "high", "n")
 _MARKS = [*(mark for slot in range(1, 6) for mark in (f"n{slot}", f"n{slot}+1")), "last-1", "last"]
 _OF_EACH = "10 of each corruption"
+EXTRAS = {"probe": ("sklearn", "scikit-learn")}
+"""By extra, the package that it brings: as it is imported, and as it is called."""
 _HELD_OUT = 100
 """How many pairs the authors judge a circuit on, beside those that it was found on (App. D)."""
 _CELL, _CIRCUIT, _EDGE, _STEP = 0.12, 1.5, 0.3, 2.6
@@ -68,6 +71,7 @@ class Row:
             costs", and by what a part of a forward was measured to take.
         at_most: whether the number of rounds depends on the model, and ``forwards`` is the most.
         backwards: whether it needs a backward pass, and its memory.
+        extra: the extra that installs the package which it needs beside the others: ``probe``; empty if it needs none.
         arguments: more arguments of the function.
         decides: for claims of the paper by their keys (`mamba_ioi.report.claims`), the rule that says from this figure
             whether the claim holds (``package.module:name``).
@@ -97,9 +101,18 @@ class Row:
     forwards: Callable[[Any, int], float] = lambda sizes, rows: 0
     at_most: bool = False
     backwards: bool = False
+    extra: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     decides: Mapping[str, str] = field(default_factory=dict)
     tells: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def lacks(self) -> str | None:
+        """In a sentence, the package that it needs and that is not installed; None if all is there."""
+        package, name = EXTRAS.get(self.extra, ("", ""))
+        if not package or find_spec(package) is not None:
+            return None
+        return f"it needs {name}: pip install 'mamba-ioi[{self.extra}]'"
 
     @property
     def draws(self) -> bool:
@@ -293,6 +306,7 @@ ROWS = (
         needs_names=True,
         decides={"linear": f"{_REPORT}.steering:steering"},
         forwards=lambda s, rows: rows + 5 * 101 * 10 * _CELL,
+        tells={"slots": f"{_REPORT}.steering:across_slots"},
     ),
     Row(
         figure="fig9_pca",
@@ -490,6 +504,32 @@ ROWS = (
         decides={"later": "mamba_ioi.report.reading:later_layers"},
         forwards=lambda s, rows: rows * 2,
     ),
+    Row(
+        figure="probe",
+        experiment="probes",
+        label="Probes",
+        shows="what a linear probe reads of the first three names in the bottleneck, and where",
+        reading="Rows are the slot whose name is read and what it is read off, columns places: n1+1 is a token after "
+        "the first name, n4-1 one before the names come again. Left: the share of prompts that the probe has not seen "
+        "and reads right; right: the same with shuffled labels. Who knows the three names without their slots is "
+        "right in 1 of 3.",
+        columns=("site", "target", "layer", "mark", "accuracy", "low", "high", "control", "classes", "n"),
+        function=f"{_EXPERIMENTS}.probe:probes",
+        drawn_by=f"{_FIGURES}.probe:probe",
+        multiple=5,
+        per_pair="times 5",
+        paper="none: left to future work",
+        templates="all",
+        takes_layer=True,
+        needs_names=True,
+        extra="probe",
+        arguments={
+            "sites": ("ssm_input", "h"),
+            "targets": ("n1", "n2", "n3"),
+            "marks": ("n1+1", "n2+1", "n3+1", "n4-1", "last"),
+        },
+        decides={"slots": f"{_REPORT}.reading:slots"},
+    ),
 )
 """Every figure, in the paper's order."""
 
@@ -599,6 +639,8 @@ EVERY: dict[str, Row] = CATALOGUE | {
 """Every row, the studies' too, by the figure's id."""
 
 ALSO_DRAWN = {
+    "probe": f"{_FIGURES}.probe:probe",
+    "feature_effects": f"{_FIGURES}.feature_effects:feature_effects",
     "eap": f"{_FIGURES}.circuit_matrices:edge_scores",
     "exact_effects": f"{_FIGURES}.circuit_matrices:edge_scores",
     "faithfulness": f"{_FIGURES}.faithfulness:faithfulness",

@@ -229,7 +229,21 @@ def as_the_paper_says(model: str = TINY) -> dict[str, Result]:
         "lens": lens({i: 8.0 if i >= layer else 0.5 for i in range(-1, layers)}, model),
         "direct": direct({i: 4.0 if i == layer else 1.0 for i in range(layers)}, model),
     }
+    found["probe"] = probes({"n1": 0.9, "n2": 0.8, "n3": 0.95}, layer, model)
     return {figure: found[figure] for figure in CATALOGUE}
+
+
+def probes(
+    kept: Mapping[str, float], layer: int = 1, model: str = TINY, places: Sequence[str] = ("n4-1", "last")
+) -> Result:
+    """What is read of each slot's name: off the state at the places, off ssm_input a token after the name."""
+    rows = []
+    for site, (target, share) in itertools.product(("ssm_input", "h"), kept.items()):
+        for mark in (f"{target}+1", *places):
+            value = share if site == "h" else 0.97 if "+" in mark else 0.02
+            row = {"site": site, "target": target, "layer": layer, "mark": mark, "accuracy": value}
+            rows.append(row | {"low": value - 0.02, "high": value + 0.02, "control": 0.01, "classes": 40, "n": 800})
+    return result("probe", rows, model, arguments={"layer": layer})
 
 
 def knockout(layer: int, layers: int, model: str = TINY) -> Result:

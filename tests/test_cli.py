@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -35,6 +36,8 @@ from mamba_ioi.zoo.tokenizer import build_tokenizer
 
 ROOT = Path(mamba_ioi.__file__).parents[1]
 FEW = ["--pairs", "2"]
+AVAILABLE = {figure: row for figure, row in CATALOGUE.items() if row.lacks is None}
+"""The figures that can be made here: one needs scikit-learn."""
 PLANTED = ["reproduce", "--model", "planted", *FEW]
 
 
@@ -95,10 +98,9 @@ def test_the_table_agrees_with_the_experiments() -> None:
         assert figure == experiment.figure
         assert (row.takes_layer, row.needs_mamba) == (experiment.takes_layer, experiment.needs_mamba)
         assert row.pairs == (None if experiment.input == "prompts" else experiment.pairs)
-        assert row.per_pair == {"balanced": "of each template and corruption", "names": "times 125"}.get(
-            experiment.input, ""
-        )
-        assert experiment.multiple == (125 if experiment.input == "names" else 1)
+        kinds = {"balanced": "of each template and corruption"}
+        assert row.per_pair == (kinds.get(experiment.input, "") if row.multiple == 1 else f"times {row.multiple}")
+        assert experiment.multiple == {"fig9": 125, "fig9_pca": 125, "probe": 5}.get(figure, 1)
 
 
 def test_every_figure_is_made(made: Path) -> None:
@@ -109,12 +111,12 @@ def test_every_figure_is_made(made: Path) -> None:
             "appd3.html",
             *(
                 f"{name}{suffix}"
-                for name in (*CATALOGUE, "appd3_layer1", "appd3_tables")
+                for name in (*AVAILABLE, "appd3_layer1", "appd3_tables")
                 for suffix in (".png", ".pdf")
             ),
         ]
     )
-    for figure, row in CATALOGUE.items():
+    for figure, row in AVAILABLE.items():
         assert (made / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert (made / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
         folder = made / "results" / figure
@@ -126,6 +128,22 @@ def test_every_figure_is_made(made: Path) -> None:
         assert len(asked["weights"]) == 64
         if row.takes_layer:
             assert asked["layer"] is None and result.meta["arguments"]["layer"] == 1
+
+
+def test_a_figure_that_lacks_a_package_is_left_out_and_the_others_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    reason = "it needs scikit-learn: pip install 'mamba-ioi[probe]'"
+    for figure in set(CATALOGUE) - {"fig3", "fig5", "fig5_greedy", "probe"}:
+        monkeypatch.delitem(CATALOGUE, figure)
+    asked = ["reproduce", "--model", folder, *FEW, "--out", tmp_path]
+    assert main([*map(str, asked)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"^probe +left out: {re.escape(reason)}$", said, re.M) and "fig5_greedy  computed" in said
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"bottleneck", "fig3", "fig5", "fig5_greedy"}
+    assert "Probes (probe)" in (tmp_path / "report.md").read_text().replace("\\", "")
+    assert f"probe cannot be made: {reason}" in refusal(capsys, *asked, "--only", "probe")
 
 
 def test_a_figure_is_what_its_experiment_gives(made: Path, folder: Path) -> None:

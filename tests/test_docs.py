@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): re.findall(r"^```python\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.M)
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
+NEEDS = "# needs scikit-learn"
+"""How a block begins that is left out where that is not installed."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -26,7 +29,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_the_python_runs_as_pasted(page, tmp_path, monkeypatch, capsys):
     """A page's blocks are one script, from top to bottom."""
     script = tmp_path / "pasted.py"
-    script.write_text("\n".join(PAGES[page]), encoding="utf-8")
+    blocks = [block for block in PAGES[page] if find_spec("sklearn") or not block.startswith(NEEDS)]
+    script.write_text("\n".join(blocks), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))  # to which a page adds its own
     runpy.run_path(str(script), run_name="__main__")
@@ -37,8 +41,18 @@ def test_the_python_runs_as_pasted(page, tmp_path, monkeypatch, capsys):
 
 def test_the_pages_that_promise_python_have_it():
     expected = ("README.md", "docs/index.md", "docs/tutorial.md", *(page for page in PAGES if "/how-to/" in page))
-    assert len(expected) == 11
+    assert len(expected) == 12
     assert all(PAGES[page] for page in expected)
+
+
+def test_each_recipe_has_at_most_twelve_lines_and_checks_what_it_says():
+    page = (ROOT / "docs" / "how-to" / "recipes.md").read_text(encoding="utf-8")
+    recipes = [part.split("\n", 1)[0] for part in page.split("\n## ")[1:]]
+    blocks = PAGES["docs/how-to/recipes.md"]
+    assert len(recipes) == len(set(recipes)) == 12 and len(blocks) == 1 + len(recipes)
+    for recipe, block in zip(["the shared lines", *recipes], blocks, strict=True):
+        assert len([line for line in block.splitlines() if line.strip()]) <= 12, recipe
+        assert recipe == "the shared lines" or "assert" in block, recipe
 
 
 def test_the_readme_s_files_and_commands_are_there():

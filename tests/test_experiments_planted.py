@@ -164,13 +164,20 @@ def test_the_state_keeps_what_arrived(model: MambaModel) -> None:
     assert similarity[at, :3].abs().max() < 0.1
 
 
+def available(name: str):
+    """The experiment; a test of one that lacks a package is skipped."""
+    if (lacks := EXPERIMENTS[name].lacks) is not None:
+        pytest.skip(lacks)
+    return EXPERIMENTS[name]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_from_the_table_and_has_a_figure(name: str) -> None:
     model = planted(n_layers=2, layer=1, slice=-1, n_names=6, seed=1)
-    experiment = EXPERIMENTS[name]
+    experiment = available(name)
     result = experiment(model, pairs=4, progress=False)
     assert result.meta["seed"] == 27 and len(result.table)
-    pairs = {"pairs": 4, "balanced": 4, "names": 4 * 125, "prompts": None}[experiment.input]
+    pairs = {"pairs": 4 * experiment.multiple, "balanced": 4, "names": 4 * 125, "prompts": None}[experiment.input]
     assert result.meta.get("pairs", result.meta["arguments"].get("n_pairs")) == pairs
     if experiment.takes_layer:
         assert result.meta["arguments"]["layer"] == 1
@@ -187,5 +194,5 @@ def test_every_experiment_runs_from_the_table_and_has_a_figure(name: str) -> Non
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_on_a_mamba2_and_has_a_figure(name: str) -> None:
     model = planted(family="mamba2", n_layers=2, layer=1, slice=-1, n_names=6, seed=1)
-    result = EXPERIMENTS[name](model, pairs=2, progress=False)
+    result = available(name)(model, pairs=2, progress=False)
     assert len(result.table) and result.plot().axes

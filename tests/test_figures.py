@@ -203,6 +203,36 @@ def flow() -> Result:
     return make("token_flow", rows, columns, 6, arguments={"layer": 1}, labels=labels)
 
 
+def probed() -> Result:
+    rows = [
+        (layer, position, f"pos{position}", 0.1 * layer + 0.05 * position, 0.0, 1.0, 0.02 * position, 24, 40)
+        for layer in range(4)
+        for position in range(12)
+    ]
+    columns = "layer position label accuracy low high control classes n"
+    return make("probe", rows, columns, 6, arguments={"site": "h", "what": "slot", "target": "answer"})
+
+
+def several_probed() -> Result:
+    rows = [
+        (site, target, 1, mark, 0.1 * int(target[1]) + 0.2 * (mark == "last"), 0.0, 1.0, 0.01, 24, 40)
+        for site in ("ssm_input", "h")
+        for target in ("n1", "n2", "n3")
+        for mark in ("n1+1", "n4-1", "last")
+    ]
+    return make("probes", rows, "site target layer mark accuracy low high control classes n", 6)
+
+
+def features(measured: int = 20, size: int = 60) -> Result:
+    effects = [0.5 / (k + 1) if k < measured else np.nan for k in range(size)]
+    rows = [
+        (-1 if k == 3 else 100 + k, effect, effect - 0.01, effect + 0.02, 0.6 / (k + 1), 40)
+        for k, effect in enumerate(effects)
+    ]
+    where = {"site": "ssm_input", "layer": 1}
+    return make("feature_effects", rows, "feature effect low high estimate n", 6, arguments=where)
+
+
 EXAMPLES = {
     "architecture": lambda: diagram("architecture"),
     "residual_graph": lambda: diagram("residual_graph"),
@@ -222,6 +252,9 @@ EXAMPLES = {
     "logit_lens": lens,
     "token_flow": flow,
     "direct_effects": direct,
+    "probe": probed,
+    "probes": several_probed,
+    "feature_effects": features,
     **CIRCUIT_EXAMPLES,
 }
 
@@ -319,6 +352,44 @@ class TestTokenFlow:
             assert {".61", ".55", "scan .93", "conv .90"} <= set(said) and not any(".05" in text for text in said)
             assert axes.get_xlabel() == "everything between tokens before layer 1: .02"
         assert_inside(figure, extents(figure, [text for axes in panels for text in axes.texts]))
+
+
+class TestProbes:
+    def test_accuracy_stands_beside_the_control_on_one_scale(self):
+        result = probed()
+        one, other = heat_maps(result.plot())
+        for axes, column in ((one, "accuracy"), (other, "control")):
+            expected = result.table.pivot(index="layer", columns="position", values=column)
+            np.testing.assert_allclose(cells(axes), expected)
+            assert ticks(axes.xaxis) == [f"pos{position}" for position in range(12)]
+            assert (axes.collections[0].norm.vmin, axes.collections[0].norm.vmax) == (0, 1)
+        assert ticks(one.yaxis) == ["0", "1", "2", "3"] and other.get_title() == "shuffled labels"
+        assert "probes of the slot of answer in h" in result.plot()._suptitle.get_text()
+
+    def test_several_sites_and_targets_have_a_row_each(self):
+        figure = several_probed().plot()
+        one, _ = heat_maps(figure)
+        assert ticks(one.yaxis) == [
+            f"{target} in {site} of layer 1" for site in ("ssm_input", "h") for target in ("n1", "n2", "n3")
+        ]
+        np.testing.assert_allclose(cells(one)[:3], [[0.1, 0.1, 0.3], [0.2, 0.2, 0.4], [0.3, 0.3, 0.5]])
+        assert_inside(figure, extents(figure, one.get_yticklabels()))
+
+
+class TestFeatureEffects:
+    def test_what_was_measured_stands_beside_its_estimate(self):
+        result = features()
+        (axes,) = result.plot().axes
+        measured, estimated = (next(line for line in axes.lines if line.get_marker() == mark) for mark in ("o", "D"))
+        assert measured.get_ydata().tolist() == result.table["effect"][:20].tolist()
+        assert estimated.get_ydata().tolist() == result.table["estimate"][:20].tolist()
+        assert ticks(axes.xaxis)[2:5] == ["102", "error", "104"]
+
+    def test_of_many_the_first_are_shown_and_the_others_counted(self):
+        figure = features(measured=0).plot()
+        (axes,) = figure.axes
+        assert len(ticks(axes.xaxis)) == 40 and "20 more are not shown" in figure._suptitle.get_text()
+        assert not [line for line in axes.lines if line.get_marker() == "o"]
 
 
 class TestResampleAblation:

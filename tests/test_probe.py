@@ -129,6 +129,19 @@ def test_rows_that_share_a_prompt_are_in_one_fold(small, swapped) -> None:
 
 
 @pytest.mark.usefixtures("sklearn")
+def test_labels_rarer_than_folds(small) -> None:
+    """Each label in three rows of five folds: it is still read where it stands."""
+    draw = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, 61, (12, 4), generator=draw)
+    tokens[:, 1] = torch.arange(12) % 4
+    marks = {"here": torch.ones(12, dtype=torch.long)}
+    ids = torch.zeros(12, dtype=torch.long)
+    pairs = PromptPairs(clean_tokens=tokens, corrupt_tokens=tokens, answers=ids, corrupt_answers=ids + 1, marks=marks)
+    table = experiments.probe(small, pairs, "resid_pre", 0, "here", positions=[0, 1], progress=False).table
+    assert table.accuracy[1] == 1 and table.accuracy[0] < 0.7 and set(table.n) == {12}
+
+
+@pytest.mark.usefixtures("sklearn")
 def test_the_memory_and_the_call_change_no_result(small, tokens, monkeypatch) -> None:
     many = torch.randint(0, 61, (30, 5), generator=torch.Generator().manual_seed(2))
     answers = (many[:, 1] % 2).long()
@@ -139,6 +152,23 @@ def test_the_memory_and_the_call_change_no_result(small, tokens, monkeypatch) ->
     part = experiments.probe(small, pairs, "h", [1], positions=[3, 1], progress=False).table
     expected = whole[whole.layer == 1].set_index("position").loc[[3, 1]]
     assert part.accuracy.tolist() == expected.accuracy.tolist() and part.control.tolist() == expected.control.tolist()
+
+
+@pytest.mark.usefixtures("sklearn")
+def test_several_targets_and_sites_are_each_a_probe(model, data) -> None:
+    """In the state a name of the first slot stays; in what the scan is given, it has come and gone."""
+    arguments = {"sites": ("ssm_input", "h"), "targets": ("n1", "n2"), "marks": ("n1+1", "n3+1")}
+    result = experiments.probes(model, data, **arguments, progress=False)
+    assert result.meta["arguments"]["layer"] == model.planted.layer == 1, "the bottleneck"
+    assert list(result.table.columns[:4]) == ["site", "target", "layer", "mark"] and len(result.table) == 8
+    for (site, target), rows in result.table.groupby(["site", "target"], sort=False):
+        alone = experiments.probe(model, data, site, 1, target, marks=["n1+1", "n3+1"], progress=False).table
+        assert rows.drop(columns=["site", "target"]).to_numpy().tolist() == alone.to_numpy().tolist()
+    found = result.table.set_index(["site", "target", "mark"]).accuracy
+    assert found["ssm_input", "n1", "n1+1"] > 0.95 > 0.4 > found["ssm_input", "n1", "n3+1"]
+    assert found["h", "n1", "n1+1"] > 0.95 and found["h", "n2", "n1+1"] < 0.4
+    with pytest.raises(ValueError, match="layers are whole numbers from 0 to 2"):
+        experiments.probes(model, data, 3, **arguments)
 
 
 def test_without_scikit_learn_a_sentence_says_so(model, data, monkeypatch) -> None:

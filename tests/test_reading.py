@@ -231,8 +231,6 @@ def test_refused():
         logit_lens(model, data, layers=[6])
     with pytest.raises(ValueError, match="no mark 'n9'"):
         logit_lens(model, data, marks=["n9"])
-    hybrid = hybrid_models.MODELS["jamba"]
-    ids = torch.arange(8).reshape(2, 4)
-    pairs = PromptPairs(clean_tokens=ids, corrupt_tokens=ids + 1, answers=ids[:, 1], corrupt_answers=ids[:, 2])
-    with pytest.raises(ValueError, match="has attention, which is not taken apart by token"):
-        direct_effects(hybrid, pairs, "token")
+    falcon = wrap(untouched(CONFIGS["falcon"]()), TOKENIZER, model_id="falcon")
+    with pytest.raises(ValueError, match="layer 0 of falcon does not call transformers' attention function"):
+        direct_effects(falcon, IOIDataset.generate(TOKENIZER, 2), "token")

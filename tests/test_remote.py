@@ -217,6 +217,27 @@ def test_effects_of_features(there: MambaModel, local: MambaModel, data: IOIData
     same(found, expected)
 
 
+def test_means_and_what_is_added(there: MambaModel, local: MambaModel, data: IOIDataset, ids: torch.Tensor) -> None:
+    found, expected = (
+        experiments.means(model, data, "h", 2, "n1+1", by="n1", progress=False) for model in (there, local)
+    )
+    assert found.labels == expected.labels and found.counts.tolist() == expected.counts.tolist()
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=1e-5)
+    vector = 3 * (expected.values[0] - expected.values[1])
+    patch = Patch("h", 2, vector, [4], add=True)
+    steered = run(local, ids, [patch])
+    assert not torch.allclose(steered, run(local, ids), atol=1e-3)
+    torch.testing.assert_close(run(there, ids, [patch]), steered, rtol=0, atol=1e-5)
+    assert torch.equal(generate(there, ids, 2, patches=[patch]), generate(local, ids, 2, patches=[patch]))
+
+
+def test_the_lens_and_direct_effects(there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
+    same(*(experiments.logit_lens(model, data, marks=["last"]) for model in (there, local)))
+    for by in ("layer", "token"):
+        arguments = {} if by == "layer" else {"layers": [1]}
+        same(*(experiments.direct_effects(model, data, by, **arguments) for model in (there, local)))
+
+
 def test_activations_in_batches_and_in_a_folder(
     there: MambaModel, local: MambaModel, data: IOIDataset, tmp_path: Path
 ) -> None:

@@ -151,6 +151,32 @@ def test_one_figure_alone(claim: str, result: Result, holds: bool | None, said: 
 
 
 @pytest.mark.parametrize(
+    ("kept", "holds", "said"),
+    [
+        (
+            {"n1": 0.5, "n2": 0.7, "n3": 0.9},
+            True,
+            "reads each slot's name right in 0.500 for n1, 0.700 for n2 and 0.900",
+        ),
+        ({"n1": 0.3, "n2": 0.34, "n3": 0.99}, False, "with shuffled labels in at most 0.010"),
+    ],
+)
+def test_whether_names_are_kept_with_their_slots(kept: dict[str, float], holds: bool, said: str) -> None:
+    results = {
+        "probe": made.probes(kept),
+        "fig9": made.fig9(lambda method, source, target: 1.0 if source == target else 0.4),
+    }
+    (claim,) = (one for one in judge(results, bottleneck=1) if one.key == "slots")
+    found = {one.figure: one for one in claim.findings}
+    assert found["probe"].holds is holds and said in found["probe"].sentence, found["probe"].sentence
+    assert "a token after the name it is right in 0.970, 0.970 and 0.970" in found["probe"].sentence
+    assert found["fig9"].holds is None
+    assert "wins in 1.000 of the tests, by that of another of the first three slots in 0.400" in found["fig9"].sentence
+    (claim,) = (one for one in judge({"probe": made.probes(kept, places=["last"])}, bottleneck=1) if one.key == "slots")
+    assert claim.verdict == "not measured" and "was not looked at n4-1" in claim.findings[0].sentence
+
+
+@pytest.mark.parametrize(
     ("effects", "holds", "said"),
     [
         ({0: 1.0, 1: 6.0, 2: 3.0}, True, "the layers after it write 0.300"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +136,40 @@ def test_what_is_read_is_memory_mapped(model, tokens, tmp_path) -> None:
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}/rows" in line]
     spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
     assert any(start <= value.data_ptr() < end for start, end in spans)
+
+
+MEASURED = """
+import sys, torch
+from pathlib import Path
+from mamba_ioi import activations, cache_to, load_model
+
+torch.set_num_threads(1)
+
+def bytes_of(name):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+model = load_model("tiny")
+model.memory = 50_000_000
+tokens = torch.randint(5, 500, (2000, 20))
+sites = [("resid_post", layer) for layer in range(model.n_layers)]
+list(activations(model, tokens[:2], "resid_post", model.n_layers - 1))
+before = bytes_of("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+stored = cache_to(sys.argv[1], model, tokens, sites, progress=False)
+print(bytes_of("VmHWM") - before, sum(file.stat().st_size for file in stored.folder.glob("rows-*")))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="a peak is measured by Linux alone")
+def test_the_memory_that_is_set_is_what_2000_prompts_take(tmp_path) -> None:
+    """All layers' resid_post, which are 92 MB, with 50 MB for batches: no more than that above the model."""
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "stored")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    above, stored = map(int, done.stdout.split())
+    assert stored > 2000 * 20 * 6 * 96 * 4 and above < 50e6
 
 
 def killed_in_the_third(folder, model, tokens, before: bool) -> None:

@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import whole_number
-from ..interventions.attribution import frozen
+from ..interventions.plan import Frozen
 from ..memory import backward_bytes, fitting_rows, state_bytes
 from ..remote.requests import ask, require_gradients
 from ..result import Result
@@ -137,7 +137,7 @@ def eap(
     rows = fitting_rows(model, row, MOST_ROWS) if batch_rows is None else batch_rows
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
     batches = list(pairs.chunks(rows))
-    with frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
+    with Frozen(model), tqdm(total=len(batches) * steps, desc="eap", disable=not progress) as bar:
         note = bar.update if model.remote is None else None
         for batch in batches:
             given = graph, batch, alphas, len(pairs), variant, absolute

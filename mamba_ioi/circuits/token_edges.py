@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 
 from ..checks import integers, whole_number
 from ..experiments.common import resample_effects
-from ..interventions.attribution import frozen
 from ..interventions.cut import Cut
 from ..interventions.patch import Resample, resolve
+from ..interventions.plan import Frozen
 from ..interventions.run import run
 from ..memory import backward_bytes, fitting_rows
 from ..remote.requests import ask, require_gradients
@@ -124,7 +124,7 @@ def _estimated(
     rows = fitting_rows(model, backward_bytes(model, pairs.length - int(pairs.start[0])), MOST_ROWS)
     alphas = [k / max(steps - 1, 1) for k in range(steps)]
     batches = list(pairs.chunks(rows))
-    with frozen(model), tqdm(total=len(batches) * steps, desc="token edges", disable=not progress) as bar:
+    with Frozen(model), tqdm(total=len(batches) * steps, desc="token edges", disable=not progress) as bar:
         note = bar.update if model.remote is None else None
         for batch in batches:
             given = batch, list(layers), alphas, len(pairs), controls, absolute

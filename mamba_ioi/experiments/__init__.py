@@ -29,15 +29,17 @@ from .feature_faithfulness import feature_faithfulness
 from .knockout import knockout
 from .layer_removal import greedy_layer_removal, layer_removal
 from .logit_lens import logit_lens
+from .means import Means, means
 from .name_means import NameMeans, name_means
 from .name_steering import name_pca, name_steering
-from .probe import probe
+from .probe import probe, probes
 from .resample_ablation import resample_ablation
 from .state_similarity import state_similarity
 
 __all__ = [
     "EXPERIMENTS",
     "Experiment",
+    "Means",
     "NameMeans",
     "balanced_pairs",
     "bottleneck",
@@ -53,10 +55,12 @@ __all__ = [
     "knockout",
     "layer_removal",
     "logit_lens",
+    "means",
     "name_means",
     "name_pca",
     "name_steering",
     "probe",
+    "probes",
     "resample_ablation",
     "state_similarity",
 ]

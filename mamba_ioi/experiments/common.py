@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..interventions.patch import Patch
     from ..models.model import CausalLM, MambaModel
 
+ANSWER = "answer"
+"""What the answer is called where a mark's token is asked for."""
 TIE_DIGITS = 6
 """Scores that agree to this many decimals count as equal, so that rounding errors choose no layer."""
 
@@ -115,6 +117,21 @@ def positions_at(data: PromptPairs, places: Sequence[int | str]) -> Int[Tensor, 
     """Each row's position of each place, -1 for none, on the CPU."""
     columns = (torch.as_tensor(where(data, place)).cpu().reshape(-1, 1) for place in places)
     return torch.cat([column.expand(len(data), 1) for column in columns], dim=1)
+
+
+def tokens_at(data: PromptPairs, target: str, prompts: Literal["clean", "corrupt"] = "clean") -> Int[Tensor, "B"]:
+    """Each row's token at a mark, -1 for none; or, as ``answer``, its answer. On the CPU.
+
+    Raises:
+        ValueError: for an unknown mark, or answers that are sets of tokens.
+    """
+    clean = prompts == "clean"
+    if target == ANSWER and ANSWER not in data.marks:
+        if data.has_sets:
+            raise ValueError("the answers are sets of tokens, and one token a row is needed: name a mark")
+        return (data.answers if clean else data.corrupt_answers).cpu()
+    tokens, at = (data.clean_tokens if clean else data.corrupt_tokens).cpu(), data.positions_of(target).cpu()
+    return tokens.gather(1, at.clamp(min=0)[:, None])[:, 0].where(at >= 0, -1)
 
 
 def cell_columns(data: PromptPairs, layers: Sequence[int], places: Sequence[int | str]) -> dict[str, list]:

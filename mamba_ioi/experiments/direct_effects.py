@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..interventions.attention import attention_contributed, find_attention
 from ..interventions.lens import EMBED, Direction, linear_readout
 from ..interventions.patch import resolve
 from ..interventions.plan import Plan, read_sites
-from ..interventions.token_to_token import contributed, projection
+from ..interventions.token_to_token import attention_bytes, contributed, projection, refuse_other_sums
 from ..memory import FLOAT, fitting_rows, forward_bytes
 from ..models.model import CausalLM
 from ..remote.requests import ask
 from ..result import Result
 from ..tasks.pairs import PromptPairs
 from .common import check_data, check_layers, mean_with_interval
+
+if TYPE_CHECKING:
+    from ..trace.attention import AttentionPath
 
 BY = {"layer": [], "token": ["source"], "channel": ["channel"]}
 """How writes are told apart, and the column for it."""
@@ -46,9 +50,9 @@ def direct_effects(
     Args:
         model: any causal language model whose blocks pass on a residual stream.
         pairs: pairs of prompts.
-        by: ``"layer"``: each part's write; ``"token"``: a mixer's by the position of its scan that it comes from (see
-            `token_contributions`), all else by the last position, where it is computed; ``"channel"``: a mixer's by the
-            channel of ``after_skip``, all else whole.
+        by: ``"layer"``: each part's write; ``"token"``: a mixer's by the position of its scan that it comes from, an
+            attention's by the position of the value (see `token_contributions`), all else by the last position, where
+            it is computed; ``"channel"``: a mixer's by the channel of ``after_skip``, all else whole.
         layers: the layers that are told apart by token or channel, and the others are not; all if None.
 
     Returns:
@@ -59,8 +63,8 @@ def direct_effects(
         effects add up to the mean logit difference, ``meta["logit_diff"]``.
 
     Raises:
-        ValueError: for another ``by``, attention layers by token, a model that carries edits or hooks, or one whose
-            logits are no linear function of what is written.
+        ValueError: for another ``by``, an attention by token that is none of those that `token_contributions` takes
+            apart, a model that carries edits or hooks, or one whose logits are no linear function of what is written.
     """
     if by not in BY:
         raise ValueError(f"by is one of {', '.join(BY)}, not {by!r}")
@@ -69,12 +73,12 @@ def direct_effects(
     apart = [] if by == "layer" else check_layers(model, layers)
     if by == "layer" and layers is not None:
         raise ValueError(f"layers={layers!r} are those told apart by token or channel, and by is 'layer'")
-    if by == "token":
-        for layer in apart:
-            if "attn_out" in model.sites_of(layer):
-                raise ValueError(f"layer {layer} has attention, which is not taken apart by token: name other layers")
+    attentions = [layer for layer in apart if by == "token" and "attn_out" in model.sites_of(layer)]
+    for layer in attentions:
+        find_attention(model, layer)
     length = pairs.clean_tokens.shape[1]
     row = forward_bytes(model, length) + 4 * FLOAT * length * model.d_model
+    row += attention_bytes(model, length) if attentions else 0
     parts = torch.arange(len(pairs)).split(fitting_rows(model, row, 256, share=0.5))
     ends = [ask(model, read_stream, pairs.clean_tokens[rows], pairs.last_position[rows, None]) for rows in parts]
     direction = linear_readout(model, torch.cat([end["stream"].cpu() for end in ends]), *_weights(pairs))
@@ -122,10 +126,16 @@ def _add_effects(
     given = [(layer, site) for layer, _, site in writes]
     values = ask(model, written, ids, given, last[:, None], toward)["effects"].cpu()
     for (layer, part, site), value in zip(writes, values, strict=True):
-        if site != "out_proj" or layer not in apart:
+        if layer not in apart or site not in ("out_proj", *(["attn_out"] if by == "token" else [])):
             add_whole((layer, part), value)
             continue
-        each = ask(model, by_token if by == "token" else by_channel, ids, layer, last[:, None], toward)["effects"]
+        if site == "attn_out":
+            path = find_attention(model, layer)
+            answer = ask(model, by_value, ids, layer, path, last[:, None], toward)
+            refuse_other_sums(model, layer, float(answer["off"]))
+        else:
+            answer = ask(model, by_token if by == "token" else by_channel, ids, layer, last[:, None], toward)
+        each = answer["effects"]
         labels = [*range(each.shape[1])] if by == "token" else [*range(each.shape[1] - 1), WHOLE]
         for label, effect in zip(labels, each.T, strict=True):
             add((layer, part, label), effect)
@@ -192,6 +202,21 @@ def by_token(
     ids = model.to_tokens(ids)[0]
     value = contributed(model, ids, layer, at.to(ids.device))["contributions"][:, 0]
     return {"effects": torch.einsum("bld,bd->bl", value, toward.to(value))}
+
+
+def by_value(
+    model,
+    ids: Int[Tensor, "B L"],
+    layer: int,
+    path: AttentionPath,
+    at: Int[Tensor, "B 1"],
+    toward: Float[Tensor, "B D"],
+) -> dict[str, Tensor]:
+    """How far each source of an attention's write goes in a direction, and how far ``off`` they are from the whole."""
+    ids = model.to_tokens(ids)[0]
+    found = attention_contributed(model, ids, layer, path, at.to(ids.device))
+    value = found["contributions"][:, 0]
+    return {"effects": torch.einsum("bld,bd->bl", value, toward.to(value)), "off": found["off"]}
 
 
 def by_channel(

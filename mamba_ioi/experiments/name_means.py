@@ -7,21 +7,16 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..checks import integer, whole_number
-from ..interventions.run import cache
-from ..memory import fitting_rows, forward_bytes
 from ..models.model import MambaModel
-from ..remote.requests import ask
 from ..tasks.ioi import IOIDataset
 from ..tasks.names import name_tokens
 from .bottleneck import default_layer
 from .common import check_layer
+from .means import mean_cells
 
 SLOTS = (1, 2, 3, 4, 5)
-MOST_ROWS = 128
-ROWS_IN_A_REQUEST = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,19 +81,10 @@ def name_means(
     known = sorted(name_tokens(model.tokenizer).items(), key=lambda item: item[1])
     tokens = torch.tensor([token for _, token in known])
     data = mean_prompts(model, n_pairs, seed)
-    cells = len(known) * len(SLOTS)
-    sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
-    counts = torch.zeros(cells, dtype=torch.long)
-    with tqdm(total=len(data), desc=f"mean ssm_input of layer {layer}", disable=not progress) as bar:
-        at_once = rows_at_once(model, data)
-        for rows in torch.arange(len(data)).split(at_once if model.remote is None else ROWS_IN_A_REQUEST):
-            prompts, at = data.clean_tokens[rows], data.name_positions[rows]
-            names = torch.searchsorted(tokens, prompts.gather(1, at))
-            cell = names * len(SLOTS) + torch.arange(len(SLOTS))
-            sums += ask(model, name_sums, layer, prompts, at + int(offset), cell, cells, aside=(at_once,))["sums"].cpu()
-            counts += torch.bincount(cell.flatten(), minlength=cells)
-            bar.update(len(rows))
-    means = (sums / counts.clamp(min=1)[:, None]).float()
+    names = torch.searchsorted(tokens, data.clean_tokens.gather(1, data.name_positions))
+    cell, cells = names * len(SLOTS) + torch.arange(len(SLOTS)), len(known) * len(SLOTS)
+    at = data.name_positions + int(offset)
+    means, counts = mean_cells(model, "ssm_input", layer, data.clean_tokens, at, cell, cells, progress=progress)
     return NameMeans(
         layer=layer,
         offset=int(offset),
@@ -114,29 +100,6 @@ def name_means(
 def mean_prompts(model: MambaModel, n_pairs: int, seed: int) -> IOIDataset:
     """The prompts that means are taken over: both of each pair, of all templates, each once the clean one of a row."""
     return IOIDataset.generate(model.tokenizer, n_pairs, seed=seed, templates="all")
-
-
-def rows_at_once(model: MambaModel, data: IOIDataset) -> int:
-    """How many prompts to run at once."""
-    return fitting_rows(model, forward_bytes(model, data.clean_tokens.shape[1]), MOST_ROWS)
-
-
-def name_sums(
-    model: MambaModel,
-    layer: int,
-    tokens: Int[Tensor, "B L"],
-    at: Int[Tensor, "B 5"],
-    cell: Int[Tensor, "B 5"],
-    cells: int,
-    most: int,
-) -> dict[str, Float[Tensor, "cells E"]]:
-    """``sums``: of ``ssm_input`` at five positions of each prompt, each added to its cell; here or on a server."""
-    sums = torch.zeros(cells, model.d_inner, dtype=torch.float64)
-    for rows in torch.arange(len(tokens)).split(most):
-        values = cache(model, tokens[rows], [("ssm_input", layer)])["ssm_input", layer].cpu()
-        values = values.gather(1, at[rows, :, None].expand(-1, -1, values.shape[-1])).double()
-        sums.index_add_(0, cell[rows].flatten(), values.flatten(0, 1))
-    return {"sums": sums}
 
 
 def check_names(model: MambaModel, offset: int) -> None:

@@ -13,14 +13,13 @@ from tqdm.auto import tqdm
 from ..checks import whole_number
 from ..interventions.patch import Patch
 from ..interventions.readout import Readout
-from ..interventions.run import cache
 from ..interventions.sweep import sweep
 from ..metrics import logit_diff
 from ..models.model import MambaModel
 from ..result import Result
 from ..tasks.ioi import IOIDataset
 from .common import mean_with_interval
-from .name_means import SLOTS, NameMeans, check_names, mean_prompts, name_means, rows_at_once
+from .name_means import SLOTS, NameMeans, check_names, mean_prompts, name_means
 
 METHODS = ("replace", "subtract_add")
 
@@ -126,23 +125,18 @@ def _steer(
     new_tokens, winners = (data.corrupt_answers,) * 2 if target <= 3 else (data.answers, old_tokens)
     old, new = means.index(old_tokens), means.index(new_tokens)
     cases = [(method, source) for method in METHODS for source in SLOTS]
+    at = (data.name_positions[:, target - 1] + means.offset)[:, None]
+    interventions = []
+    for method, source in cases:
+        value, added = means.means[new, source - 1], method == "subtract_add"
+        if added:
+            value = value - means.means[old, source - 1]
+        interventions.append([Patch("ssm_input", means.layer, value[:, None], at, add=added)])
     success = torch.zeros(len(cases), len(data))
-    positions = data.name_positions[:, target - 1] + means.offset
-    for position in positions.unique().tolist():
-        for rows in (positions == position).nonzero()[:, 0].split(rows_at_once(model, data)):
-            tokens = data.clean_tokens[rows]
-            found = cache(model, tokens, [("ssm_input", means.layer)])
-            before = found["ssm_input", means.layer][:, position].cpu().float()
-            interventions = []
-            for method, source in cases:
-                value = means.means[new[rows], source - 1]
-                if method == "subtract_add":
-                    value = before + value - means.means[old[rows], source - 1]
-                interventions.append([Patch("ssm_input", means.layer, value.unsqueeze(1), position)])
-            readout = _duel(winners[rows], data.answers[rows], data.last_position[rows])
-            logits = sweep(model, tokens, interventions, readout)
-            for case, run in enumerate(logits):
-                success[case, rows] = (logit_diff(run, readout.answers, readout.corrupt_answers) > 0).float()
+    if len(data):
+        readout = _duel(winners, data.answers, data.last_position)
+        for case, run in enumerate(sweep(model, data.clean_tokens, interventions, readout)):
+            success[case] = (logit_diff(run, readout.answers, readout.corrupt_answers) > 0).float()
     outcomes = {}
     for (method, source), wins in zip(cases, success, strict=True):
         usable = means.counts[new, source - 1] > 0

@@ -17,12 +17,14 @@ from mamba_ioi.figures.cross_talk import cross_talk
 from mamba_ioi.figures.diagram import ModelSizes
 from mamba_ioi.figures.direct_effects import direct_effects
 from mamba_ioi.figures.faithfulness import faithfulness
+from mamba_ioi.figures.feature_effects import feature_effects
 from mamba_ioi.figures.intervals import intervals
 from mamba_ioi.figures.knockout import knockout
 from mamba_ioi.figures.last_position import last_position_only
 from mamba_ioi.figures.layer_removal import greedy_layer_removal, layer_removal
 from mamba_ioi.figures.logit_lens import logit_lens
 from mamba_ioi.figures.name_steering import name_pca, name_steering
+from mamba_ioi.figures.probe import probe
 from mamba_ioi.figures.resample_ablation import resample_ablation
 from mamba_ioi.figures.residual_graph import residual_edges, residual_graph
 from mamba_ioi.figures.ssm_internals import ssm_internals
@@ -51,6 +53,7 @@ __all__ = [
     "draw",
     "edge_scores",
     "faithfulness",
+    "feature_effects",
     "greedy_layer_removal",
     "intervals",
     "knockout",
@@ -60,6 +63,7 @@ __all__ = [
     "logit_lens",
     "name_pca",
     "name_steering",
+    "probe",
     "resample_ablation",
     "residual_edges",
     "residual_graph",

@@ -36,6 +36,7 @@ class Scale:
     norm: Normalize
     label: str
     extend: str
+    colours: str = DIVERGING
 
     @classmethod
     def symmetric(cls, values: np.ndarray, label: str, limit: float = EFFECT_LIMIT) -> Scale:
@@ -64,7 +65,7 @@ class Scale:
 
     def bar(self, figure: Figure, axes: Sequence[Axes], **options) -> None:
         """Draw the one colour bar that the heat maps in `axes` share."""
-        mappable = ScalarMappable(self.norm, DIVERGING)
+        mappable = ScalarMappable(self.norm, self.colours)
         bar = figure.colorbar(mappable, ax=axes, extend=self.extend, **options)
         bar.set_label(self.label)
         bar.outline.set_visible(False)

@@ -12,8 +12,7 @@ who go along a path from one value to another, as integrated gradients do. What 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -28,7 +27,7 @@ from ..trace.change import Change
 from ..trace.sites import owner
 from ..trace.walk import Visitor, logits_at, walk
 from .patch import SiteRef, resolve
-from .plan import Plan, forward
+from .plan import Frozen, Plan, forward
 from .positions import read_positions
 from .readout import Readout
 
@@ -69,7 +68,7 @@ def attributed_effects(
     readout.check(tokens, model.vocab_size)
     ids = [_token_ids(readout, name) for name in ("answers", "corrupt_answers", "candidates")]
     parts = []
-    with frozen(model):
+    with Frozen(model):
         for rows in torch.arange(len(tokens)).split(_rows_at_once(model, refs, tokens.shape[1])):
             prompts = tokens[rows], source[rows], readout.last[rows], [column[rows] for column in ids]
             parts.append(ask(model, attributed_batch, refs, *prompts, metric)["effects"])
@@ -178,7 +177,7 @@ def gradients_at(
     held = 4 * value[0].numel() * (8 if "N" in ref.site.shape else 3)
     most = fitting_rows(model, backward_bytes(model, tokens.shape[1]) + held, MOST_ROWS)
     parts = []
-    with frozen(model):
+    with Frozen(model):
         for rows in torch.arange(len(tokens)).split(most):
             columns = [column[rows] for column in ids]
             parts.append(ask(model, gradient_batch, ref, value[rows], tokens[rows], last[rows], columns, metric))
@@ -276,19 +275,6 @@ def _token_ids(readout: Readout, name: str) -> Tensor:
     columns = getattr(readout, name)
     ids = readout.tokens.gather(1, (columns if columns.dim() == 2 else columns[:, None]).clamp(min=0))
     return ids.where(columns >= 0, -1) if columns.dim() == 2 else ids[:, 0]
-
-
-@contextmanager
-def frozen(model) -> Iterator[None]:
-    """Let no gradient into the parameters, so that nothing is kept for them in the forward pass."""
-    parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def _rows_at_once(model: MambaModel, refs: Sequence[SiteRef], length: int) -> int:

@@ -59,7 +59,8 @@ class Item:
             positions = change.positions.tolist() if isinstance(change.positions, Tensor) else change.positions or []
             cut = change.sources.tolist() if isinstance(change.sources, Tensor) else change.sources or []
             value = "cut" if cut and change.value is not None else str(id(change.value))  # a cut leaves nothing
-            found[change.layer or 0].append((change.site.name, own, positions, str(change.part), value, cut))
+            where = change.site.name, own, positions, str(change.part)
+            found[change.layer or 0].append((*where, value, change.add, cut))
         return found
 
 

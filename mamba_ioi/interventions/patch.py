@@ -48,6 +48,9 @@ class SiteRef:
 class Patch:
     """One change of a run: at ``site`` of ``layer``, at ``positions``, ``value`` takes the model's place.
 
+    In `run` and `cache`, and in sweeps with callables, gradients flow into tensors that ``value`` is, or that a
+    callable computes with, where they ask for them and torch has gradients on; into the model's weights flow none.
+
     Attributes:
         site: a site's name or a full alias (``blocks.39.hook_h.7``, which also says layer and position).
         layer: the layer, counted from 0; None for ``embed``, ``norm`` and ``logits``.
@@ -64,6 +67,8 @@ class Patch:
             from ``in_proj`` at p + slice is replaced.
         channels: where x, B and C pass through one conv (in a Mamba-2), the channels to change: ``"x"``, ``"B"`` or
             ``"C"`` of ``in_proj``, ``conv_slice`` or ``conv``; None for all of them.
+        add: add ``value`` to what is there, instead of putting it in its place: a steering vector. A state (``h``) is
+            added to as it has become.
     """
 
     site: str
@@ -72,6 +77,7 @@ class Patch:
     positions: int | Sequence[int] | Int[Tensor, "B k"] | None = None
     slice: int | None = None
     channels: str | None = None
+    add: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,13 @@ def check_patch(model: MambaModel, ids: Int[Tensor, "B L"], patch: Patch | Resam
     whole = [letters[letter] for letter in site.shape]
     shape = list(torch.empty(whole, device="meta")[(..., *part)].shape)
     value = _patch_value(patch.value) if isinstance(patch, Patch) else None
+    add = isinstance(patch, Patch) and patch.add
+    if not isinstance(add, bool):
+        raise ValueError(f"add of a patch is True or False, not {add!r}")
+    if add and callable(value):
+        raise ValueError(
+            "add=True adds a tensor or a number; a callable returns what takes the place of what it is given"
+        )
     if isinstance(value, Tensor):
         if ref.position is not None and value.dim() == len(shape) - 1:
             value = value.unsqueeze(1)
@@ -168,7 +181,7 @@ def check_patch(model: MambaModel, ids: Int[Tensor, "B L"], patch: Patch | Resam
                 f"a value of shape {tuple(value.shape)} does not fit the site {site.name!r} there, {tuple(shape)}"
             )
         value = value.reshape((1,) * (len(shape) - value.dim()) + value.shape)
-    return Change(ref.layer, site, value, positions, part)
+    return Change(ref.layer, site, value, positions, part, add=add)
 
 
 def some_channels(model: MambaModel, site: SiteInfo, channels: str) -> slice:

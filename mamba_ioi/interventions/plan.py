@@ -6,6 +6,7 @@ What runs inside a trace here uses torch alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,12 @@ class Plan:
     def calls(self) -> bool:
         """Whether a value is a callable, which is to see every row."""
         return any(callable(change.value) for change in self.changes)
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether a value may bring what gradients are asked for: a tensor that says so, or any callable."""
+        values = [change.value for change in self.changes]
+        return any(value.requires_grad if isinstance(value, Tensor) else callable(value) for value in values)
 
     def rows(self, part: slice, batch: int) -> Plan:
         """The same for some of the rows."""
@@ -132,6 +139,30 @@ class Plan:
         refuse_hooked_output(model, paths)
 
 
+class Frozen:
+    """A context in which no gradient goes into the parameters, so that nothing is kept for them in the forward pass.
+
+    It is a class because a function's decorator does not travel to servers.
+    """
+
+    def __init__(self, model) -> None:
+        self.parameters = [parameter for parameter in model._module.parameters() if parameter.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
+def gradients(model, plan: Plan) -> AbstractContextManager:
+    """Let gradients into what the changes bring, where the caller has them on; into no parameter of the model."""
+    wanted = model.remote is None and torch.is_grad_enabled() and plan.asks_for_gradients
+    return Frozen(model) if wanted else torch.no_grad()
+
+
 def by_layer(changes: Iterable[Placed]) -> dict[int | None, dict[str, list[Placed]]]:
     """Changes by layer and site, each list in the order given."""
     found: dict[int | None, dict[str, list[Placed]]] = {}
@@ -143,7 +174,7 @@ def by_layer(changes: Iterable[Placed]) -> dict[int | None, dict[str, list[Place
 def read_sites(model, ids: Int[Tensor, "B L"], plan: Plan) -> dict[str, Tensor]:
     """What a plan reads, by key, in one trace."""
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), model.trace(ids):
+    with gradients(model, plan), model.trace(ids):
         found = forward(model, plan, None)[0].save()
     return found
 
@@ -160,7 +191,7 @@ def source_values(model, source: Int[Tensor, "B L"], keys: Iterable[tuple[int, s
 
 def read_logits(model, ids: Int[Tensor, "B L"], plan: Plan, read: Int[Tensor, "B"] | None) -> Tensor:
     """The logits under a plan, in one trace: at ``read``, ``[B, V]``, or where it is None everywhere, ``[B, L, V]``."""
-    with torch.no_grad(), model.trace(ids):
+    with gradients(model, plan), model.trace(ids):
         logits = forward(model, plan, read)[1].save()
     return logits
 

@@ -80,7 +80,7 @@ def hidden_attention(
         raise ValueError(f"units of layer {layer} are 0 to {count - 1}, at least one of them, not {units!r}")
     row = FLOAT * at.shape[1] * ids.shape[1] * (1 if reduce else len(chosen or range(count)))
     found = []
-    for rows in _parts(model, ids, row + (0 if path is None else _pattern_bytes(ids, count))):
+    for rows in _parts(model, ids, row + (0 if path is None else attention_bytes(model, ids.shape[1]))):
         if path is None:
             found.append(ask(model, mixing, ids[rows], layer, reduce, chosen, at[rows])["alpha"])
         else:
@@ -125,17 +125,25 @@ def token_contributions(
     if path is None:
         parts = _parts(model, ids, row)
         return _joined([ask(model, contributed, ids[part], layer, at[part])["contributions"] for part in parts])
-    heads, found = heads_of(model), []
-    values = FLOAT * heads * ids.shape[1] * model.d_model
-    for rows in _parts(model, ids, row + values + _pattern_bytes(ids, heads)):
+    found = []
+    for rows in _parts(model, ids, row + attention_bytes(model, ids.shape[1])):
         one = ask(model, attention_contributed, ids[rows], layer, path, at[rows])
-        if not (off := float(one["off"])) <= 10 * torch.finfo(model.dtype).eps ** 0.5:
-            raise ValueError(
-                f"what the attention of layer {layer} of {model.model_id} adds to the stream is not the sum of its "
-                f"values by its pattern: it differs by {off:.2g} of the largest value"
-            )
+        refuse_other_sums(model, layer, float(one["off"]))
         found.append(one["contributions"])
     return _joined(found)
+
+
+def refuse_other_sums(model: MambaModel, layer: int, off: float) -> None:
+    """Refuse an attention whose output is not the sum of its values by its pattern, as it is gated.
+
+    Raises:
+        ValueError: if the two are further apart than roundings take them.
+    """
+    if not off <= 10 * torch.finfo(model.dtype).eps ** 0.5:
+        raise ValueError(
+            f"what the attention of layer {layer} of {model.model_id} adds to the stream is not the sum of its "
+            f"values by its pattern: it differs by {off:.2g} of the largest value"
+        )
 
 
 def _checked(
@@ -177,9 +185,9 @@ def heads_of(model) -> int:
     return model._module.config.get_text_config().num_attention_heads
 
 
-def _pattern_bytes(ids: Int[Tensor, "B L"], heads: int) -> int:
-    """What a row's patterns take, and the values that they are read off with."""
-    return 3 * FLOAT * heads * ids.shape[1] ** 2
+def attention_bytes(model, length: int) -> int:
+    """What a row's patterns take, the values that they are read off with, and each head's part of the stream."""
+    return FLOAT * heads_of(model) * length * (3 * length + model.d_model)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

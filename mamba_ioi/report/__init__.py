@@ -140,7 +140,8 @@ def _content(out: Path, results: dict[str, Result], damaged: list[str]) -> dict[
     bottleneck, broken = recorded_bottleneck(out)
     layer = None if bottleneck is None else int(bottleneck.meta["arguments"]["layer"])
     claims = judge(results, paper, layer, QUESTIONS if study is None else resolve_name(study.questions))
-    homes = {finding.figure: claim.key for claim in claims for finding in claim.findings}
+    told = [(finding.figure, claim.key) for claim in claims for finding in claim.findings]
+    homes = dict(sorted(told, key=lambda pair: pair[1] in EVERY[pair[0]].decides))  # what it decides comes last
     pictures = {figure: picture(out, figure, setting_of(results).metric) for figure in results}
     missing = [name for name, row in rows.items() if name not in results and not (task and row.needs_names)]
     return {

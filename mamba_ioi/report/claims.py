@@ -80,6 +80,13 @@ QUESTIONS = (
         None,
     ),
     Question(
+        "slots",
+        "The bottleneck keeps the first three names with their slots",
+        "Whether names are stored without their position, or a wrong position is repaired later, is left open "
+        "(Section 6).",
+        None,
+    ),
+    Question(
         "last",
         "The bottleneck writes at the last position only",
         "Only the last position of layer 39's output matters, and a circuit loses 1.4 points of accuracy without its "

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .evidence import Finding, Number, Results, Setting, shown
+from .evidence import Finding, Number, Results, Setting, listed, shown
 
 SHARE = 0.1
 """What share of the logit difference layers must write to count as writing the answer."""
+READ = 0.5
+"""How often the name of a slot must be read right; who knows the three names without their slots is right in 1/3."""
+BEFORE_THE_REPEATS = "n4-1"
+"""Where all three names have been read, and none a second time."""
 
 
 def later_layers(results: Results, setting: Setting) -> Finding:
@@ -69,3 +73,32 @@ def lens(results: Results, setting: Setting) -> Finding:
         for row in (rows[index] for index in chosen)
     )
     return Finding("lens", None, sentence, "", numbers)
+
+
+def slots(results: Results, setting: Setting) -> Finding:
+    """Probes: is each slot's name read off the bottleneck's state, or just which names there are?"""
+    table = results["probe"].table
+    state = table[(table["site"] == "h") & (table["mark"] == BEFORE_THE_REPEATS)]
+    arrived = table[(table["site"] == "ssm_input") & (table["mark"] == table["target"] + "+1")]
+    if state.empty:
+        return Finding("probe", None, f"The state was not looked at {BEFORE_THE_REPEATS}, before names come again.")
+
+    def number(row: dict[Any, Any]) -> Number:
+        what = f"{row['target']} read off {row['site']} at {row['mark']}"
+        return Number(what, float(row["accuracy"]), row["low"], row["high"], int(row["n"]))
+
+    kept = [number(row) for row in state.to_dict("records")]
+    came = [number(row) for row in arrived.to_dict("records")]
+    control = Number("the most that a probe of shuffled labels has there", float(state["control"].max()))
+    listed_ones = listed([f"{one.text} for {row}" for one, row in zip(kept, state["target"], strict=True)])
+    sentence = (
+        f"Off layer {int(state['layer'].iloc[0])}'s state before the names come again, a linear probe reads each "
+        f"slot's name right in {listed_ones}; with shuffled labels in at most {control.text}. Knowing the names "
+        "without their slots would give 0.333."
+    )
+    if came:
+        sentence += f" Off ssm_input a token after the name it is right in {listed([one.text for one in came])}."
+    rule = f"the name of each slot is read off the state in at least {READ} of the prompts"
+    holds = all(one.value >= READ for one in kept)
+    every = tuple(number(row) for row in table.to_dict("records"))
+    return Finding("probe", holds, sentence, rule, (*kept, control, *came), every)

@@ -84,3 +84,24 @@ def plane(results: Results, setting: Setting) -> Finding:
     )
     numbers = tuple(Number(f"share of variance, component {k}", share) for k, share in enumerate(shares, 1))
     return Finding("fig9_pca", None, sentence, numbers=numbers)
+
+
+def across_slots(results: Results, setting: Setting) -> Finding:
+    """Figure 9 again: does it matter from which of the first three slots a name's mean is taken? It decides nothing."""
+    table = results["fig9"].table
+    inner = table[table["source_slot"].isin(BEFORE) & table["target_slot"].isin(BEFORE) & (table["n"] > 0)]
+    numbers = []
+    for method, name in METHODS.items():
+        for own, where in ((True, "its own slot"), (False, "another of the first three slots")):
+            rows = inner[(inner["method"] == method) & ((inner["source_slot"] == inner["target_slot"]) == own)]
+            n = int(rows["n"].sum())
+            mean = float((rows["success"] * rows["n"]).sum() / n) if n else float("nan")
+            numbers.append(Number(f"{name}, a mean from {where}", mean, n=n))
+    same, other = numbers[:2]
+    if not same.n or not other.n:
+        return Finding("fig9", None, "No test within slots 1 to 3 has names with means: more pairs are needed.")
+    sentence = (
+        f"A name that is written in by the mean of the slot it is written into wins in {same.text} of the tests, by "
+        f"that of another of the first three slots in {other.text}."
+    )
+    return Finding("fig9", None, sentence, numbers=tuple(numbers))

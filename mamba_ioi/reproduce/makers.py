@@ -212,8 +212,10 @@ def given_pairs(model: CausalLM, settings: Settings, figures: Sequence[str]) -> 
 
 
 def unfit(figure: str, model: CausalLM, given: Given | None) -> str | None:
-    """Why the model or the pairs cannot have a figure; None if they can."""
+    """Why a figure cannot be made here, or the model or the pairs cannot have it; None if they can."""
     row = CATALOGUE[figure]
+    if row.lacks is not None:
+        return row.lacks
     if row.needs_mamba and not model.has_scans:
         return f"{model.model_id} is no Mamba"
     if row.needs_alignment and given is not None and given.data.position_labels is None:

@@ -212,11 +212,13 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
 
 
 def _refuse(figure: str, model: CausalLM, reason: str) -> None:
-    """Refuse a figure that is asked for by its id, and that the model or the pairs cannot have.
+    """Refuse a figure that is asked for by its id, and cannot be made here, or of this model or these pairs.
 
     Raises:
         ValueError: always.
     """
+    if (lacks := CATALOGUE[figure].lacks) is not None:
+        raise ValueError(f"{figure} cannot be made: {lacks}")
     if CATALOGUE[figure].needs_mamba:
         model.require_mamba(f"{figure} and its like")
     raise ValueError(f"{figure} cannot be made of these pairs: {reason}")

@@ -39,6 +39,7 @@ class Change:
         sources: of a cut (at ``y``), the positions whose writes are replaced in the outputs at ``positions``, by zeros
             or (``value`` None) by the source run's: those of all rows, or each row's own; None: no cut.
         lasting: of a cut that several runs of a generation make, its number; None: one run makes it.
+        add: whether the value is added to what is there, instead of taking its place.
     """
 
     layer: int | None
@@ -48,6 +49,7 @@ class Change:
     part: tuple[slice | int, ...] = ()
     sources: list[int] | Int[Tensor, "B s"] | None = None
     lasting: int | None = None
+    add: bool = False
 
     def rows(self, part: slice, batch: int) -> Change:
         """The same change for some of the rows."""
@@ -62,6 +64,10 @@ class Change:
     def to(self, device: torch.device) -> Change:
         """The same on a device."""
         return replace(self, value=self.value.to(device)) if isinstance(self.value, Tensor) else self
+
+    def put(self, new: Tensor, there: Tensor) -> Tensor:
+        """What stands there once the change is made, of the shape and precision of what is there."""
+        return cast(there + new.to(there.device) if self.add else new, there)
 
     def everywhere(self, length: int) -> Sequence[int]:
         """The positions that change in some row."""
@@ -205,7 +211,7 @@ def change_site(envoy, site: SiteInfo, changes: Sequence[Placed], start: int = 0
         target = value[one.rows][(..., *one.change.part)]
         for rows, at, new in one.new_values(target, start, source):
             where = (rows, at) if site.by_position else ...
-            target[where] = cast(new, target[where])
+            target[where] = one.change.put(new, target[where])
 
 
 def hold_states(scan, changes: Sequence[Placed], start: int, source: SourceValues) -> None:
@@ -220,7 +226,7 @@ def hold_states(scan, changes: Sequence[Placed], start: int, source: SourceValue
         for one, rows, new in held[t]:
             states = h[one.rows]
             value = one.of_callable(states[:, None])[rows, 0] if new is None else new
-            states[rows] = cast(value, states[rows])
+            states[rows] = one.change.put(value, states[rows])
         return h
 
     scan.hold(lambda t, h: patch(t, h) if t in held else h, held)
@@ -300,6 +306,7 @@ class Patched(Visitor):
                 self.moved = envoy.mlp_in - before
         for key, position in reads:
             value = look_at(owner(model, site, layer), site)
+            value = value if torch.is_grad_enabled() else value.detach()
             if position is not None:
                 value = value[:, position].clone()
             elif self.keep is not None and site.by_position:
