@@ -175,8 +175,8 @@ def estimated(results: Results, setting: Setting) -> Finding:
         f"Of the cells where interchange restores {HALF} or more, the share that is among as many cells with the "
         f"largest estimates: {told}."
         if numbers
-        else "No subject with scans does the task.",
-        f"for each subject with scans that does the task, the share is {ALIKE} or more",
+        else "No subject does the task.",
+        f"for each subject that does the task, the share is {ALIKE} or more",
         tuple(numbers),
     )
 
