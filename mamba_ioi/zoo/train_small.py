@@ -1,7 +1,4 @@
-"""Train the embedded subjects of the recall study: small models of four architectures, on associative recall.
-
-The task is that of arXiv 2505.15105: ``BOS k1 v1 … kn vn EOS kq``, which vq continues.
-"""
+"""Train small models of four architectures on one task: the subjects of the recall study, and of the wider check."""
 
 from __future__ import annotations
 
@@ -20,20 +17,17 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from ..tasks.recall import divider_token, vocabularies
-from ..tasks.words import beginning
 from .fast_forward import fast_logits
-from .recall_tokenizer import build_tokenizer
-from .training import checked, initial_model, one_core, optimize, parameters, write
+from .lessons import LESSONS, Lesson, Prompts
+from .training import checked, hf_logits, initial_model, one_core, optimize, parameters, write
 
-PAIRS, KEYS = 6, 32
-"""How many pairs a prompt has; how many words are keys, and how many are values."""
-BATCH = 64
+BATCH, LEARNING_RATE = 64, 3e-3
+LEARNED = 0.95
+"""The accuracy from which a subject is said to have learned the task."""
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -45,22 +39,18 @@ _MAMBA: dict[str, Any] = {"state_size": 16, "expand": 2, "tie_word_embeddings": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """A subject of the study, and how it is trained.
+class Subject:
+    """A model that is trained.
 
     Attributes:
         what: the model, for its card.
         build: the model with drawn weights, from the size of the vocabulary.
         logits: with gradients for the parameters.
-        steps: of the packaged one.
-        learning_rate: the highest.
     """
 
     what: str
     build: Callable[[int], PreTrainedModel]
     logits: Callable[[Any, Int[Tensor, "B L"]], Float[Tensor, "B L V"]]
-    steps: int
-    learning_rate: float = 3e-3
 
 
 def _mamba(vocab_size: int, conv_kernel: int = 4) -> MambaForCausalLM:
@@ -79,187 +69,165 @@ def _attention(vocab_size: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, **heads, **layers, **sizes, **_SHAPE))
 
 
-def _plain_logits(model: Any, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
-    return model(tokens, use_cache=False).logits
-
-
-SUBJECTS: Mapping[str, _Subject] = {
-    "mamba": _Subject(
+SUBJECTS: Mapping[str, Subject] = {
+    "mamba": Subject(
         what="`MambaForCausalLM`, 2 layers, d_model 64, d_inner 128, d_state 16, d_conv 4",
         build=_mamba,
         logits=fast_logits,
-        steps=4000,
     ),
-    "mamba-noconv": _Subject(
+    "mamba-noconv": Subject(
         what="`MambaForCausalLM` without the short convolution (d_conv 1), 2 layers, d_model 64, d_inner 128,\n"
         "  d_state 16",
         build=lambda vocab_size: _mamba(vocab_size, 1),
         logits=fast_logits,
-        steps=2000,
     ),
-    "mamba2": _Subject(
+    "mamba2": Subject(
         what="`Mamba2ForCausalLM`, 2 layers, d_model 64, d_inner 128 (4 heads of 32), one group of B and C,\n"
         "  d_state 16, d_conv 4",
         build=_mamba2,
-        logits=_plain_logits,
-        steps=2500,
+        logits=hf_logits,
     ),
-    "attention": _Subject(
+    "attention": Subject(
         what="`Qwen2ForCausalLM`, 2 layers of attention and MLP (128), d_model 64, 2 heads, rotary positions; the\n"
-        "  first layer's attention reaches 4 tokens, as far as the short convolution of a Mamba,",
+        "  first layer's attention reaches 4 tokens, as far as the short convolution of a Mamba",
         build=_attention,
-        logits=_plain_logits,
-        steps=5000,
+        logits=hf_logits,
     ),
 }
-"""The subjects by name; `load_model` takes them with ``recall-`` in front."""
+"""The subjects by name; `load_model` takes those of recall with ``recall-`` in front."""
 
 
 def train(
     out: str | os.PathLike[str],
     *,
+    task: str = "recall",
     family: str = "mamba",
     seed: int = 0,
     steps: int | None = None,
     n_test: int = 1000,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a subject of the recall study and write it, its tokenizer and its model card to a folder.
+    """Train a small model on a task and write it, its tokenizer and its model card to a folder.
 
     Loss on the answers alone; AdamW, warm-up and cosine decay. The same seed gives the same weights on one machine.
 
     Args:
         out: the folder to write; made if it is not there.
+        task: one of `LESSONS`.
         family: one of `SUBJECTS`.
         seed: of the initial weights and of the prompts.
-        steps: optimizer steps of 64 prompts; those of the packaged subject if None.
-        n_test: prompts to measure on, for each number of pairs.
+        steps: optimizer steps of 64 prompts; the task's own number if None, that of the packaged subjects of recall.
+        n_test: prompts to measure on, for each kind of test.
         progress: show a progress bar.
 
     Returns:
-        What was measured: accuracy over the whole vocabulary by number of pairs, loss, minutes of one core.
+        What was measured: accuracy over the whole vocabulary by kind of test, loss, minutes of one core.
 
     Raises:
-        ValueError: if the family is another, steps or n_test is not positive, or the folder is a file.
+        ValueError: if the task or family is another, steps or n_test is not positive, or the folder is a file.
     """
-    check_family(family)
-    subject = SUBJECTS[family]
-    out, seed, steps, n_test = checked(out, seed=seed, steps=subject.steps if steps is None else steps, n_test=n_test)
-    tokenizer = build_tokenizer(KEYS)
-    prompts = Prompts(tokenizer)
+    check_family(family, task)
+    lesson, subject = LESSONS[task], SUBJECTS[family]
+    out, seed, steps, n_test = checked(
+        out, seed=seed, steps=lesson.steps[family] if steps is None else steps, n_test=n_test
+    )
+    tokenizer = lesson.tokenizer()
+    prompts = lesson.prompts(tokenizer)
     model = initial_model(subject.build, len(tokenizer), seed)
     generator = torch.Generator().manual_seed(seed)
     with one_core() as minutes:
         loss = optimize(
             model,
-            lambda: _losses(subject, model, prompts.draw(BATCH, PAIRS, generator)),
+            lambda: _losses(subject, model, prompts.batch(BATCH, generator)),
             steps,
-            learning_rate=subject.learning_rate,
+            learning_rate=LEARNING_RATE,
             progress=progress,
         )
         passed = minutes()
     model.eval()
     report: dict[str, Any] = {
+        "task": task,
         "subject": family,
         "seed": seed,
         "steps": steps,
         "batch": BATCH,
-        "learning_rate": subject.learning_rate,
-        "pairs": PAIRS,
-        "keys": KEYS,
-        "values": KEYS,
+        "learning_rate": LEARNING_RATE,
+        **lesson.numbers,
         "parameters": parameters(model),
         "minutes": passed,
         "final_loss": round(loss, 4),
-        "accuracy": {str(pairs): measure(subject, model, prompts, pairs, n_test) for pairs in range(1, PAIRS + 3)},
+        "n_test": n_test,
+        "accuracy": measure(subject, model, prompts, n_test),
     }
-    write(out, model, tokenizer, report, _card(subject, report, n_test))
+    write(out, model, tokenizer, report, card(report))
     return report
 
 
-def check_family(family: str) -> None:
-    """Refuse a family that is no subject of the recall study.
+def check_family(family: str, task: str = "recall") -> None:
+    """Refuse a family or a task that small models are not trained of or on.
 
     Raises:
         ValueError: naming those that are.
     """
+    if task not in LESSONS:
+        raise ValueError(f"small models are not trained on the task {task!r}, but on {', '.join(LESSONS)}")
     if family not in SUBJECTS:
-        raise ValueError(f"family {family!r} cannot be trained on recall; the families are {', '.join(SUBJECTS)}")
+        raise ValueError(f"family {family!r} cannot be trained on {task}; the families are {', '.join(SUBJECTS)}")
 
 
-class Prompts:
-    """Draws prompts of the recall task with their answers, batch by batch."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        keys, values = vocabularies(tokenizer)
-        self.keys, self.values = torch.tensor(keys), torch.tensor(values)
-        self.front, self.divider = beginning(tokenizer)[0], divider_token(tokenizer)
-
-    def draw(self, count: int, pairs: int, generator: torch.Generator) -> Int[Tensor, "B L"]:
-        """Whole prompts ``BOS k1 v1 … EOS kq vq``: keys and values drawn without replacement."""
-
-        def drawn(words: Tensor) -> Tensor:
-            return words[torch.rand(count, len(words), generator=generator).argsort(1)[:, :pairs]]
-
-        both = torch.stack([drawn(self.keys), drawn(self.values)], dim=2)
-        asked = torch.rand(count, pairs, generator=generator).argsort(1)[:, 0]
-        front, divider = torch.full((count, 1), self.front), torch.full((count, 1), self.divider)
-        return torch.cat([front, both.flatten(1), divider, both[torch.arange(count), asked]], dim=1)
-
-
-def measure(subject: _Subject, model: PreTrainedModel, prompts: Prompts, pairs: int, count: int) -> float:
-    """Accuracy over the whole vocabulary, on new prompts of so many pairs with one query."""
-    rows = prompts.draw(count, pairs, torch.Generator().manual_seed(1000 + pairs))
-    with torch.no_grad():
-        logits = torch.cat([subject.logits(model, part)[:, -1] for part in rows[:, :-1].split(250)])
-    return round((logits.argmax(1) == rows[:, -1]).float().mean().item(), 4)
+def measure(subject: Subject, model: PreTrainedModel, prompts: Prompts, count: int) -> dict[str, float]:
+    """Accuracy over the whole vocabulary on new prompts, by the kind of test."""
+    found = {}
+    for name, (rows, right) in prompts.tests(count).items():
+        with torch.no_grad():
+            logits = torch.cat([subject.logits(model, part)[:, -1] for part in rows[:, :-1].split(250)])
+        found[name] = round((logits.argmax(1, keepdim=True) == right).any(1).float().mean().item(), 4)
+    return found
 
 
 def _losses(
-    subject: _Subject, model: PreTrainedModel, rows: Int[Tensor, "B L"]
+    subject: Subject, model: PreTrainedModel, rows: Int[Tensor, "B L"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The loss on the answers, which is all of it, twice."""
     loss = F.cross_entropy(subject.logits(model, rows[:, :-1])[:, -1], rows[:, -1])
     return loss, loss
 
 
-def _card(subject: _Subject, report: dict[str, Any], n_test: int) -> str:
-    name, pairs = report["subject"], report["pairs"]
+def card(report: Mapping[str, Any]) -> str:
+    """The model card, in Markdown, of what `train` measured."""
+    task, family = report["task"], report["subject"]
+    lesson: Lesson = LESSONS[task]
     accuracies = report["accuracy"].values()
     head, line = " | ".join(report["accuracy"]), "---|" * len(accuracies)
     row = " | ".join(f"{accuracy:.4f}" for accuracy in accuracies)
-    right = report["accuracy"][str(pairs)]
+    (decisive, where), (asked, axis) = lesson.decisive, lesson.asked
+    right = report["accuracy"][decisive]
     verdict = (
-        f"It learns the task: {right:.4f} of the answers are right at {pairs} pairs."
+        f"It learns the task: {right:.4f} of the answers are right {where}."
         if right >= LEARNED
-        else f"**It does not learn the task**: after {report['steps']} steps {right:.4f} of the answers are right at\n"
-        f"{pairs} pairs; chance among a prompt's values is {1 / pairs:.4f}."
+        else f"**It does not learn the task**: after {report['steps']} steps {right:.4f} of the answers are right\n"
+        f"{where}; {lesson.chance}."
     )
     return f"""---
 license: mit
 library_name: transformers
 ---
-# recall-{name}: a small model trained on associative recall
+# {task}-{family}: a small model trained on {lesson.about}
 
-A subject of mamba_ioi's recall study (the task and the question are those of arXiv 2505.15105). It was made by
-`mamba-ioi train --task recall --family {name} --seed {report["seed"]}`.
+{lesson.made} It was made by
+`mamba-ioi train --task {task} --family {family} --seed {report["seed"]}`.
 
-- Model: {subject.what}, float32,
+- Model: {SUBJECTS[family].what}, float32,
   {report["parameters"]:,} parameters.
-- Data: `BOS k1 v1 … k{pairs} v{pairs} EOS kq`, which vq continues; {report["keys"]} keys and {report["values"]} values,
-  drawn without replacement. Loss on the answers alone.
+- Data: {lesson.data} Loss on the answers alone.
 - Training: {report["steps"]} steps of {report["batch"]} prompts, AdamW, learning rate up to
   {report["learning_rate"]}, seed {report["seed"]}; {report["minutes"]} minutes on one CPU core; last loss
   {report["final_loss"]}.
 
 {verdict}
-Accuracy over the whole vocabulary, on {n_test} new prompts for each number of pairs (it was trained on {pairs} alone):
+Accuracy over the whole vocabulary, on {report["n_test"]} new prompts for each {asked}:
 
-| pairs | {head} |
+| {axis} | {head} |
 |---|{line}
 | accuracy | {row} |
 """
-
-
-LEARNED = 0.95
-"""The accuracy from which a subject is said to have learned the task."""

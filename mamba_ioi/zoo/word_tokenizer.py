@@ -1,6 +1,9 @@
-"""The small tokenizer of models that recall: common words, each one token, which are keys and values in turn."""
+"""The small tokenizers of models that are trained on one task: each of its words, with the space before, is a token."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
@@ -8,9 +11,11 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from ..checks import whole_number
+from ..tasks.greater_than import CENTURIES, EVENTS, TEMPLATE
 from ..tasks.lexicon import COMMON
 
 BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
+_WORD = " ?[A-Za-z]+"
 
 
 def build_tokenizer(n_keys: int = 32) -> PreTrainedTokenizerFast:
@@ -26,9 +31,24 @@ def build_tokenizer(n_keys: int = 32) -> PreTrainedTokenizerFast:
     """
     n_keys = whole_number(n_keys, "n_keys", least=1, most=len(COMMON) // 2)
     words = COMMON[:: len(COMMON) // (2 * n_keys)][: 2 * n_keys]
-    vocabulary = {piece: number for number, piece in enumerate([BOS, EOS, UNKNOWN, *(f" {word}" for word in words)])}
+    return _tokenizer((f" {word}" for word in words), _WORD)
+
+
+def years_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words of the task greater_than, of centuries (a token with the space) and years (one without).
+
+    BOS, EOS and the token for unknown words are as in `build_tokenizer`.
+    """
+    words = re.findall(r" ?[A-Za-z]+", re.sub(r"\{\w+\}", "", TEMPLATE))
+    pieces = [*words, *(f" {word}" for word in EVENTS), *(f" {century}" for century in CENTURIES)]
+    return _tokenizer([*pieces, *(f"{year:02d}" for year in range(100))], f"{_WORD}| ?[0-9]{{2}}")
+
+
+def _tokenizer(pieces: Iterable[str], known: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that has a token for each piece, and splits texts by a pattern."""
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([BOS, EOS, UNKNOWN, *pieces]))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = Split(Regex(f"{BOS}|{EOS}|{UNKNOWN}| ?[A-Za-z]+"), behavior="isolated")
+    tokenizer.pre_tokenizer = Split(Regex(f"{BOS}|{EOS}|{UNKNOWN}|{known}"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=BOS, unk_token=UNKNOWN, padding_side="right"
