@@ -223,6 +223,8 @@ def test_whether_attribution_finds_it() -> None:
     results = {"accuracy": accuracies(), "interchange": measured}
     same = Result(right, {"experiment": "recall_attribution"})
     assert found(rules.estimated, attribution=same, **results).holds
+    faint = Result(right.assign(estimate=right["estimate"] / 100), {"experiment": "recall_attribution"})
+    assert found(rules.estimated, attribution=faint, **results).holds is False, "in order, and nothing all the same"
     turned = Result(right.assign(estimate=-right["estimate"]), {"experiment": "recall_attribution"})
     assert found(rules.estimated, attribution=turned, **results).holds is False
 

@@ -21,13 +21,13 @@ from .word_tokenizer import build_tokenizer, years_tokenizer
 
 PAIRS, KEYS = 6, 32
 """Of recall: how many pairs a prompt has; how many words are keys, and how many are values."""
-WORDS = 18
-"""Of induction: how many words stand before the one that comes again, as many as the task's own prompts have."""
+WORDS = 8
+"""Of induction: how many words stand before the one that comes again: the task's own with ``before=3, between=3``."""
 SPAN = 20
 """Of greater_than: how many years a span has at most in training."""
 HELD_OUT_SHARE = 8
 """Of greater_than: one beginning of a span in so many is never trained on."""
-GAPS = (0, 4, 8, 12, 16)
+GAPS = range(WORDS - 1)
 """Of induction: how many words stand between, where accuracy is measured."""
 BEGINNINGS = ((2, 98), (2, 25), (26, 50), (51, 75), (76, 98))
 """Of greater_than: the beginnings, from and to, for each of which accuracy is measured."""
@@ -103,7 +103,7 @@ class RecallPrompts:
 
 
 class InductionPrompts:
-    """Prompts ``BOS … A B … A B`` of 18 different words, any of which but the last comes again: no place tells it."""
+    """Prompts ``BOS … A B … A B`` of 8 different words, any of which but the last comes again: no place tells it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.words = torch.tensor(list(vocabulary(tokenizer, WORDS).values()))
@@ -202,7 +202,7 @@ LESSONS: Mapping[str, Lesson] = {
         data=f"`BOS … A B … A`, which B continues; {WORDS} different words of {2 * KEYS}, any of which\n"
         "  but the last comes again.",
         asked=("number of words between B and the second A", "words between"),
-        decisive=("8", "with 8 words between"),
+        decisive=("3", "with 3 words between"),
         chance=f"chance among a prompt's words is {1 / WORDS:.4f}",
         numbers={"words": WORDS, "of": 2 * KEYS},
         tokenizer=lambda: build_tokenizer(KEYS),
