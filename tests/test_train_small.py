@@ -39,7 +39,7 @@ def test_prompts_are_those_of_the_task(task: str) -> None:
     tokenizer, prompts = prompts_of(task)
     rows = prompts.batch(200, seeded(0))
     assert tokenizer.unk_token_id not in rows
-    options = {"recall": {"pairs": 6}}.get(task, {})
+    options = {"recall": {"pairs": 6}, "induction": {"before": 3, "between": 3}}.get(task, {})
     pairs = generate(task, tokenizer, 200, **options)
     drawn = pairs.clean_tokens
     assert rows.shape[1] == drawn.shape[1] + 1 and pairs.last_position.eq(drawn.shape[1] - 1).all()
@@ -159,7 +159,7 @@ def test_the_command_trains_on_every_task_that_it_names(tmp_path: Path, capsys: 
     words = ["train", "--task", "induction", "--family", "mamba-noconv", "--steps", "1", "--out", str(tmp_path / "new")]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "words between 8: accuracy 0." in said and (tmp_path / "new" / "config.json").is_file()
+    assert "words between 3: accuracy 0." in said and (tmp_path / "new" / "config.json").is_file()
 
 
 # --- the packaged ones ------------------------------------------------------------------------------------------------
