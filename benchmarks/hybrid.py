@@ -19,7 +19,8 @@ from transformers import BambaConfig, BambaForCausalLM
 from mamba_ioi import IOIDataset, experiments, load_model
 from mamba_ioi.circuits import eap, exact_effects, rank_correlation
 from mamba_ioi.circuits.graph import is_inner
-from mamba_ioi.zoo.train_tiny import Recipe, hf_logits, train
+from mamba_ioi.zoo.train_tiny import Recipe, train
+from mamba_ioi.zoo.training import hf_logits
 
 LAYERS = 4
 PARTS = {"": ("layer_input", "out_proj"), ".attn": ("attn_in", "attn_out"), ".mlp": ("mlp_in", "mlp_out")}

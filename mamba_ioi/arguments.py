@@ -11,6 +11,8 @@ from typing import NoReturn
 
 BAD_INPUT = 2
 """The exit status for bad input."""
+TRAINED = ("ioi", "recall", "induction", "greater_than")
+"""The tasks that small models can be trained on."""
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -105,9 +107,11 @@ def parse(
     sub.add_argument("--units", metavar="UNITS", help="channels or heads to show alone as well, such as 0,5")
     sub.add_argument("--out", type=_path, required=True, metavar="FILE", help="the page to write, such as a.html")
 
-    sub = add("train", "train a packaged model anew: 'tiny', 'tiny-mamba2', or a subject of the recall study")
-    sub.add_argument("--task", choices=("ioi", "recall"), default="ioi", help="what it learns (default: ioi)")
-    _add_training(sub, "mamba or mamba2; of recall mamba-noconv and attention too (default: mamba)")
+    sub = add(
+        "train", "train a small model on one task: 'tiny', a subject of the recall study, or one that is not packaged"
+    )
+    sub.add_argument("--task", choices=TRAINED, default="ioi", help="what it learns (default: ioi)")
+    _add_training(sub, "mamba or mamba2; but for ioi mamba-noconv and attention too (default: mamba)")
 
     sub = add("train-tiny", "train the packaged model 'tiny', or 'tiny-mamba2', anew; the same as train --task ioi")
     sub.set_defaults(task="ioi")

@@ -295,15 +295,17 @@ def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; give a folder that is new or empty to write the model to")
-    from .zoo import train_recall, train_tiny
+    from .zoo import train_small, train_tiny
 
-    room, told = {"ioi": (train_tiny, _told_of_ioi), "recall": (train_recall, _told_of_recall)}[arguments.task]
-    room.check_family(arguments.family)
+    small = {} if arguments.task == "ioi" else {"task": arguments.task}
+    room, told = (train_small, _told_of_small) if small else (train_tiny, _told_of_ioi)
+    room.check_family(arguments.family, **small)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):  # a folder that cannot be written is better known before the training
         pass
     with _quiet():
-        report = room.train(out, family=arguments.family, seed=arguments.seed, steps=arguments.steps, progress=True)
+        chosen = {"family": arguments.family, "seed": arguments.seed, "steps": arguments.steps}
+        report = room.train(out, **chosen, **small, progress=True)
     for line in told(report):
         _say(line)
     _say(f"saved in {out} after {report['minutes']} minutes of one core")
@@ -318,9 +320,11 @@ def _told_of_ioi(report: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _told_of_recall(report: Mapping[str, Any]) -> Iterator[str]:
-    for pairs, accuracy in report["accuracy"].items():
-        yield f"pairs {pairs}: accuracy {accuracy:.4f} over the vocabulary"
+def _told_of_small(report: Mapping[str, Any]) -> Iterator[str]:
+    from .zoo.lessons import LESSONS
+
+    for kind, accuracy in report["accuracy"].items():
+        yield f"{LESSONS[report['task']].asked[1]} {kind}: accuracy {accuracy:.4f} over the vocabulary"
 
 
 def _version(arguments: argparse.Namespace) -> int:

@@ -1,12 +1,14 @@
-"""`planted_recall`, whose circuit is known: every method of the recall study finds it, and nothing beside it."""
+"""`planted_recall`, whose circuit is known: every method of the recall study, and of the package, finds it alone."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mamba_ioi import planted_recall
-from mamba_ioi.circuits import eap
+from mamba_ioi import PromptPairs, experiments, planted_recall
+from mamba_ioi.circuits import acdc, eap, evaluate, exact_effects, faithfulness, minimal_circuit, token_edges
 from mamba_ioi.experiments import recall
 from mamba_ioi.model import MambaModel
 from mamba_ioi.tasks import generate
@@ -107,6 +109,94 @@ def test_attribution_patching_of_edges_finds_the_taps(model: MambaModel) -> None
         assert needed <= set(truth.fine_edges) and set(scores.nsmallest(len(needed)).index) == needed
         others = scores.drop(list(needed))
         assert others.abs().max() < 0.05 * scores[list(needed)].abs().min()
+
+
+# --- the package's other methods, on pairs that differ in the value ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(model: MambaModel) -> PromptPairs:
+    """Pairs of one group. None asks for the last pair of a prompt, which is bound at the divider or the query."""
+    drawn = generate("recall", model.tokenizer, 24, seed=4, pairs=4)
+    return replace(
+        drawn[[row for row, asked in enumerate(drawn.groups["asked"]) if asked < 4]], groups={}, metric="nld"
+    )
+
+
+MARKS = ["key", "value", "value+1", "value+2", "divider", "last"]
+
+
+@pytest.mark.parametrize(
+    ("site", "mark"), [("layer_input", "value"), ("conv", "bound"), ("y", "last"), ("out_proj", "last")]
+)
+def test_resample_ablation(model: MambaModel, data: PromptPairs, bound: str, site: str, mark: str) -> None:
+    found = experiments.resample_ablation(model, data, site, marks=MARKS, progress=False).table
+    assert ones(found, "effect", "layer", "mark") == {(model.planted.layer, bound if mark == "bound" else mark)}
+
+
+def test_states_hold_the_pair_from_where_it_is_bound(model: MambaModel, data: PromptPairs, bound: str) -> None:
+    found = experiments.resample_ablation(model, data, "h", marks=MARKS, progress=False).table
+    after = MARKS[MARKS.index(bound) :]
+    assert ones(found, "effect", "layer", "mark") == {(model.planted.layer, mark) for mark in after}
+
+
+def test_the_tap_that_brings_the_value_in(model: MambaModel, data: PromptPairs, bound: str) -> None:
+    truth = model.planted
+    found = experiments.conv_slices(model, data, truth.layer, marks=MARKS[:4], progress=False).table
+    assert ones(found, "effect", "slice", "mark") == {(truth.slice + 1, bound)}
+
+
+def test_knockout_of_what_was_bound(model: MambaModel, data: PromptPairs, bound: str) -> None:
+    """With the pair's write cut from the query nothing is left to answer with; no other cut changes anything."""
+    found = experiments.knockout(model, data, MARKS[:4], progress=False).table
+    cut = (found["source"] == bound) & (found["layer"] == model.planted.layer)
+    assert found["effect"][cut].item() > 0.4 and found["accuracy"][cut].item() < 1
+    assert found["effect"][~cut].abs().max() < NEAR and (found["accuracy"][~cut] == 1).all()
+
+
+def test_the_layer_that_cannot_go(model: MambaModel, data: PromptPairs) -> None:
+    found = experiments.layer_removal(model, data, progress=False).table.set_index("layer")["accuracy"]
+    assert found[model.planted.layer] < 0.6 and (found.drop(model.planted.layer) == 1).all()
+    if model.planted.layer > 0:
+        assert experiments.bottleneck(model, data) == model.planted.layer
+        sets = experiments.cross_talk(model, data, progress=False).table
+        assert sets["layer"].tolist() == [-1, model.planted.layer] and sets["accuracy"].tolist() == [0, 1]
+
+
+def test_what_is_written_of_the_answer(model: MambaModel, data: PromptPairs) -> None:
+    layer = model.planted.layer
+    lens = experiments.logit_lens(model, data, marks=["last"]).table.set_index("layer")["logit_diff"]
+    whole = lens[model.n_layers - 1]
+    assert (lens[lens.index >= layer] > 0.9 * whole).all() and lens[lens.index < layer].abs().max() < 0.1 * whole
+    direct = experiments.direct_effects(model, data).table.set_index(["layer", "part"])["effect"]
+    assert direct.drop((layer, "mixer")).abs().max() < 0.02 * direct[layer, "mixer"]
+
+
+def test_circuits_are_the_planted_edges(model: MambaModel, data: PromptPairs) -> None:
+    truth = model.planted
+    node, tap = str(truth.layer), f"{truth.layer}.conv[{truth.slice + 1}]"
+    scores = eap(model, data)
+    found = minimal_circuit(model, data, scores, 0.99)
+    assert set(found.edges) == {("embed", node), (node, "output")} and found.accuracy == 1
+    judged = evaluate(model, data, found)
+    assert judged.accuracy == 1 and abs(judged.nld - 1) < NEAR
+    curves = faithfulness(model, data, scores, [0.67, 1.0]).table.set_index("ranking")["faithfulness"]
+    assert (curves[["signed", "absolute"]] - 1).abs().max() < NEAR
+    needed = {("embed", node), (node, tap), (f"{node}.conv", f"{node}.ssm"), (f"{node}.ssm", node), (node, "output")}
+    exact = exact_effects(model, data, fine=True).table
+    assert ones(exact.assign(effect=-exact["score"], n=len(data)), "effect", "src", "dst") == needed
+    kept = acdc(model, data, threshold=0.01)
+    assert set(kept.edges) == needed and kept.accuracy == 1
+
+
+def test_the_token_edge_is_from_where_it_is_bound_to_the_query(model: MambaModel, data: PromptPairs) -> None:
+    truth, aligned = model.planted, data[data.marks["value"] == 4]
+    assert len(aligned) > 2
+    for exact in (False, True):
+        found = token_edges(model, aligned, exact=exact).table.sort_values("score", ignore_index=True)
+        best, other = found.iloc[0], found.iloc[1]
+        assert (best["layer"], best["source"], best["target"]) == (truth.layer, 4 + truth.shift, 10)
+        assert best["score"] < -0.5 and abs(other["score"]) < 0.02
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

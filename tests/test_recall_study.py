@@ -22,8 +22,7 @@ from mamba_ioi.report.evidence import Setting
 from mamba_ioi.result import Result
 from mamba_ioi.tasks import generate
 from mamba_ioi.zoo import EMBEDDED, RECALL
-from mamba_ioi.zoo import train_recall as training
-from mamba_ioi.zoo.recall_tokenizer import build_tokenizer
+from mamba_ioi.zoo.word_tokenizer import build_tokenizer
 
 SUBJECTS = ("mamba", "mamba-noconv", "mamba2", "attention")
 
@@ -97,6 +96,41 @@ def test_attention_is_the_model_s_own() -> None:
     by_hand = weights.gather(1, data.marks["value"][:, None]).mean()
     share = found.query("layer == 1 and source == 'value'")["share"].item()
     assert share == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_attribution_of_attention_is_autograd_s() -> None:
+    """By hand: transformers' own forward of the changed prompt, its block outputs' gradients, the original's values."""
+    model, rows = load_model(RECALL["attention"]), 12
+    found = recall.recall_attribution({"attention": model}, pairs=rows, seed=6).table
+    assert set(found["component"]) == {"block in", "mixer out", "block out"}
+    module = AutoModelForCausalLM.from_pretrained(EMBEDDED[RECALL["attention"]]).eval()
+    data = generate("recall", model.tokenizer, rows, seed=6, pairs=6, change="key")
+    ends, streams = [], []
+    for tokens in (data.corrupt_tokens, data.clean_tokens):
+        held: list[torch.Tensor] = []
+        handles = [
+            block.register_forward_hook(lambda *given, held=held: keep(given[-1], held))
+            for block in module.model.layers
+        ]
+        logits = module(tokens, use_cache=False).logits[:, -1]
+        for handle in handles:
+            handle.remove()
+        right, wrong = (logits.gather(1, ids[:, None])[:, 0] for ids in (data.answers, data.corrupt_answers))
+        ends.append(right - wrong)
+        streams.append(held)
+    changed, original = ends
+    gradients = torch.autograd.grad(changed.sum(), streams[0])
+    whole = (original - changed).mean().item()
+    for layer, place in itertools.product((0, 1), ("key", "value")):
+        moved = ((streams[1][layer] - streams[0][layer]) * gradients[layer]).sum(-1)
+        by_hand = moved.gather(1, data.marks[place][:, None]).mean().item() / whole
+        cell = found.query("change == 'key' and component == 'block out' and layer == @layer and place == @place")
+        assert cell["estimate"].item() == pytest.approx(by_hand, abs=1e-4)
+
+
+def keep(output, held: list[torch.Tensor]) -> None:
+    first(output).retain_grad()
+    held.append(first(output))
 
 
 def test_where_the_change_takes_nothing_nothing_is_said() -> None:
@@ -189,6 +223,8 @@ def test_whether_attribution_finds_it() -> None:
     results = {"accuracy": accuracies(), "interchange": measured}
     same = Result(right, {"experiment": "recall_attribution"})
     assert found(rules.estimated, attribution=same, **results).holds
+    faint = Result(right.assign(estimate=right["estimate"] / 100), {"experiment": "recall_attribution"})
+    assert found(rules.estimated, attribution=faint, **results).holds is False, "in order, and nothing all the same"
     turned = Result(right.assign(estimate=-right["estimate"]), {"experiment": "recall_attribution"})
     assert found(rules.estimated, attribution=turned, **results).holds is False
 
@@ -247,64 +283,12 @@ def test_refuses_what_a_study_has_not(words: str, said: str, capsys: pytest.Capt
 
 def test_all_subjects_are_small_and_share_a_tokenizer() -> None:
     folders = [EMBEDDED[name] for name in RECALL.values()]
-    assert tuple(RECALL) == SUBJECTS == tuple(training.SUBJECTS)
+    assert tuple(RECALL) == SUBJECTS
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) <= 4_000_000
     for folder in folders:
         assert load_model(folder).tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
-def test_a_subject_is_as_its_card_says(name: str) -> None:
-    folder = EMBEDDED[RECALL[name]]
-    told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"train --task recall --family {name} --seed {told['seed']}" in card
-    assert ("does not learn" in card) == (told["accuracy"]["6"] < training.LEARNED)
-    assert " | ".join(f"{value:.4f}" for value in told["accuracy"].values()) in card
-    module = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prompts = training.Prompts(build_tokenizer())
-    for pairs in (2, 6):
-        assert training.measure(training.SUBJECTS[name], module, prompts, pairs, 1000) == told["accuracy"][str(pairs)]
-
-
 def test_mamba_learns_the_task() -> None:
     told = json.loads((EMBEDDED["recall-mamba"] / "training.json").read_text(encoding="utf-8"))
     assert told["accuracy"]["6"] >= 0.95
-
-
-@pytest.mark.parametrize("family", SUBJECTS)
-def test_a_few_steps_write_a_model_that_loads_and_the_seed_fixes_it(tmp_path: Path, family: str) -> None:
-    before = torch.random.get_rng_state()
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        training.train(tmp_path / name, family=family, seed=seed, steps=2, n_test=4, progress=False)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
-    assert files[0] == files[1] != files[2]
-    model = load_model(tmp_path / "a")
-    shipped = load_model(RECALL[family])
-    assert model.sizes() == shipped.sizes() and model.layer_kinds == shipped.layer_kinds
-
-
-def test_training_prompts_are_those_of_the_task() -> None:
-    tokenizer = build_tokenizer()
-    prompts = training.Prompts(tokenizer)
-    rows = prompts.draw(50, 3, torch.Generator().manual_seed(0))
-    keys, values = set(prompts.keys.tolist()), set(prompts.values.tolist())
-    drawn = generate("recall", tokenizer, 1, pairs=3).clean_tokens[0].tolist()
-    asked = set()
-    for row in rows.tolist():
-        front, context, divider, query, answer = row[0], row[1:7], row[7], *row[8:]
-        assert (front, divider, len(row)) == (drawn[0], drawn[7], len(drawn) + 1)
-        stands = dict(zip(context[::2], context[1::2], strict=True))
-        assert len(stands) == 3 and set(stands) <= keys and set(stands.values()) <= values
-        assert stands[query] == answer
-        asked.add(context.index(query) // 2)
-    assert asked == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"), [({"family": "gpt2"}, "the families are mamba,"), ({"steps": 0}, "1 or more")]
-)
-def test_training_refuses_bad_arguments(tmp_path: Path, wrong: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        training.train(tmp_path, **{"steps": 1} | wrong)

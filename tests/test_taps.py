@@ -13,7 +13,7 @@ from mamba_ioi.circuits.pipeline import layer_parts
 from mamba_ioi.experiments import conv_slices
 from mamba_ioi.model import MambaModel, wrap
 from mamba_ioi.tasks import generate as draw
-from mamba_ioi.zoo.recall_tokenizer import build_tokenizer
+from mamba_ioi.zoo.word_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer(6)
 PAIRS = draw("recall", TOKENIZER, 40, pairs=3).select(asked=2)[:4]

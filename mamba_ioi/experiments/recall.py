@@ -194,14 +194,14 @@ def recall_attribution(subjects: Subjects, *, pairs: int = 200, seed: int = 27, 
     """Interchange as attribution estimates it (arXiv 2310.10348): from one forward and backward of the changed prompts.
 
     What is estimated is the restored logit difference (right answer less corrupt answer), as a share of what the change
-    takes. Arguments and errors as of `recall_accuracy`. Subjects without scans are left out (``meta["left_out"]``).
+    takes. Arguments and errors as of `recall_accuracy`.
 
     Returns:
         A row for each cell of `recall_interchange`: ``subject, change, layer, component, place``, ``estimate``,
         ``low``, ``high``, ``n``.
     """
-    table, with_scans = [], {name: model for name, model in _checked(subjects).items() if model.has_scans}
-    for name, model, change, data in _changed(with_scans, pairs, seed):
+    table = []
+    for name, model, change, data in _changed(subjects, pairs, seed):
         pair = data.changed
         ends = [run(model, tokens) for tokens in (pair.corrupt_tokens, pair.clean_tokens)]
         original, changed = (logit_diff(logits, pair.answers, pair.corrupt_answers) for logits in ends)
@@ -223,8 +223,7 @@ def recall_attribution(subjects: Subjects, *, pairs: int = 200, seed: int = 27, 
                 value = value / whole if whole > LEAST_GAP else value * float("nan")
                 head = {"subject": name, "change": change, "layer": layer, "component": component, "place": place}
                 table.append(head | _rate(value, "estimate"))
-    left = [name for name in subjects if name not in with_scans]
-    return _result("recall_attribution", table, subjects, seed, rows=pairs, left_out=left)
+    return _result("recall_attribution", table, subjects, seed, rows=pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..memory import backward_bytes, fitting_rows
 from ..metrics import measure, normalized
-from ..models.model import CausalLM, MambaModel
+from ..models.model import CausalLM
 from ..remote.requests import ask, require_gradients
 from ..trace.change import Change
 from ..trace.sites import owner
@@ -36,7 +36,7 @@ MOST_ROWS = 64
 
 @torch.inference_mode(False)  # gradients are asked for here, whatever mode the caller is in
 def attributed_effects(
-    model: MambaModel,
+    model: CausalLM,
     tokens: Int[Tensor, "B L"],
     readout: Readout,
     site: str,
@@ -48,7 +48,7 @@ def attributed_effects(
     """Estimates of 1 - NLD (not absolute), or of another metric's loss, with a site resampled at a layer and position.
 
     Args:
-        model: a Mamba.
+        model: any causal language model whose blocks pass on a residual stream.
         tokens: the clean prompts, ``[B, L]``.
         readout: where each prompt's answers are read.
         site: a site of a layer that has positions.
@@ -57,10 +57,9 @@ def attributed_effects(
         metric: the metric's name.
 
     Raises:
-        ValueError: for an unknown site or layer, a model that carries edits or hooks, or on a server whose sandbox has
-            no gradients.
+        ValueError: for an unknown site or layer, a model that carries edits or hooks or passes more than a residual
+            stream between its blocks, or on a server whose sandbox has no gradients.
     """
-    model.require_mamba("effects by attribution")
     refs = [resolve(model, site, layer) for layer in layers]
     model.require_stream("effects by attribution", edges=True)
     require_gradients(model, "attribution patching")
@@ -108,7 +107,7 @@ def estimated(
     """The body of a trace: the estimated change of the metric (of ``nld``, the logit difference), and its value.
 
     Args:
-        model: a Mamba, in a trace.
+        model: a model from `load_model`, in a trace.
         refs: one site at several layers.
         there: the source run's values, by key.
         read: the position to read in each row.
@@ -277,7 +276,7 @@ def _token_ids(readout: Readout, name: str) -> Tensor:
     return ids.where(columns >= 0, -1) if columns.dim() == 2 else ids[:, 0]
 
 
-def _rows_at_once(model: MambaModel, refs: Sequence[SiteRef], length: int) -> int:
+def _rows_at_once(model: CausalLM, refs: Sequence[SiteRef], length: int) -> int:
     """How many rows to run at once. Where states are looked at, the backward pass keeps several of them."""
     sizes = {"B": 1, "L": length, **model.sizes()}
     one = math.prod(sizes[letter] for letter in refs[0].site.shape)

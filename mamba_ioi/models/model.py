@@ -506,7 +506,7 @@ def planted_recall(
         ValueError: for a layer, slice or number of keys that cannot be built.
     """
     from ..zoo.planted_recall import build_planted_recall
-    from ..zoo.recall_tokenizer import build_tokenizer
+    from ..zoo.word_tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(whole_number(n_keys, "n_keys", least=2, most=256))
     module, truth = build_planted_recall(tokenizer, n_layers=n_layers, layer=layer, slice=slice, seed=seed)

@@ -25,6 +25,8 @@ IN_ORDER = ("block in", "conv", "scan", "mixer out", "block out")
 """The components in the order in which they are computed."""
 ALIKE = 0.7
 """The share of the cells from which estimates are said to find the places that interchange finds."""
+SEEN = 0.05
+"""The least estimate of a place that is said to be found: ranks among estimates of nothing say nothing."""
 
 QUESTIONS = (
     Question(
@@ -166,17 +168,18 @@ def estimated(results: Results, setting: Setting) -> Finding:
         part = both[both["subject"] == name]
         held = part["restored"] >= HALF
         if _accuracy(results, name).value >= LEARNED and held.any():
-            first = part.nlargest(int(held.sum()), "estimate").index
-            numbers.append(Number(f"{name}: share of the cells", float(held[first].mean()), n=int(held.sum())))
+            first = part.nlargest(int(held.sum()), "estimate")
+            seen = held[first.index] & (first["estimate"] >= SEEN)
+            numbers.append(Number(f"{name}: share of the cells", float(seen.mean()), n=int(held.sum())))
     told = listed([f"{number.text} of {number.n} of {number.what.split(':')[0]}" for number in numbers])
     return Finding(
         "recall_attribution",
         all(number.value >= ALIKE for number in numbers) if numbers else None,
         f"Of the cells where interchange restores {HALF} or more, the share that is among as many cells with the "
-        f"largest estimates: {told}."
+        f"largest estimates, each {SEEN} at least: {told}."
         if numbers
-        else "No subject with scans does the task.",
-        f"for each subject with scans that does the task, the share is {ALIKE} or more",
+        else "No subject does the task.",
+        f"for each subject that does the task, the share is {ALIKE} or more",
         tuple(numbers),
     )
 

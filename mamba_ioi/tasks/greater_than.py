@@ -17,6 +17,7 @@ EVENTS = listed(
     "season siege strike study survey tour treaty trial union voyage war"
 )
 TEMPLATE = "The {event} went on from the year {xx}{yy} to the year {end}"
+CENTURIES = tuple(map(str, range(11, 21)))
 CORRUPT = 1
 """The two digits in the corrupt prompt, after which nearly every year comes."""
 _LEAST = 50
@@ -67,7 +68,7 @@ def greater_than(tokenizer: PreTrainedTokenizerBase, n_pairs: int, seed: int) ->
 def two_digits(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """For each century, ``"11"`` to ``"20"``, the numbers YY whose year XXYY is a token for XX and one for YY."""
     found = {}
-    for century in map(str, range(11, 21)):
+    for century in CENTURIES:
         (before,) = tokenizer([f"year {century}"], add_special_tokens=False)["input_ids"]
         years = tokenizer([f"year {century}{y:02d}" for y in range(100)], add_special_tokens=False)["input_ids"]
         unknown = tokenizer.unk_token_id

@@ -24,7 +24,7 @@ from .fast_forward import fast_logits
 from .found import FOUND
 from .prompts import HELD_OUT_SHARE, Prompts
 from .tokenizer import TINY_NAMES, build_tokenizer
-from .training import checked, initial_model, one_core, optimize, parameters, write
+from .training import checked, hf_logits, initial_model, one_core, optimize, parameters, write
 
 SEED, STEPS = 0, 1200
 """Of the packaged models."""
@@ -76,11 +76,6 @@ def _mamba2(vocab_size: int) -> Mamba2ForCausalLM:
 
 SHIPPED = """The {kind} that mamba_ioi ships, so that every experiment runs without a network. It was made by
 `mamba-ioi {command} --seed {{seed}}`."""
-
-
-def hf_logits(model: PreTrainedModel, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
-    """What transformers' own forward gives."""
-    return model(tokens, use_cache=False).logits
 
 
 FAMILIES: Mapping[str, Recipe] = {

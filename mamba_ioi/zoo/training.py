@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +60,11 @@ def one_core() -> Iterator[Callable[[], float]]:
         yield lambda: round((time.process_time() - started) / 60, 1)
     finally:
         torch.set_num_threads(threads)
+
+
+def hf_logits(model: PreTrainedModel, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
+    """What transformers' own forward gives."""
+    return model(tokens, use_cache=False).logits
 
 
 def optimize(
