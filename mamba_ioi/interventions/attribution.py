@@ -237,7 +237,7 @@ def gradients_between(
     held = 4 * (value[0].numel() * (8 if "N" in ref.site.shape else 3) + len(weights) * weights[0, 0].numel())
     most = fitting_rows(model, backward_bytes(model, tokens.shape[1]) + held, MOST_ROWS)
     parts = []
-    with frozen(model):
+    with Frozen(model):
         for rows in torch.arange(len(tokens)).split(most):
             parts.append(ask(model, batch_between, ref, value[rows], later, weights[:, rows], tokens[rows]))
     return torch.cat([part["gradients"] for part in parts], dim=1)
