@@ -225,6 +225,7 @@ def as_the_paper_says(model: str = TINY) -> dict[str, Result]:
         "appd3": circuit("appd3", model=model),
         "sec44": sec44((0.86, 0.87), (0.84, 0.86), (40, 30), layer, model),
         "knockout": knockout(layer, layers, model),
+        "flow": flow(0.9, 0.04, layer, layers, model),
         "lens": lens({i: 8.0 if i >= layer else 0.5 for i in range(-1, layers)}, model),
         "direct": direct({i: 4.0 if i == layer else 1.0 for i in range(layers)}, model),
     }
@@ -241,6 +242,25 @@ def knockout(layer: int, layers: int, model: str = TINY) -> Result:
         for value in [0.4 if i == layer else 0.0]
     ]
     return result("knockout", rows, model)
+
+
+def flow(at: float, before: float, layer: int = 1, layers: int = 6, model: str = TINY, metric: str = "nld") -> Result:
+    """What goes in the layer, before it and (0.05) after it; each changed name goes on by one tap, and to the end."""
+    rows = []
+    for corruption, name in CHANGES.items():
+        found = [("edge", layer, "scan", name + 1, LAST, 0.5 * at), ("edge", layer, "conv", name, name + 1, 0.45 * at)]
+        found += [
+            ("layer", i, way, -1, -1, at if i == layer else 0.01) for i in range(layers) for way in ("scan", "conv")
+        ]
+        found += [("before", layer, way, -1, -1, before) for way in ("scan", "conv", "both") if layer]
+        found += [("after", layer, way, -1, -1, 0.05) for way in ("scan", "conv", "both")]
+        for part, index, way, source, target, effect in found:
+            row = {"corruption": corruption, "part": part, "layer": index, "way": way, "source": source}
+            row |= {"target": target, "source_label": LABELS[source] if source >= 0 else ""}
+            row |= {"target_label": LABELS[target] if target >= 0 else "", "estimate": effect}
+            rows.append(row | {"effect": effect, "low": effect - 0.01, "high": effect + 0.02, "n": 32})
+    labels = {corruption: list(LABELS) for corruption in CHANGES}
+    return result("flow", rows, model, arguments={"layer": layer, "metric": metric}, labels=labels)
 
 
 def lens(differences: Mapping[int, float], model: str = TINY) -> Result:

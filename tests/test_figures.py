@@ -182,6 +182,27 @@ def knocked_out() -> Result:
     return make("knockout", rows, "source target layer effect low high accuracy n", 6, arguments={"window": 2})
 
 
+def flow() -> Result:
+    """In layer 1 each corruption's name goes on by a tap, and to the end by the scan; in layer 4 a little is lost."""
+    rows = []
+    for corruption, name in zip(CORRUPTIONS, (3, 5, 7, 15, 13), strict=True):
+        found = [("edge", 1, "scan", name + 1, 19, 0.61), ("edge", 1, "conv", name, name + 1, 0.55)]
+        found += [("edge", 4, "scan", name, 19, -0.05), ("edge", 2, "scan", name, 18, 0.01)]
+        found += [
+            ("layer", 1, "scan", -1, -1, 0.93),
+            ("layer", 1, "conv", -1, -1, 0.9),
+            ("before", 1, "both", -1, -1, 0.02),
+        ]
+        for part, layer, way, source, target, effect in found:
+            ends = [TOKENS[at] if at >= 0 else "" for at in (source, target)]
+            rows.append(
+                (corruption, part, layer, way, source, target, *ends, effect, effect, effect - 0.1, effect + 0.1, 32)
+            )
+    columns = "corruption part layer way source target source_label target_label estimate effect low high n"
+    labels = dict.fromkeys(CORRUPTIONS, TOKENS)
+    return make("token_flow", rows, columns, 6, arguments={"layer": 1}, labels=labels)
+
+
 EXAMPLES = {
     "architecture": lambda: diagram("architecture"),
     "residual_graph": lambda: diagram("residual_graph"),
@@ -199,6 +220,7 @@ EXAMPLES = {
     "faithfulness": sizes,
     "knockout": knocked_out,
     "logit_lens": lens,
+    "token_flow": flow,
     "direct_effects": direct,
     **CIRCUIT_EXAMPLES,
 }
@@ -276,6 +298,27 @@ class TestEveryFigure:
         result = EXAMPLES[experiment]()
         with pytest.raises(ValueError, match="at least one row"):
             Result(result.table[:0], result.meta).plot()
+
+
+class TestTokenFlow:
+    def test_arcs_lead_from_source_to_target(self):
+        result = flow()
+        figure = result.plot()
+        panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
+        assert [axes.get_title(loc="left") for axes in panels] == [c.replace("->", "→") for c in CORRUPTIONS]
+        for axes, name in zip(panels, (3, 5, 7, 15, 13), strict=True):
+            assert ticks(axes.yaxis) == ["layer 1", "layer 4"]  # layer 2's arc is too small to be shown
+            assert ticks(axes.xaxis) == [token.replace("->", "→") for token in TOKENS]
+            arcs = [line for line in axes.lines if len(line.get_xdata()) > 2]
+            found = {tuple(np.round(np.asarray(arc.get_xdata())[[0, -1]]).astype(int)): arc for arc in arcs}
+            assert set(found) == {(name + 1, 19), (name, name + 1), (name, 19)}
+            assert found[name + 1, 19].get_ydata().max() > 0 > found[name, name + 1].get_ydata().min()  # above, below
+            widths = [found[ends].get_linewidth() for ends in ((name + 1, 19), (name, name + 1), (name, 19))]
+            assert widths == sorted(widths, reverse=True) and found[name, 19].get_linestyle() == "--"
+            said = [text.get_text() for text in axes.texts]
+            assert {".61", ".55", "scan .93", "conv .90"} <= set(said) and not any(".05" in text for text in said)
+            assert axes.get_xlabel() == "everything between tokens before layer 1 .02"
+        assert_inside(figure, extents(figure, [text for axes in panels for text in axes.texts]))
 
 
 class TestResampleAblation:

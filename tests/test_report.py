@@ -76,6 +76,16 @@ def test_results_as_in_the_paper_bear_every_claim_out(model: str) -> None:
     [
         ("task", made.fig5({-1: 0.9, 0: 0.1, 1: 0.5}), True, "names in 0.900 of the prompts"),
         ("task", made.fig5({-1: 0.4, 0: 0.1, 1: 0.5}), False, "a task that the model does not do"),
+        (
+            "exchange",
+            made.flow(0.9, 0.04),
+            True,
+            "moves the answer 0.900 of the way, and 0.900 by its conv, 0.040 in",
+        ),
+        ("exchange", made.flow(0.9, 0.04), True, "layer 1, by the scan, from 'pos4' to 'out' (0.450; CAB"),
+        ("exchange", made.flow(0.9, 0.3), False, "0.300 in all layers before it"),
+        ("exchange", made.flow(0.4, 0.04), False, "moves the answer 0.400 of the way"),
+        ("exchange", made.flow(0.9, 0.04, layer=0), None, "0.050 in all layers after it"),
         ("bottleneck", made.fig4({0: 0.9, 1: 0.8, 2: 0.1}), True, "Layer 1 stands out"),
         ("later", made.lens({-1: 0.0, 0: 1.0, 1: 9.0, 2: 10.0}), None, "after layer 1; the answer is first in the"),
         ("later", made.lens({-1: 0.0, 0: -1.0}), None, "the mean logit difference is"),

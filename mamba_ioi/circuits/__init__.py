@@ -13,6 +13,7 @@ from .export import layer_view, to_dot, to_mib
 from .graph import Graph
 from .search import minimal_circuit, top_k
 from .token_edges import token_edges
+from .token_flow import token_flow
 
 __all__ = [
     "Circuit",
@@ -31,5 +32,6 @@ __all__ = [
     "to_dot",
     "to_mib",
     "token_edges",
+    "token_flow",
     "top_k",
 ]

@@ -28,6 +28,7 @@ from mamba_ioi.figures.residual_graph import residual_edges, residual_graph
 from mamba_ioi.figures.ssm_internals import ssm_internals
 from mamba_ioi.figures.state_similarity import state_similarity
 from mamba_ioi.figures.style import save_figure
+from mamba_ioi.figures.token_flow import token_flow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,7 @@ __all__ = [
     "save_figure",
     "ssm_internals",
     "state_similarity",
+    "token_flow",
 ]
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 Rule = Callable[[Results, Setting], Finding]
 """Reads one figure's result, and others that it needs."""
-LOOKING = ("fig8", "fig9", "sec44", "fig7", "fig9_pca")
+LOOKING = ("fig8", "fig9", "sec44", "fig7", "fig9_pca", "flow")
 """Figures whose results name the layer that they looked at: the bottleneck, where no record says which that is."""
 
 
@@ -85,6 +85,12 @@ QUESTIONS = (
         "Only the last position of layer 39's output matters, and a circuit loses 1.4 points of accuracy without its "
         "edges from the others (Section 4.4).",
         "The bottleneck writes at the last position only",
+    ),
+    Question(
+        "exchange",
+        "Tokens pass the answer on at the bottleneck, not before it",
+        "What tokens give each other before layer 39 is left open (Section 6).",
+        "Tokens pass the answer on at the bottleneck, not before it",
     ),
     Question(
         "later",
