@@ -327,11 +327,13 @@ def test_generation(model):
     layer = next(i for i, kind in enumerate(model.layer_kinds) if "mamba" in kind)
     patches, new = [Patch("h", layer, 0.8, [2]), Patch("resid_post", 0, 0.3, [1])], [Patch("write", layer, -0.6)]
     patches.append(Cut(layer, [3, 4], [5, 6], resample=True))
+    new.append(Cut(layer, [2, 7], [7, 8], conv=True))
     found = generate(model, IDS, 3, patches=patches, new_patches=new, source=IDS.flip(0))
     grown = IDS
     for _ in range(3):
         length = grown.shape[1]
         later = [Patch("write", layer, -0.6, list(range(7, length)))] if length > 7 else []
+        later += [Cut(layer, [2, 7], [7, 8][: length - 7], conv=True)] if length > 7 else []
         logits = run(model, grown, [*patches, *later], source=torch.cat([IDS.flip(0), grown[:, 7:]], 1))
         grown = torch.cat([grown, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(found, grown)

@@ -411,6 +411,78 @@ class TestCut:
         assert torch.equal(found, text)
         assert not torch.equal(generate(model, ids, 3), text)
 
+    @pytest.mark.parametrize("kind", [{}, {"conv": True}, {"resample": True}], ids=str)
+    @pytest.mark.parametrize("own", [False, True], ids=["common", "own"])
+    def test_generate_with_cuts_of_new_tokens(self, model, exact, ids, source, kind, own):
+        """Sources in the prompt, and among new tokens, from some new tokens; equal to texts run anew by hand."""
+        sources, targets = [2, 6, 8] if kind.get("resample") else [2, 6, 8, 9, 10], [9, 10, 11]
+        if own:
+            sources = torch.tensor([[2, 7, 8], [8, -1, -1], [0, 6, 8] if kind.get("resample") else [5, 8, 10]])
+            targets = torch.tensor([[9, 11], [10, -1], [11, 9]])
+        patches = [Cut([0, 1], sources, targets, **kind), Patch("ssm_input", 1, 0.3, [10])]
+        other = source if kind.get("resample") else None
+        found = generate(model, ids, 4, patches=[Cut(2, 3, 7)], new_patches=patches, source=other)
+        text, there = ids, [by_hand(exact, source, layer) for layer in (0, 1)]
+
+        def put(value):
+            if value.shape[1] > 10:
+                value = value.clone()
+                value[:, 10] = 0.3
+            return value
+
+        for _ in range(4):
+            length = text.shape[1]
+            mask = pair_mask(sources, targets, length=max(length, 12))[:, :length, :length]
+            edits = cut_edits(2, pair_mask([3], [7], length=length), None)
+            for layer, acts in enumerate(there):
+                write = torch.cat([acts["write"]] * 2, 1)[:, :length] if kind.get("resample") else None
+                shape = (3, length, *acts["conv_slice"].shape[2:])
+                edits |= cut_edits(layer, mask, write, torch.zeros(shape).double() if kind.get("conv") else None)
+            edits["ssm_input", 1] = put
+            logits = logits_by_hand(exact, text, edits)[:, -1]
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+        assert torch.equal(found, text)
+        without = generate(model, ids, 4, patches=[Cut(2, 3, 7)], new_patches=patches[1:])
+        assert own or not torch.equal(found, without)
+
+    def test_a_cut_of_new_tokens_that_shows(self, ids):
+        """All that the prompt gives to the first new token is taken from it; a state held in between holds."""
+        model = MODELS["mamba"]
+        every = [Cut([0, 1, 2], range(9), [9, 10], conv=True)]
+        cut = generate(model, ids, 4, new_patches=every)
+        assert not torch.equal(cut, generate(model, ids, 4))
+        held = [Patch("h", 1, 0.5, [9]), *every]
+        found, text = generate(model, ids, 4, new_patches=held), ids
+        for length in range(9, 13):
+            now = [Cut([0, 1, 2], range(9), [t for t in (9, 10) if t < length], conv=True)] if length > 9 else []
+            now += [Patch("h", 1, 0.5, [9])] if length > 9 else []
+            text = torch.cat([text, run(model, text, now).argmax(-1, keepdim=True)], 1)
+        assert torch.equal(found, text) and not torch.equal(found, cut)
+
+    def test_refused_of_new_tokens(self, model, ids, source):
+        for cut, sentence in (
+            (Cut(1, 3, 8), "act where new tokens are read, at positions 9 to 11, not at 8"),
+            (Cut(1, 3, [9, 12]), "targets .* of a prompt with 12 positions"),
+            (Cut(1, 3, -1), "targets of a cut of new tokens are counted from 0 in the whole text, not -1"),
+            (Cut(1, 11, 10), "no target at or after any source"),
+            (Cut(7, 3, 10), "needs a layer from 0 to 2"),
+            (Cut(1, [3, 9], 10, resample=True), "the source 9 cannot be resampled: the source prompts end at 8"),
+            (Cut(1, 3, 10, resample=True, conv=True), "takes conv=True without resample=True"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                generate(model, ids, 4, new_patches=[cut], source=source)
+        for patches, sentence in (
+            ([Cut(1, 3, 10), Cut(1, [3, 4], [9, 10])], "take source 3 from target 10"),
+            ([Cut(1, 3, 10), Patch("h_start", 1, 0.0)], "layer 1 has a cut of new tokens and a patched h_start"),
+            (Cut(1, 3, 10), "entries are Patch or Cut"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                generate(model, ids, 4, new_patches=patches)
+        with pytest.raises(ValueError, match="of which there are none, not at 8"):
+            generate(model, ids, 1, new_patches=[Cut(1, 3, 8)])
+        with pytest.raises(ValueError, match="needs source tokens"):
+            generate(model, ids, 4, new_patches=[Cut(1, 3, 10, resample=True)])
+
     def test_generate_in_parts(self, ids, source):
         model = copy.deepcopy(MODELS["mamba"])
         given = {"patches": [Cut(LAYER, *OWN, resample=True)], "source": source}

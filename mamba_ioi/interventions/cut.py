@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..checks import integers
 from ..trace.change import Change
@@ -93,6 +94,62 @@ def check_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, *, resampled
                     changes.append(Change(layer, model.layer_sites(layer)["conv_slice"], zeros, at, (-1 - back,)))
         changes.append(Change(layer, sites[layer], value, targets, (), sources))
     return changes
+
+
+def check_new_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, new: int, *, resampled: bool) -> list[Change]:
+    """The changes that a cut of new tokens makes, in positions of the whole text.
+
+    Args:
+        model: the model.
+        ids: the prompts.
+        cut: the cut.
+        new: how many tokens are generated; the last is not read.
+        resampled: whether there are source prompts.
+
+    Raises:
+        ValueError: as `check_cut`; for a target in the prompt; for what no source run has: ``resample`` of sources
+            among the new tokens, or of the conv's taps.
+    """
+    first, whole = ids.shape[1], pad(ids, (0, new - 1))
+    read = f"at positions {first} to {first + new - 2}" if new > 1 else "of which there are none"
+    found = {}
+    for name in ("sources", "targets"):
+        places = _places(whole, getattr(cut, name), name)
+        if isinstance(places, list) and (negative := [p for p in integers(getattr(cut, name)) if p < 0]):
+            raise ValueError(f"{name} of a cut of new tokens are counted from 0 in the whole text, not {negative[0]}")
+        found[name] = _of_rows(places, len(ids))
+    sources, targets = found["sources"], found["targets"]
+    if (early := targets[(targets >= 0) & (targets < first)]).numel():
+        raise ValueError(f"new_patches act where new tokens are read, {read}, not at {int(early[0])}")
+    if cut.resample and (late := sources[sources >= first]).numel():
+        raise ValueError(f"the source {int(late[0])} cannot be resampled: the source prompts end at {first - 1}")
+    if cut.resample and cut.conv:
+        raise ValueError("a cut of new tokens takes conv=True without resample=True: no source run has these taps")
+    return check_cut(model, whole, cut, resampled=resampled)
+
+
+def cut_until(cut: Cut, rows: int, end: int) -> list[Cut]:
+    """A cut of new tokens, in a text of ``end`` tokens; none where it cuts nothing yet."""
+    given = (torch.as_tensor(places) for places in (cut.sources, cut.targets))
+    given = (places if places.dim() == 2 else places.reshape(1, -1).expand(rows, -1) for places in given)
+    sources, targets = (places.where(places < end, -1) for places in given)
+    return [replace(cut, sources=sources, targets=targets)] if _reached(sources, targets).any() else []
+
+
+def at_one(change: Change, position: int, number: int) -> Change | None:
+    """What a change of new tokens is in a run of the token at ``position`` alone; None: nothing.
+
+    Args:
+        change: the change, in positions of the whole text.
+        position: the token's.
+        number: of the change, if it is a cut, which lasts.
+    """
+    if change.sources is not None:
+        return replace(change, lasting=number)
+    if isinstance(change.positions, Tensor):
+        here = (change.positions == position).any(1)
+        return replace(change, positions=torch.where(here, 0, -1)[:, None]) if here.any() else None
+    return replace(change, positions=[0]) if position in (change.positions or ()) else None
 
 
 def refuse_twice(changes: Sequence[Change]) -> None:

@@ -5,8 +5,8 @@ What runs inside a trace here uses torch alone.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checks import integers, whole_number
 from ..remote.requests import ask
-from ..trace.change import Prefix
+from ..trace.change import Change, Prefix
 from ..trace.state import LayerState
 from ..trace.walk import walk
-from .cut import Cut
-from .patch import Patch, resolve
+from .cut import Cut, at_one, check_new_cut, cut_until, refuse_twice
+from .patch import Patch, check_patch, resolve
 from .plan import Plan, source_values, unembed
 from .run import Tokens, row_parts, run, source_tokens
 
@@ -33,7 +33,7 @@ def generate(
     max_new_tokens: int,
     *,
     patches: Sequence[Patch | Cut] = (),
-    new_patches: Sequence[Patch] = (),
+    new_patches: Sequence[Patch | Cut] = (),
     source: Tokens | None = None,
 ) -> Int[Tensor, "B M"]:
     """The prompts and the tokens that follow, each the most likely one; an end-of-text token does not end them.
@@ -50,12 +50,14 @@ def generate(
         patches: what to change while the prompt is read; a `Cut` acts on its targets there.
         new_patches: what to change while the new tokens are read, one at a time. The last of them is not read, so the
             positions are L to L + T - 2, counted from 0 as in the whole text; None is all of them, and ``h_start`` is
-            the state before the token. A callable sees the site at one position, ``[B, 1, ...]``.
+            the state before the token. A callable sees the site at one position, ``[B, 1, ...]``. A `Cut` has its
+            targets there, and its sources anywhere before them, in the prompt too.
         source: the prompts that a `Cut` with ``resample=True`` takes the writes of, row for row and of one shape.
 
     Raises:
         ValueError: for texts of several lengths, a number of tokens below 1, a patch that does not fit, or source
-            prompts of another shape.
+            prompts of another shape; for a cut of new tokens with ``resample`` where no source run has the values
+            (sources among the new tokens, taps of the conv), or in a layer whose ``h_start`` is patched.
     """
     model.require_mamba("patched runs")
     model.require_stream("generations with patches")
@@ -65,16 +67,15 @@ def generate(
     new = whole_number(max_new_tokens, "max_new_tokens", least=1)
     other = source_tokens(model, ids, source)
     plan = Plan.make(model, ids, patches, (), resampled=other is not None)
-    if isinstance(new_patches, Patch) or not all(isinstance(patch, Patch) for patch in new_patches):
-        raise ValueError(f"new_patches are a list whose entries are Patch, not this {type(new_patches).__name__}")
+    if isinstance(new_patches, Patch | Cut) or not all(isinstance(patch, Patch | Cut) for patch in new_patches):
+        raise ValueError(
+            f"new_patches are a list whose entries are Patch or Cut, not this {type(new_patches).__name__}"
+        )
+    steps, lasting = _steps(model, ids, new, new_patches, resampled=other is not None)
     if not model.all_scans:
         return _anew(model, ids, new, patches, new_patches, other)
-    first = ids.shape[1]
-    later: list[list[Patch]] = [[] for _ in range(new - 1)]
-    for patch in new_patches:
-        for position, one in _at_each(model, patch, first, first + new - 1):
-            later[position - first].append(one)
-    plans = [Plan.make(model, ids[:, :1], changes, ()) for changes in later]
+    plan = _also(model, plan, lasting)
+    plans = [_also(model, Plan.make(model, ids[:, :1], (), ()), changes) for changes in steps]
     rows = len(ids) if any(one.calls for one in plans) else None
     parts = row_parts(model, ids, plan, rows, logits=False)
     found = []
@@ -84,20 +85,64 @@ def generate(
     return torch.cat(found)
 
 
+def _steps(
+    model: MambaModel, ids: Int[Tensor, "B L"], new: int, new_patches: Sequence[Patch | Cut], *, resampled: bool
+) -> tuple[list[list[Change]], list[Change]]:
+    """What changes in the run of each new token alone, and the cuts, which begin with the prompt and its sources.
+
+    Raises:
+        ValueError: for a patch that does not fit, or two cuts of the same; for a cut in a layer whose ``h_start`` is
+            patched, since it is not known what of the sources is in the state that is put there.
+    """
+    first, stop = ids.shape[1], ids.shape[1] + new - 1
+    steps: list[list[Change]] = [[] for _ in range(new - 1)]
+    cuts: list[Change] = []
+    starts = set()
+    for patch in new_patches:
+        if isinstance(patch, Cut):
+            changes = check_new_cut(model, ids, patch, new, resampled=resampled)
+            for change in changes:
+                at = [(position, at_one(change, position, len(cuts))) for position in range(first, stop)]
+                for position, one in at:
+                    steps[position - first] += [] if one is None else [one]
+                cuts += [] if change.sources is None else [replace(change, lasting=len(cuts))]
+        else:
+            ref = resolve(model, patch.site, patch.layer)
+            starts |= {ref.layer} if ref.site.name == "h_start" else set()
+            for position, one in _at_each(model, patch, first, stop):
+                steps[position - first].append(check_patch(model, ids[:, :1], one))
+    refuse_twice(cuts)
+    if both := starts & {cut.layer for cut in cuts}:
+        raise ValueError(f"layer {min(both)} has a cut of new tokens and a patched h_start: give one of the two")
+    return steps, cuts
+
+
+def _also(model: MambaModel, plan: Plan, changes: Sequence[Change]) -> Plan:
+    """A plan with more changes."""
+    plan = replace(plan, changes=[*plan.changes, *changes])
+    if plan.whole:
+        plan.refuse_touched_sites(model, logits=True)
+    return plan
+
+
 def _anew(
     model: MambaModel,
     ids: Int[Tensor, "B L"],
     new: int,
     patches: Sequence[Patch | Cut],
-    new_patches: Sequence[Patch],
+    new_patches: Sequence[Patch | Cut],
     source: Int[Tensor, "B L"] | None,
 ) -> Int[Tensor, "B M"]:
     """`generate` where positions leave more than a state behind: the growing text is run anew at every step."""
     first, stop = ids.shape[1], ids.shape[1] + new - 1
     begun = [_within(model, patch, first) for patch in patches]
-    later = [(at, patch) for patch in new_patches for at, patch in _at_each(model, patch, first, stop)]
     for end in range(first, first + new):
-        now = [_moved(patch, at) for at, patch in later if at < end]
+        now: list[Patch | Cut] = []
+        for patch in new_patches:
+            if isinstance(patch, Cut):
+                now += cut_until(patch, len(ids), end)
+            else:
+                now += [_moved(one, at) for at, one in _at_each(model, patch, first, stop) if at < end]
         there = None if source is None else torch.cat([source, ids[:, first:]], dim=1)  # what follows is not looked at
         ids = torch.cat([ids, run(model, ids, [*begun, *now], source=there).argmax(-1, keepdim=True)], dim=1)
     return ids
@@ -107,23 +152,23 @@ def _within(model: MambaModel, patch: Patch | Cut, length: int) -> Patch | Cut:
     """A patch of the prompt, in a longer text."""
     if isinstance(patch, Cut):
         sources, targets = (_from_start(places, length) for places in (patch.sources, patch.targets))
-        return dataclasses.replace(patch, sources=sources, targets=targets)
+        return replace(patch, sources=sources, targets=targets)
     ref = resolve(model, patch.site, patch.layer)
     if not ref.site.by_position or ref.position is not None:
         return patch
     positions = list(range(length)) if patch.positions is None else _from_start(patch.positions, length)
-    return dataclasses.replace(patch, positions=positions)
+    return replace(patch, positions=positions)
 
 
 def _from_start(positions, length: int):
     """The positions of a prompt, counted from its start; each row's own, which are, as they stand."""
-    own = getattr(positions, "ndim", 0) == 2
+    own = torch.as_tensor(positions).dim() == 2
     return positions if own else [position % length for position in integers(positions)]
 
 
 def _moved(patch: Patch, position: int) -> Patch:
     """A patch of one new token, in the whole text."""
-    return dataclasses.replace(patch, positions=[position])
+    return replace(patch, positions=[position])
 
 
 def _at_each(model: MambaModel, patch: Patch, first: int, stop: int) -> list[tuple[int, Patch]]:
@@ -153,9 +198,7 @@ def _at_each(model: MambaModel, patch: Patch, first: int, stop: int) -> list[tup
                 one = value.narrow(axis, column if value.shape[axis] > 1 else 0, 1)
         else:
             one = value
-        found.append(
-            (position, dataclasses.replace(patch, site=ref.site.name, layer=ref.layer, value=one, positions=None))
-        )
+        found.append((position, replace(patch, site=ref.site.name, layer=ref.layer, value=one, positions=None)))
     return found
 
 
@@ -165,20 +208,29 @@ def continue_greedily(
     """`generate` on some rows, here or on a server: one trace reads the prompt, and one each new token."""
     if source is not None:
         keys = {key for change in plan.changes for key in change.resampled(ids.shape[1])}
-        plan = dataclasses.replace(plan, source=source_values(model, source, keys))
+        plan = replace(plan, source=source_values(model, source, keys))
     states: list[LayerState] | None = None
-    found = [ids.to(model.device)]
+    found, start, carried = [ids.to(model.device)], 0, {}
     for changes in (plan, *later):
         segment = found[-1]
+        last = torch.full_like(segment[:, 0], segment.shape[1] - 1)
         with torch.no_grad(), model.trace(segment):
-            outcome = continued(model, changes, states, torch.full_like(segment[:, 0], segment.shape[1] - 1)).save()  # pyright: ignore[reportAttributeAccessIssue]
-        states, logits = outcome
+            outcome = continued(model, changes, states, last, carried, start).save()  # pyright: ignore[reportAttributeAccessIssue]
+        states, logits, carried = outcome
         found.append(logits.argmax(-1, keepdim=True))
+        start += segment.shape[1]
     return {"tokens": torch.cat(found, dim=1)}
 
 
-def continued(model, plan: Plan, states: list[LayerState] | None, last: Int[Tensor, "B"]) -> Any:
-    """The body of a trace: what it leaves behind in each layer, and the logits at its last position."""
-    visitor = plan.visitor(Prefix, states)
+def continued(
+    model,
+    plan: Plan,
+    states: list[LayerState] | None,
+    last: Int[Tensor, "B"],
+    carried: Mapping[int, Tensor | None],
+    start: int,
+) -> Any:
+    """The body of a trace: what it leaves behind in each layer, the logits at its last position, and its cuts' part."""
+    visitor = plan.visitor(Prefix, states, carried, start)
     walk(model, visitor)
-    return visitor.left, unembed(model, plan, last, visitor)
+    return visitor.left, unembed(model, plan, last, visitor), visitor.after

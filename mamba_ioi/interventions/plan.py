@@ -5,7 +5,7 @@ What runs inside a trace here uses torch alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +57,32 @@ class Plan:
         keep = None if self.keep is None else self.keep[part]
         return replace(self, changes=[change.rows(part, batch) for change in self.changes], keep=keep)
 
-    def visitor(self, kind: type[Patched] = Patched, states: Sequence[LayerState] | None = None) -> Any:
-        """What makes the changes and keeps what is read on the walk, from what earlier positions left behind."""
+    def visitor(
+        self,
+        kind: type[Patched] = Patched,
+        states: Sequence[LayerState] | None = None,
+        carried: Mapping[int, Tensor | None] = {},
+        offset: int = 0,
+    ) -> Any:
+        """What makes the changes and keeps what is read on the walk, from what earlier positions left behind.
+
+        Args:
+            kind: of visitor.
+            states: what earlier positions left behind.
+            carried: of cuts that last, by number, what earlier sources give to the state that the run begins with.
+            offset: what the positions of these are ahead of the run's.
+        """
+        after: dict[int, Tensor | None] = {}
+        placed = [
+            Placed(change)
+            if change.lasting is None
+            else Placed(change, carried=carried.get(change.lasting), offset=offset, after=after)
+            for change in self.changes
+        ]
         reads: dict[int | None, dict[str, list]] = {}
         for ref in self.reads:
             reads.setdefault(ref.layer, {}).setdefault(ref.site.name, []).append((ref.key, ref.position))
-        return kind(by_layer(map(Placed, self.changes)), reads, self.keep, states, source=self.source)
+        return kind(by_layer(placed), reads, self.keep, states, source=self.source, after=after)
 
     @classmethod
     def make(

@@ -38,6 +38,7 @@ class Change:
             channels of x, B or C; ``()`` for all of it.
         sources: of a cut (at ``y``), the positions whose writes are replaced in the outputs at ``positions``, by zeros
             or (``value`` None) by the source run's: those of all rows, or each row's own; None: no cut.
+        lasting: of a cut that several runs of a generation make, its number; None: one run makes it.
     """
 
     layer: int | None
@@ -46,6 +47,7 @@ class Change:
     positions: list[int] | Int[Tensor, "B k"] | None
     part: tuple[slice | int, ...] = ()
     sources: list[int] | Int[Tensor, "B s"] | None = None
+    lasting: int | None = None
 
     def rows(self, part: slice, batch: int) -> Change:
         """The same change for some of the rows."""
@@ -88,12 +90,16 @@ class Placed:
         rows: the rows' place in the batch.
         prompts: which prompts they are; None where the batch's rows are the prompts.
         carried: of a cut, what the sources before the run give to the state that it begins with, ``[R, ...]``.
+        offset: of a cut, what its positions are ahead of the run's.
+        after: where a cut's part in the state after the run goes, by its number, where it lasts.
     """
 
     change: Change
     rows: slice = field(default_factory=lambda: slice(None))
     prompts: Int[Tensor, "R"] | None = None
     carried: Tensor | None = None
+    offset: int = 0
+    after: dict[int, Tensor | None] = field(default_factory=dict)
 
     def new_values(self, target: Tensor, start: int, source: SourceValues) -> Iterator[tuple[Any, Any, Tensor]]:
         """(which rows, at which positions, new value) wherever the rows change.
@@ -155,13 +161,18 @@ class Placed:
     def cut(self, scan: Any, start: int, source: SourceValues) -> None:
         """Make a cut in an open scan of positions from ``start`` on."""
         count, length = len(range(*self.rows.indices(scan.x.shape[0]))), scan.x.shape[1]
+        start += self.offset
         prompts = slice(None) if self.prompts is None else self.prompts
         sources, targets = (
             mask(places, prompts, count, start, length, scan.x.device)
             for places in (self.change.sources, self.change.positions)
         )
         new = self.new_writes(type(scan), prompts, source, scan.dtype)
-        cut_outputs(scan, self.rows, sources, targets, lambda t: new(start + t), self.carried)
+        lasting = self.change.lasting
+        whole = lasting is not None
+        left = cut_outputs(scan, self.rows, sources, targets, lambda t: new(start + t), self.carried, whole)
+        if lasting is not None:
+            self.after[lasting] = left
 
     def new_writes(self, kind: Any, prompts, source: SourceValues, dtype: torch.dtype) -> New:
         """Of a cut, what takes the place of the writes at a position."""
@@ -256,6 +267,7 @@ class Patched(Visitor):
         states: what the positions before the run left behind.
         start: the position at which the run begins.
         source: the source run's values.
+        after: what lasting cuts change in the states after the run goes here, by their number.
     """
 
     def __init__(
@@ -266,8 +278,10 @@ class Patched(Visitor):
         states: Sequence[LayerState] | None = None,
         start: int = 0,
         source: SourceValues | None = None,
+        after: dict[int, Tensor | None] | None = None,
     ) -> None:
         Visitor.__init__(self, states)
+        self.after = {} if after is None else after
         self.changes, self.reads, self.keep = changes, reads, keep
         self.start, self.source = start, source or {}
         self.found: dict[str, Tensor] = {}

@@ -26,7 +26,8 @@ def cut_outputs(
     targets: Bool[Tensor, "R l"],
     new: New,
     carried: Float[Tensor, "R *state"] | None,
-) -> None:
+    whole: bool = False,
+) -> Float[Tensor, "R *state"] | None:
     """Put ``new`` in the place of the sources' writes, in the targets' outputs alone.
 
     Args:
@@ -36,10 +37,15 @@ def cut_outputs(
         targets: whose outputs change.
         new: what takes the writes' place.
         carried: what earlier sources give to the state before the run's first position.
+        whole: go on to the run's last position, whatever the last target is.
+
+    Returns:
+        What ``new`` changes in the state after the last position gone to; None: nothing.
     """
-    y = scan.get("y")[rows]
     reached, replaced = targets.any(0).tolist(), sources.any(0).tolist()
     stop = max((t for t, here in enumerate(reached) if here), default=-1) + 1
+    y = scan.get("y")[rows] if stop else None
+    stop = len(reached) if whole else stop
     apart = carried if scan.patch is None else None
     held = None if scan.patch is None else Both(scan, rows, carried)
     for t in range(stop):
@@ -53,8 +59,9 @@ def cut_outputs(
             apart = apart if step is None else apart + step
         else:
             apart = step
-        if reached[t] and apart is not None:
+        if y is not None and reached[t] and apart is not None:
             y[:, t] += _masked(scan.read(apart[None], t, rows)[0], targets[:, t])
+    return apart
 
 
 class Both:
