@@ -28,6 +28,7 @@ def knockout(
     window: int = 1,
     layers: Sequence[int] | int | None = None,
     *,
+    conv: bool = False,
     metric: Metric | None = None,
     progress: bool = True,
 ) -> Result:
@@ -44,6 +45,7 @@ def knockout(
         window: how many layers are cut at once; those of them that have no scan are left out
             (``meta["without_scan"]``).
         layers: the windows' first layers; all from which a whole window is there if None.
+        conv: cut the taps of the conv from source to target too, as in `Cut`.
         metric: what is measured; the pairs' own if None. Under ``nld`` the effect is 1 - NLD; under another metric it
             is what the metric loses, clean run less cut run.
         progress: show a bar.
@@ -77,7 +79,7 @@ def knockout(
         columns.append((source, target, layer))
         there.append(some)
         if some.any():
-            cuts.append([Cut(cut[layer], *(at.where(some, -1)[:, None] for at in (from_, to)))])
+            cuts.append([Cut(cut[layer], *(at.where(some, -1)[:, None] for at in (from_, to)), conv=conv)])
     if not columns:
         raise ValueError(f"no layer of the windows from {first} on has a scan")
     if not cuts:
@@ -92,7 +94,7 @@ def knockout(
         for column, value in zip((name, *ends), mean_where(every, present), strict=True):
             table[column] = value
     table["n"] = present.sum(1).numpy()
-    arguments = {"sources": list(rows[0]), "targets": list(rows[1]), "window": window, "layers": first}
+    arguments = {"sources": list(rows[0]), "targets": list(rows[1]), "window": window, "layers": first, "conv": conv}
     arguments |= {"rows": len(pairs), "metric": metric_name(metric)}
     without = sorted({one for layer in first for one in range(layer, layer + window)} - set(with_scan))
     return Result.create("knockout", table, model=model, arguments=arguments, without_scan=without)
