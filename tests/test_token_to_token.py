@@ -578,6 +578,15 @@ class TestKnockout:
         at = experiments.knockout(tiny, pairs, 17, layers=1, metric="logit_diff", progress=False).table
         assert at.source.tolist() == [17] and at.n.tolist() == [10]
 
+    def test_with_the_taps_of_the_conv(self, tiny, data):
+        """A name's own token cut from the next one: in layer 1 by tap -1, for which the scan alone is not enough."""
+        given = (tiny, data, "n5", "n5+1")
+        scan, both = (experiments.knockout(*given, layers=1, conv=c, progress=False) for c in (False, True))
+        effect, _ = effects_by_runs(tiny, data, Cut(1, *(data.positions_of(m)[:, None] for m in given[2:]), conv=True))
+        assert both.table.effect[0] == pytest.approx(effect.mean().item(), abs=1e-4)
+        assert abs(scan.table.effect[0]) < 0.02 < 0.1 < both.table.effect[0]
+        assert both.meta["arguments"]["conv"] is True and scan.meta["arguments"]["conv"] is False
+
     def test_a_callable_metric(self, tiny, data):
         def first(logits, pairs):
             return logits.gather(1, pairs.answers[:, None])[:, 0]
@@ -594,6 +603,7 @@ class TestKnockout:
             ({"sources": 40}, "positions are whole numbers from 0 to 19"),
             ({"sources": "n1", "window": 7}, "window must be a whole number from 1 to 6"),
             ({"sources": "n1", "window": 2, "layers": 5}, "a window of 2 layers from layer 5 on"),
+            ({"sources": "n1", "conv": 1}, "conv of a cut is True or False, not 1"),
             ({"sources": "n5", "targets": "n1"}, "in no row is a target of 'n1' at or after a source of 'n5'"),
         ):
             with pytest.raises(ValueError, match=sentence):
@@ -704,7 +714,10 @@ def test_on_a_server(tiny, data, monkeypatch):
         for function in (hidden_attention, token_contributions):
             one, other = (function(model, ids, 1, targets=[-1, 5]) for model in (there, tiny))
             torch.testing.assert_close(one, other, **ROUNDED)
-        for given in ({"patches": [Cut(1, 3, -1)]}, {"patches": [Cut(1, 3, -1, resample=True)], "source": source}):
+        for given in (
+            {"patches": [Cut(1, 3, -1)], "new_patches": [Cut(1, [5, 20], 20)]},
+            {"patches": [Cut(1, 3, -1, resample=True)], "source": source},
+        ):
             assert torch.equal(*(generate(model, ids, 2, **given) for model in (there, tiny)))
         given = {"positional": True, "fine": True, "ssm": "tokens"}
         for score in (
