@@ -317,7 +317,7 @@ class TestTokenFlow:
             assert widths == sorted(widths, reverse=True) and found[name, 19].get_linestyle() == "--"
             said = [text.get_text() for text in axes.texts]
             assert {".61", ".55", "scan .93", "conv .90"} <= set(said) and not any(".05" in text for text in said)
-            assert axes.get_xlabel() == "everything between tokens before layer 1 .02"
+            assert axes.get_xlabel() == "everything between tokens before layer 1: .02"
         assert_inside(figure, extents(figure, [text for axes in panels for text in axes.texts]))
 
 

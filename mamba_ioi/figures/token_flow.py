@@ -111,7 +111,7 @@ def _panel(axes: Axes, panel: pd.DataFrame, labels: list[str], lanes: list[int],
     axes.set(xlim=(-0.6, last + 0.6), ylim=(-0.45, len(lanes) - 0.15))
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if rest := [f"{part} layer {layer} {_number(value)}" for part, value in _windows(panel).items()]:
+    if rest := [f"{part} layer {layer}: {_number(value)}" for part, value in _windows(panel).items()]:
         axes.set_xlabel(f"everything between tokens {', '.join(rest)}", fontsize=8.5, labelpad=2)
 
 
