@@ -271,6 +271,9 @@ def test_cuts(model, resample):
     found = sweep(model, IDS, [[], [cut]], readout, source=source)
     assert not torch.allclose(found[0], found[1], atol=1e-5)
     close(found[1], expected[:, 5].gather(1, IDS[:, :3]))
+    for other in set(range(model.n_layers)) - set(scan_layers(model)):
+        with pytest.raises(ValueError, match=f"layer {other} of {model.model_id} has no scan to cut: it is"):
+            run(model, IDS, [Cut([layer, other], 1, 5)])
 
 
 def test_one_tap_of_a_sweep(model):

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from ..checks import integers
 from ..trace.change import Change
+from ..trace.sites import SiteInfo
 from .patch import resolve
 from .positions import common_positions, own_positions
 
@@ -69,7 +70,7 @@ def check_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, *, resampled
     layers = integers(cut.layer, "layer")
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(f"a cut names at least one layer, each once, not {cut.layer!r}")
-    sites = {layer: resolve(model, "y", layer).site for layer in layers}
+    sites = {layer: _scan_output(model, layer) for layer in layers}
     length = ids.shape[1]
     sources, targets = (_places(ids, getattr(cut, name), name) for name in ("sources", "targets"))
     if isinstance(sources, Tensor) or isinstance(targets, Tensor):
@@ -94,6 +95,17 @@ def check_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, *, resampled
                     changes.append(Change(layer, model.layer_sites(layer)["conv_slice"], zeros, at, (-1 - back,)))
         changes.append(Change(layer, sites[layer], value, targets, (), sources))
     return changes
+
+
+def _scan_output(model: MambaModel, layer: int) -> SiteInfo:
+    """The site y of a layer.
+
+    Raises:
+        ValueError: for a layer that is not there, or has no scan.
+    """
+    if model.has_scans and 0 <= layer < model.n_layers and "y" not in model.layer_sites(layer):
+        raise ValueError(f"layer {layer} of {model.model_id} has no scan to cut: it is {model.layer_kinds[layer]}")
+    return resolve(model, "y", layer).site
 
 
 def check_new_cut(model: MambaModel, ids: Int[Tensor, "B L"], cut: Cut, new: int, *, resampled: bool) -> list[Change]:
