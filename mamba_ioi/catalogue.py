@@ -477,6 +477,26 @@ ROWS = (
         decides={"exchange": f"{_REPORT}.flow:exchange"},
     ),
     Row(
+        figure="flow",
+        experiment="token_flow",
+        label="Token to token",
+        shows="which layer moves what from where to where",
+        reading="A panel for each kind of pairs, with a lane for each layer that moves something. An arc leads to a "
+        "token on its right, above the lane by the scan, below it by the conv; its width and number are the effect of "
+        f"resampling that term alone ({EFFECT}). Beside a lane, and below a panel: all terms of the layer at once, or "
+        "of the layers before and after the bottleneck.",
+        columns=(
+            *("corruption", "part", "layer", "way", "source", "target", "source_label", "target_label"),
+            *("estimate", "effect", "low", "high", "n"),
+        ),
+        needs_alignment=True,
+        function="mamba_ioi.circuits.token_flow:token_flow",
+        drawn_by=f"{_FIGURES}.token_flow:token_flow",
+        paper="none: an open question",
+        takes_layer=True,
+        decides={"exchange": f"{_REPORT}.flow:exchange"},
+    ),
+    Row(
         figure="lens",
         experiment="logit_lens",
         label="Logit lens",

@@ -153,7 +153,7 @@ def test_rows_that_differ_in_positions(tmp_path: Path, capsys) -> None:
     assert main(words) == 0
     said = capsys.readouterr().out
     assert re.search(r"^sec44 +left out: it needs rows whose marks and last token stand at the same", said, re.M)
-    assert f"{len(ANYWHERE) - 2} of {len(ANYWHERE)} figures are in" in said
+    assert f"{len(ANYWHERE) - 3} of {len(ANYWHERE)} figures are in" in said
     model = load_model("tiny")
     pairs = PromptPairs.load(file, model.tokenizer)
     expected = experiments.resample_ablation(model, pairs, marks=["third", "last"], metric="prob_diff", progress=False)
@@ -262,7 +262,7 @@ def of_a_file(results: dict[str, Result], **arguments) -> dict[str, Result]:
 def test_the_claims_that_are_about_no_names_are_put_to_other_pairs() -> None:
     results = of_a_file({figure: made.as_the_paper_says()[figure] for figure in ANYWHERE})
     claims = judge(results, bottleneck=1)
-    assert [claim.key for claim in claims] == ["task", "bottleneck", "shift", "last", "later", "circuit"]
+    assert [claim.key for claim in claims] == ["task", "bottleneck", "shift", "last", "exchange", "later", "circuit"]
     assert {claim.verdict for claim in claims} == {"holds"}
     for claim in claims:
         assert claim.paper == "" and claim.missing == () and "name" not in claim.title
@@ -276,7 +276,7 @@ def test_the_claims_that_are_about_no_names_are_put_to_other_pairs() -> None:
 def test_under_another_metric_thresholds_of_the_nld_decide_nothing() -> None:
     results = of_a_file({figure: made.as_the_paper_says()[figure] for figure in ANYWHERE}, metric="margin")
     found = {finding.figure: finding for claim in judge(results, bottleneck=1) for finding in claim.findings}
-    for figure in ("fig4", "fig8", "fig10"):
+    for figure in ("fig4", "fig8", "fig10", "flow"):
         assert found[figure].holds is None
         assert (
             "As effects are of margin, for which no threshold is known, this decides nothing." in found[figure].sentence
