@@ -182,6 +182,31 @@ def knocked_out() -> Result:
     return make("knockout", rows, "source target layer effect low high accuracy n", 6, arguments={"window": 2})
 
 
+def features() -> Result:
+    rows = [(f, e, e - 0.1, e + 0.1, e + 0.02, 40) for f, e in ((31, 0.5), (2, 0.3), (-1, 0.1), (7, float("nan")))]
+    arguments = {"site": "ssm_input", "layer": 1, "metric": "nld"}
+    return make("feature_effects", rows, "feature effect low high estimate n", 6, arguments=arguments)
+
+
+def features_edges() -> Result:
+    rows = [
+        (source, target, 0.1 * source, 0.0, 0.5, 0.1 * source, 40) for source in (4, 2, -1) for target in (9, 1, 3, -1)
+    ]
+    sides = {side: {"site": site, "layer": 1} for side, site in (("upstream", "ssm_input"), ("downstream", "out_proj"))}
+    return make("feature_edges", rows, "source target effect low high estimate n", 6, arguments=sides)
+
+
+def features_kept() -> Result:
+    rows = [
+        (k, kept, value, value - 0.1, value + 0.1, value, value - 0.05, value + 0.05, 40)
+        for kept, share in (("top", 1.0), ("random", 0.3))
+        for k in (0, 1, 2, 4, 8, 100)
+        for value in (share * k / 100,)
+    ]
+    columns = "k kept accuracy accuracy_low accuracy_high nld nld_low nld_high n"
+    return make("feature_faithfulness", rows, columns, 6, arguments={"site": "ssm_input", "layer": 1})
+
+
 EXAMPLES = {
     "architecture": lambda: diagram("architecture"),
     "residual_graph": lambda: diagram("residual_graph"),
@@ -200,6 +225,9 @@ EXAMPLES = {
     "knockout": knocked_out,
     "logit_lens": lens,
     "direct_effects": direct,
+    "feature_effects": features,
+    "feature_edges": features_edges,
+    "feature_faithfulness": features_kept,
     **CIRCUIT_EXAMPLES,
 }
 
