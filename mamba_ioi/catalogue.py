@@ -64,6 +64,7 @@ class Row:
         takes_channels: whether it can look at some of the channels of a Mamba-2's conv: those of x, B or C.
         needs_mamba: whether it works on Mambas only.
         needs_names: whether it speaks of the names in the prompts, so that it says nothing of other tasks.
+        needs_dictionary: whether it looks at the features of a dictionary that ships for the model.
         needs_alignment: whether marks and last tokens stand at the same positions in all rows; where the function takes
             ``marks=``, unless it goes by these.
         forwards: as many forwards of one prompt take as long as the figure, about, from the model's sizes
@@ -97,6 +98,7 @@ class Row:
     takes_channels: bool = False
     needs_mamba: bool = True
     needs_names: bool = False
+    needs_dictionary: bool = False
     needs_alignment: bool = False
     forwards: Callable[[Any, int], float] = lambda sizes, rows: 0
     at_most: bool = False
@@ -550,6 +552,49 @@ ROWS = (
         },
         decides={"slots": f"{_REPORT}.reading:slots"},
     ),
+    Row(
+        figure="features",
+        experiment="feature_effects",
+        label="Features",
+        shows="what the features of a dictionary at the bottleneck do for the answer",
+        reading="A point for each of the features with the largest estimates, and for what the dictionary does not "
+        f"explain (error): the feature takes the corrupt prompt's value at all positions ({EFFECT}).",
+        columns=("feature", "effect", "low", "high", "estimate", "n"),
+        function=f"{_EXPERIMENTS}.packaged_features:packaged_effects",
+        drawn_by=f"{_FIGURES}.features:feature_effects",
+        needs_dictionary=True,
+        tells={"dictionary": f"{_REPORT}.features:effects"},
+    ),
+    Row(
+        figure="features_edges",
+        experiment="feature_edges",
+        label="Features (edges)",
+        shows="which features of the bottleneck's scan drive which of what it writes",
+        reading="Rows are features of the scan's input, columns those of what the layer writes: how far the column's "
+        "feature goes toward the corrupt prompt's value when the row's takes that value (1: all the way).",
+        columns=("source", "target", "effect", "low", "high", "estimate", "n"),
+        function=f"{_EXPERIMENTS}.packaged_features:packaged_edges",
+        drawn_by=f"{_FIGURES}.features:feature_edges",
+        needs_dictionary=True,
+        tells={"dictionary": f"{_REPORT}.features:edges"},
+    ),
+    Row(
+        figure="features_kept",
+        experiment="feature_faithfulness",
+        label="Features (circuits)",
+        shows="how well a number of features do the task alone, beside random ones",
+        reading="All features but so many, and what the dictionary does not explain, are resampled. Bands: bootstrap "
+        "intervals; of random features the range of the draws.",
+        columns=(
+            *("k", "kept", "accuracy", "accuracy_low", "accuracy_high"),
+            *("nld", "nld_low", "nld_high", "n"),
+        ),
+        function=f"{_EXPERIMENTS}.packaged_features:packaged_faithfulness",
+        drawn_by=f"{_FIGURES}.features:feature_faithfulness",
+        held_out=_HELD_OUT,
+        needs_dictionary=True,
+        decides={"dictionary": f"{_REPORT}.features:circuits"},
+    ),
 )
 """Every figure, in the paper's order."""
 
@@ -660,7 +705,6 @@ EVERY: dict[str, Row] = CATALOGUE | {
 
 ALSO_DRAWN = {
     "probe": f"{_FIGURES}.probe:probe",
-    "feature_effects": f"{_FIGURES}.feature_effects:feature_effects",
     "eap": f"{_FIGURES}.circuit_matrices:edge_scores",
     "exact_effects": f"{_FIGURES}.circuit_matrices:edge_scores",
     "faithfulness": f"{_FIGURES}.faithfulness:faithfulness",

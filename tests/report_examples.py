@@ -228,6 +228,9 @@ def as_the_paper_says(model: str = TINY) -> dict[str, Result]:
         "flow": flow(0.9, 0.04, layer, layers, model),
         "lens": lens({i: 8.0 if i >= layer else 0.5 for i in range(-1, layers)}, model),
         "direct": direct({i: 4.0 if i == layer else 1.0 for i in range(layers)}, model),
+        "features": features(layer, model),
+        "features_edges": features_edges(layer, model),
+        "features_kept": features_kept({0: 0.0, 4: 0.3, 16: 0.95, 64: 1.0}, 0.1, layer, model),
     }
     found["probe"] = probes({"n1": 0.9, "n2": 0.8, "n3": 0.95}, layer, model)
     return {figure: found[figure] for figure in CATALOGUE}
@@ -296,6 +299,44 @@ def direct(effects: Mapping[int, float], model: str = TINY) -> Result:
         for layer, part, effect in written
     ]
     return result("direct", rows, model, logit_diff=sum(effects.values()))
+
+
+def features(layer: int, model: str = TINY) -> Result:
+    """Two features that carry the answer, and a little that the dictionary does not explain."""
+    rows = [
+        {"feature": feature, "effect": effect, "low": effect - 0.05, "high": effect + 0.05, "estimate": 0.4, "n": 160}
+        for feature, effect in ((7, 0.5), (3, 0.3), (-1, 0.1), (0, float("nan")))
+    ]
+    return result("features", rows, model, arguments={"site": "ssm_input", "layer": layer, "features": 64})
+
+
+def features_edges(layer: int, model: str = TINY) -> Result:
+    """Each of two features drives one, and the error a third."""
+    rows = [
+        {"source": source, "target": target, "effect": effect, "low": effect - 0.05, "high": effect + 0.05}
+        | {"estimate": effect, "n": 160}
+        for source, target, effect in ((-1, -1, 0.9), (7, 2, 0.8), (3, 1, 0.6), (7, 1, 0.0))
+    ]
+    sides = {
+        side: {"site": site, "layer": layer} for side, site in (("upstream", "ssm_input"), ("downstream", "out_proj"))
+    }
+    return result("features_edges", rows, model, arguments=sides)
+
+
+def features_kept(accuracies: Mapping[int, float], random: float, layer: int, model: str = TINY) -> Result:
+    """Accuracy by the number of features that are kept, beside random ones that all have the same."""
+    rows = [
+        {"k": k, "kept": kept, "n": 400}
+        | {
+            f"{name}{end}": value + shift
+            for name in ("accuracy", "nld")
+            for end, shift in (("", 0), ("_low", -0.02), ("_high", 0.02))
+        }
+        for k, accuracy in accuracies.items()
+        for kept, value in (("top", accuracy), ("random", random))
+    ]
+    arguments = {"site": "ssm_input", "layer": layer, "features": 64}
+    return result("features_kept", rows, model, arguments=arguments, active=64, judged_on="held_out")
 
 
 def store(out: Path, results: Mapping[str, Result], pictures: bool = True) -> Path:

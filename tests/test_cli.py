@@ -36,8 +36,8 @@ from mamba_ioi.zoo.tokenizer import build_tokenizer
 
 ROOT = Path(mamba_ioi.__file__).parents[1]
 FEW = ["--pairs", "2"]
-AVAILABLE = {figure: row for figure, row in CATALOGUE.items() if row.lacks is None}
-"""The figures that can be made here: one needs scikit-learn."""
+AVAILABLE = {figure: row for figure, row in CATALOGUE.items() if row.lacks is None and not row.needs_dictionary}
+"""The figures that can be made here of a model without a dictionary: one needs scikit-learn."""
 PLANTED = ["reproduce", "--model", "planted", *FEW]
 
 
@@ -495,6 +495,11 @@ def test_models_that_cannot_be_used(folder: Path, gpt2: Path, tmp_path: Path, ca
     assert "has no tokenizer" in refusal(capsys, "reproduce", "--model", nameless, *FEW)
     assert {path.name for path in tmp_path.iterdir()} == {"cut", "sick", "nameless", "figures", "results"}
     assert snapshot(tmp_path / "figures") == snapshot(tmp_path / "results") == {}
+
+
+def test_features_are_of_models_that_a_dictionary_ships_for(tmp_path: Path, capsys) -> None:
+    said = refusal(capsys, *PLANTED, "--only", "features_kept", "--out", tmp_path)
+    assert "features_kept cannot be made: no dictionary of features ships for planted" in said
 
 
 def test_a_model_that_is_no_mamba_gets_the_figures_it_can_have(gpt2: Path, tmp_path: Path, capsys) -> None:

@@ -122,4 +122,4 @@ def test_notebooks_are_committed_as_executed(path):
 
 
 def test_there_are_notebooks():
-    assert [path.stem[0] for path in NOTEBOOKS] == list("123456789")
+    assert sorted(int(path.stem.partition("_")[0]) for path in NOTEBOOKS) == [*range(1, 11)]

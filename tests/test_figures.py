@@ -233,6 +233,25 @@ def features(measured: int = 20, size: int = 60) -> Result:
     return make("feature_effects", rows, "feature effect low high estimate n", 6, arguments=where)
 
 
+def features_edges() -> Result:
+    rows = [
+        (source, target, 0.1 * source, 0.0, 0.5, 0.1 * source, 40) for source in (4, 2, -1) for target in (9, 1, 3, -1)
+    ]
+    sides = {side: {"site": site, "layer": 1} for side, site in (("upstream", "ssm_input"), ("downstream", "out_proj"))}
+    return make("feature_edges", rows, "source target effect low high estimate n", 6, arguments=sides)
+
+
+def features_kept() -> Result:
+    rows = [
+        (k, kept, value, value - 0.1, value + 0.1, value, value - 0.05, value + 0.05, 40)
+        for kept, share in (("top", 1.0), ("random", 0.3))
+        for k in (0, 1, 2, 4, 8, 100)
+        for value in (share * k / 100,)
+    ]
+    columns = "k kept accuracy accuracy_low accuracy_high nld nld_low nld_high n"
+    return make("feature_faithfulness", rows, columns, 6, arguments={"site": "ssm_input", "layer": 1})
+
+
 EXAMPLES = {
     "architecture": lambda: diagram("architecture"),
     "residual_graph": lambda: diagram("residual_graph"),
@@ -255,6 +274,8 @@ EXAMPLES = {
     "probe": probed,
     "probes": several_probed,
     "feature_effects": features,
+    "feature_edges": features_edges,
+    "feature_faithfulness": features_kept,
     **CIRCUIT_EXAMPLES,
 }
 
@@ -380,7 +401,7 @@ class TestFeatureEffects:
     def test_what_was_measured_stands_beside_its_estimate(self):
         result = features()
         (axes,) = result.plot().axes
-        measured, estimated = (next(line for line in axes.lines if line.get_marker() == mark) for mark in ("o", "D"))
+        measured, estimated = (next(line for line in axes.lines if line.get_marker() == mark) for mark in ("o", "x"))
         assert measured.get_ydata().tolist() == result.table["effect"][:20].tolist()
         assert estimated.get_ydata().tolist() == result.table["estimate"][:20].tolist()
         assert ticks(axes.xaxis)[2:5] == ["102", "error", "104"]

@@ -177,6 +177,34 @@ def test_whether_names_are_kept_with_their_slots(kept: dict[str, float], holds: 
 
 
 @pytest.mark.parametrize(
+    ("accuracies", "random", "holds", "said"),
+    [
+        ({0: 0.0, 16: 0.9, 32: 1.0, 64: 1.0}, 0.1, True, "Of 64 features that are active, 16 alone have, on held-out"),
+        ({0: 0.0, 16: 0.5, 32: 0.8, 64: 1.0}, 0.1, False, "32 alone have"),
+        ({0: 0.0, 16: 0.9, 32: 1.0, 64: 1.0}, 0.97, False, "as many random ones have 0.970"),
+        ({64: 1.0}, 0.1, None, "No number of features up to half of them was kept"),
+    ],
+)
+def test_circuits_of_features(accuracies: dict[int, float], random: float, holds: bool | None, said: str) -> None:
+    (claim,) = (
+        one
+        for one in judge({"features_kept": made.features_kept(accuracies, random, 1)}, bottleneck=1)
+        if one.key == "dictionary"
+    )
+    (found,) = claim.findings
+    assert found.holds is holds and said in found.sentence, found.sentence
+
+
+def test_features_and_their_edges() -> None:
+    results = {"features": made.features(1), "features_edges": made.features_edges(1)}
+    (claim,) = (one for one in judge(results, bottleneck=1) if one.key == "dictionary")
+    effects, edges = claim.findings
+    assert "with the largest estimates are 7 and 3; what the dictionary leaves unexplained moves" in effects.sentence
+    assert effects.numbers[-1].value == pytest.approx(1.6)
+    assert "from feature 7 of ssm_input to feature 2 of out_proj: alone it takes it 0.800" in edges.sentence
+
+
+@pytest.mark.parametrize(
     ("effects", "holds", "said"),
     [
         ({0: 1.0, 1: 6.0, 2: 3.0}, True, "the layers after it write 0.300"),

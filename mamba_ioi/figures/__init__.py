@@ -17,7 +17,7 @@ from mamba_ioi.figures.cross_talk import cross_talk
 from mamba_ioi.figures.diagram import ModelSizes
 from mamba_ioi.figures.direct_effects import direct_effects
 from mamba_ioi.figures.faithfulness import faithfulness
-from mamba_ioi.figures.feature_effects import feature_effects
+from mamba_ioi.figures.features import feature_edges, feature_effects, feature_faithfulness
 from mamba_ioi.figures.intervals import intervals
 from mamba_ioi.figures.knockout import knockout
 from mamba_ioi.figures.last_position import last_position_only
@@ -53,7 +53,9 @@ __all__ = [
     "draw",
     "edge_scores",
     "faithfulness",
+    "feature_edges",
     "feature_effects",
+    "feature_faithfulness",
     "greedy_layer_removal",
     "intervals",
     "knockout",

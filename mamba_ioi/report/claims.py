@@ -106,6 +106,12 @@ QUESTIONS = (
         "Layers after the bottleneck write the answer too",
     ),
     Question(
+        "dictionary",
+        "A small part of the bottleneck's features does the task",
+        "Which features the circuit is made of is left to sparse autoencoders (Section 6).",
+        "A small part of the bottleneck's features does the task",
+    ),
+    Question(
         "circuit",
         "A small circuit does the task",
         "EAP finds 188 of 1225 edges with accuracy above 0.85; ACDC keeps 364 of 1609 with the layers' parts (App. D).",

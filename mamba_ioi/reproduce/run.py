@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import CATALOGUE, EVERY, choose
+from ..zoo import DICTIONARIES
 from .folder import (
     ANSWERS,
     BOTTLENECK,
@@ -100,6 +101,11 @@ def reproduce(
             )
     if settings.layer is not None and not any(CATALOGUE[figure].takes_layer for figure in figures):
         raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
+    without = [name for name in figures if CATALOGUE[name].needs_dictionary and settings.model not in DICTIONARIES]
+    lacking = f"no dictionary of features ships for {settings.model}"
+    if without and only is not None:
+        raise ValueError(f"{without[0]} cannot be made: {lacking}")
+    figures = [figure for figure in figures if figure not in without]
     out = Path(os.path.expanduser(out))
     identity = folder_identity(settings)
 
@@ -133,6 +139,9 @@ def reproduce(
             announce(plan or planned(model, settings, missing, given))
             if model.has_scans and any(CATALOGUE[figure].draws for figure in figures if found[figure] is None):
                 chosen = _choose_layer(out, model, settings, given, identity)
+
+        for figure in without:
+            note(Outcome(figure, f"left out: {lacking}", there=False))
 
         def work(figure: str) -> Result:
             from ..remote.requests import answers_in
