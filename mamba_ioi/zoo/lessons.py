@@ -194,7 +194,7 @@ LESSONS: Mapping[str, Lesson] = {
         numbers={"pairs": PAIRS, "keys": KEYS, "values": KEYS},
         tokenizer=lambda: build_tokenizer(KEYS),
         prompts=RecallPrompts,
-        steps={"mamba": 4000, "mamba-noconv": 2000, "mamba2": 2500, "attention": 5000},
+        steps={"mamba": 4000, "mamba-noconv": 4000, "mamba2": 2500, "attention": 5000},
     ),
     "induction": Lesson(
         about="induction",
