@@ -464,26 +464,6 @@ ROWS = (
         label="Token to token",
         shows="which layer moves what from where to where",
         reading="A panel for each kind of pairs, with a lane for each layer that moves something. An arc leads to a "
-        "token on its right, above the lane by the scan, below it by the conv; its width and number are 1 - NLD with "
-        "that term alone resampled (1: the answer follows the corrupt prompt). Beside a lane, and below a panel: all "
-        "terms of the layer at once, or of the layers before and after the bottleneck.",
-        columns=(
-            *("corruption", "part", "layer", "way", "source", "target", "source_label", "target_label"),
-            *("estimate", "effect", "low", "high", "n"),
-        ),
-        needs_alignment=True,
-        function="mamba_ioi.circuits.token_flow:token_flow",
-        drawn_by=f"{_FIGURES}.token_flow:token_flow",
-        paper="none: an open question",
-        takes_layer=True,
-        decides={"exchange": f"{_REPORT}.flow:exchange"},
-    ),
-    Row(
-        figure="flow",
-        experiment="token_flow",
-        label="Token to token",
-        shows="which layer moves what from where to where",
-        reading="A panel for each kind of pairs, with a lane for each layer that moves something. An arc leads to a "
         "token on its right, above the lane by the scan, below it by the conv; its width and number are the effect of "
         f"resampling that term alone ({EFFECT}). Beside a lane, and below a panel: all terms of the layer at once, or "
         "of the layers before and after the bottleneck.",
@@ -497,6 +477,8 @@ ROWS = (
         paper="none: an open question",
         takes_layer=True,
         decides={"exchange": f"{_REPORT}.flow:exchange"},
+        forwards=lambda s, rows: rows * (5 * _STEP + 0.85 * s.layers),
+        backwards=True,
     ),
     Row(
         figure="lens",
@@ -551,6 +533,7 @@ ROWS = (
             "marks": ("n1+1", "n2+1", "n3+1", "n4-1", "last"),
         },
         decides={"slots": f"{_REPORT}.reading:slots"},
+        forwards=lambda s, rows: rows,
     ),
     Row(
         figure="features",
@@ -564,6 +547,8 @@ ROWS = (
         drawn_by=f"{_FIGURES}.features:feature_effects",
         needs_dictionary=True,
         tells={"dictionary": f"{_REPORT}.features:effects"},
+        forwards=lambda s, rows: rows * (10 * _STEP + 20),
+        backwards=True,
     ),
     Row(
         figure="features_edges",
@@ -577,6 +562,8 @@ ROWS = (
         drawn_by=f"{_FIGURES}.features:feature_edges",
         needs_dictionary=True,
         tells={"dictionary": f"{_REPORT}.features:edges"},
+        forwards=lambda s, rows: rows * (20 * 10 * _STEP + 20),
+        backwards=True,
     ),
     Row(
         figure="features_kept",
@@ -594,6 +581,8 @@ ROWS = (
         held_out=_HELD_OUT,
         needs_dictionary=True,
         decides={"dictionary": f"{_REPORT}.features:circuits"},
+        forwards=lambda s, rows: rows * 10 * _STEP + 2 * _HELD_OUT * 9 * 6,
+        backwards=True,
     ),
 )
 """Every figure, in the paper's order."""

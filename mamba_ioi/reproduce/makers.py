@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import CATALOGUE, Row
+from ..zoo import DICTIONARIES
 from .source import Source
 
 if TYPE_CHECKING:
@@ -209,6 +210,11 @@ def given_pairs(model: CausalLM, settings: Settings, figures: Sequence[str]) -> 
     if marks is None and not aligned and data.marks:
         marks = [*data.marks, "last"]
     return Given(data, held_out, None if marks is None else list(map(str, marks)))
+
+
+def without_dictionary(figures: Sequence[str], settings: Settings) -> list[str]:
+    """Those that look at a dictionary of features where none ships for the model."""
+    return [one for one in figures if CATALOGUE[one].needs_dictionary and settings.model not in DICTIONARIES]
 
 
 def unfit(figure: str, model: CausalLM, given: Given | None) -> str | None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import CATALOGUE, EVERY, choose
-from ..zoo import DICTIONARIES
 from .folder import (
     ANSWERS,
     BOTTLENECK,
@@ -33,7 +32,7 @@ from .folder import (
     stored_result,
 )
 from .identity import folder_identity, request
-from .makers import Given, Settings, bottleneck, make, prepare, unfit
+from .makers import Given, Settings, bottleneck, make, prepare, unfit, without_dictionary
 from .plan import Plan, duration, planned
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def reproduce(
             )
     if settings.layer is not None and not any(CATALOGUE[figure].takes_layer for figure in figures):
         raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
-    without = [name for name in figures if CATALOGUE[name].needs_dictionary and settings.model not in DICTIONARIES]
+    without = without_dictionary(figures, settings)
     lacking = f"no dictionary of features ships for {settings.model}"
     if without and only is not None:
         raise ValueError(f"{without[0]} cannot be made: {lacking}")
