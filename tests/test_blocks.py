@@ -236,6 +236,7 @@ def test_what_is_not_there_is_named(kind, ids):
     close(cache(model, ids, [("resid_pre", 1)])["resid_pre", 1], inputs[0])
 
 
+@pytest.mark.slow
 def test_on_a_server(ids, tmp_path, monkeypatch):
     """Its reads, writes and sweeps, on a server without this package."""
     untouched(CONFIGS["granite"]()).save_pretrained(tmp_path)

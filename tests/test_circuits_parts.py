@@ -128,6 +128,7 @@ def test_effects_of_edges(model, pairs):
     assert seen > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.conformance("parts")
 def test_scores_at_the_clean_run_are_derivatives(model, pairs):
     """One step of gradients, against small changes of each destination's input, up and down; norms are in float32."""

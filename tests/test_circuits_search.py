@@ -63,6 +63,7 @@ def planted(request: pytest.FixtureRequest) -> tuple[MambaModel, IOIDataset]:
     return model, IOIDataset.generate(model.tokenizer, 10, seed=27)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_rows", "memory"), [(None, None), (1, None), (3, None), (None, 1), (3, 1)])
 @pytest.mark.parametrize("known", [False, True])
 def test_rows_are_those_of_the_data_wherever_they_begin(
@@ -84,6 +85,7 @@ def test_rows_are_those_of_the_data_wherever_they_begin(
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("variant", ["standard", "paper"])
 def test_scores_find_the_planted_edges(planted, fine: bool, variant: str) -> None:

@@ -135,8 +135,10 @@ def test_a_figure_that_lacks_a_package_is_left_out_and_the_others_made(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     reason = "it needs scikit-learn: pip install 'mamba-ioi[probe]'"
-    for figure in set(CATALOGUE) - {"fig3", "fig5", "fig5_greedy", "probe"}:
-        monkeypatch.delitem(CATALOGUE, figure)
+    few = {figure: CATALOGUE[figure] for figure in ("fig3", "fig5", "fig5_greedy", "probe")}
+    for module in ("catalogue", "reproduce.run", "reproduce.plan", "reproduce.makers"):
+        monkeypatch.setattr(f"mamba_ioi.{module}.CATALOGUE", few)
+    monkeypatch.setattr("mamba_ioi.catalogue.choose.__defaults__", (few,))
     asked = ["reproduce", "--model", folder, *FEW, "--out", tmp_path]
     assert main([*map(str, asked)]) == 0
     said = capsys.readouterr().out
@@ -200,7 +202,9 @@ def test_a_killed_run_goes_on_and_ends_alike(made: Path, folder: Path, tmp_path:
     assert all((killed / name).read_bytes() == (made / name).read_bytes() for name in pictures)
 
 
-@pytest.mark.parametrize("figure", ["fig5_greedy", "fig6", "appd2"])
+@pytest.mark.parametrize(
+    "figure", ["fig5_greedy", *(pytest.param(figure, marks=pytest.mark.slow) for figure in ("fig6", "appd2"))]
+)
 def test_a_figure_goes_on_from_the_rounds_that_it_has_done(
     figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +313,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(tmp_path: Path, capsys:
     assert (tmp_path / "fig3.pdf").exists()
 
 
+@pytest.mark.slow
 def test_a_report_that_could_not_be_written_is_written_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -502,6 +507,7 @@ def test_features_are_of_models_that_a_dictionary_ships_for(tmp_path: Path, caps
     assert "features_kept cannot be made: no dictionary of features ships for planted" in said
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_mamba_gets_the_figures_it_can_have(gpt2: Path, tmp_path: Path, capsys) -> None:
     assert main(["reproduce", "--model", str(gpt2), *FEW, "--out", str(tmp_path)]) == 0
     assert "fig4         left out: " in capsys.readouterr().out

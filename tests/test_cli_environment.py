@@ -74,6 +74,7 @@ def test_a_closed_output(tmp_path: Path, words: str) -> None:
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_closed_streams_and_files(tmp_path: Path) -> None:
     """A file that is opened does not get the number of a closed stream, into which other things are written."""
     assert command("run architecture --out out", cwd=tmp_path, redirect="<&- >&- 2>&-").returncode == 0
@@ -137,6 +138,7 @@ def test_home_in_every_path_of_the_library(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not list(here.iterdir())
 
 
+@pytest.mark.slow
 def test_a_locale_of_ascii_alone(tmp_path: Path) -> None:
     """Models with other characters in their files; what is written is UTF-8 all the same."""
     random_mamba(vocab_size=600).save_pretrained(tmp_path / "model")

@@ -37,6 +37,7 @@ def test_a_table_holds_every_family_to_everything(version):
         assert all(cell and "failed" not in cell for cell in row.values())
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_what_the_tests_give(tmp_path):
     """As many tests of each family and column as there are now; that they pass, they say themselves."""
     if transformers.__version__ not in TABLES:
@@ -45,7 +46,18 @@ def test_the_committed_table_is_what_the_tests_give(tmp_path):
         *(f"tests/{name}.py" for name in ("test_families", "test_circuits_parts")),
         *(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_hybrids*.py"))),
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "slow or not slow",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ran = subprocess.run(
         [*command, "--conformance", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_ioi import tasks
+from mamba_ioi import families, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +33,7 @@ def test_the_python_runs_as_pasted(page, tmp_path, monkeypatch, capsys):
     script.write_text("\n".join(blocks), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))  # to which a page adds its own
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))  # likewise
     runpy.run_path(str(script), run_name="__main__")
     if page == "README.md":
         assert (tmp_path / "out" / "h" / "table.parquet").is_file()

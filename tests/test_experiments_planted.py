@@ -103,6 +103,7 @@ def test_the_conv_slice(model: MambaModel, data: IOIDataset) -> None:
     assert_effects(table, (table["slice"] == model.planted.slice) & arrives)
 
 
+@pytest.mark.slow
 def test_the_minimal_cross_talk_sets(model: MambaModel) -> None:
     result = cross_talk(model, balanced_pairs(model.tokenizer, 2), progress=False)
     sets = result.table.groupby(["template", "corruption"])["layer"].apply(list)
@@ -171,7 +172,11 @@ def available(name: str):
     return EXPERIMENTS[name]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+WITHOUT_DICTIONARY = [name for name, row in EXPERIMENTS.items() if not row.needs_dictionary]
+"""Those that need none; a dictionary's figures are held to `tiny`, for which some ship."""
+
+
+@pytest.mark.parametrize("name", WITHOUT_DICTIONARY)
 def test_every_experiment_runs_from_the_table_and_has_a_figure(name: str) -> None:
     model = planted(n_layers=2, layer=1, slice=-1, n_names=6, seed=1)
     experiment = available(name)
@@ -191,7 +196,8 @@ def test_every_experiment_runs_from_the_table_and_has_a_figure(name: str) -> Non
     assert result.plot().axes
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITHOUT_DICTIONARY)
 def test_every_experiment_runs_on_a_mamba2_and_has_a_figure(name: str) -> None:
     model = planted(family="mamba2", n_layers=2, layer=1, slice=-1, n_names=6, seed=1)
     result = available(name)(model, pairs=2, progress=False)

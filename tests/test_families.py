@@ -457,6 +457,7 @@ def time_step(model: MambaModel) -> str:
     return "delta_2" if model.family == "mamba2" else "delta_1"
 
 
+@pytest.mark.slow
 @pytest.mark.conformance("remote")
 def test_sites_on_a_server(served, ids):
     here, there = served
@@ -480,6 +481,7 @@ def test_sites_on_a_server(served, ids):
     close(logits, run(here, ids, patches, positions="all"))
 
 
+@pytest.mark.slow
 @pytest.mark.conformance("remote")
 def test_experiments_on_a_server(served, ids, data):
     here, there = served

@@ -112,6 +112,7 @@ def layer_in(src: str, dst: str) -> bool:
     return any(node.split(".")[-1].startswith(ends) for node in (src, dst) if "." in node)
 
 
+@pytest.mark.slow
 @pytest.mark.conformance("fine")
 @pytest.mark.parametrize("ssm", ["conv", "states"])
 def test_effects_of_edges(model, ssm):
@@ -130,6 +131,7 @@ def test_effects_of_edges(model, ssm):
     assert others.tolist() == pytest.approx(rest.tolist(), abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.conformance("fine")
 @pytest.mark.parametrize("model", [family for family in FAMILIES if " " not in family], indirect=True)
 @pytest.mark.parametrize("ssm", ["conv", "states", "tokens"])

@@ -15,6 +15,7 @@ from .plain import NAMES, prompt_tokenizer
 from .test_remote import Worker
 
 
+@pytest.mark.slow
 @pytest.mark.conformance("remote")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if " " not in name])
 def test_on_a_server(family, tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ WORKS: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKS)
 def test_the_memory_changes_no_result(name, model, data, scores, monkeypatch) -> None:
     work, asked = WORKS[name], []

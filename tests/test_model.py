@@ -454,6 +454,7 @@ class TestRemote:
         assert torch.equal(out, logits(load_model(tmp_path), IDS))
 
 
+@pytest.mark.slow
 def test_an_older_transformers_is_refused_at_import():
     code = (  # to import a model puts the module transformers in its place anew
         "import sys; from transformers import MambaForCausalLM; "

@@ -163,6 +163,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_ambient_modes(tiny_results, mode):
     tiny, data, expected = tiny_results

@@ -79,6 +79,7 @@ def test_a_budget_leaves_out_what_takes_most(model: mamba_ioi.MambaModel) -> Non
     assert again == plan
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_budget_that_it_began_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,7 @@ def last_logits(model: PreTrainedModel, data: IOIDataset) -> Tensor:
     return logits[torch.arange(len(data)), data.last_position]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", range(8))
 def test_solves_every_template_and_corruption(draw: int, family: str) -> None:
     model, _, tokenizer = make(**drawn(100 + draw, least_layer=0), family=family)
@@ -453,6 +454,7 @@ def test_local_layers_mix_no_tokens_and_the_others_do(family: str) -> None:
         assert (moved == 0) == (layer in planted.local_layers), layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", range(3))
 def test_name_steering_succeeds_where_it_must_and_fails_elsewhere(draw: int, family: str) -> None:
     arguments = drawn(400 + draw, least_layer=min(1, draw)) | {"n_names": 5, "family": family}

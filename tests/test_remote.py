@@ -137,6 +137,7 @@ def test_the_server_has_no_mamba_ioi(there: MambaModel, ids: torch.Tensor, monke
         _PICKLE_BY_VALUE_MODULES.add("mamba_ioi")
 
 
+@pytest.mark.slow
 def test_every_site_is_read_alone(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
     for name, site in SITES.items():
         at = [name if site.owner == "model" else (name, 1)]
@@ -198,6 +199,7 @@ def test_splices(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> Non
     assert torch.equal(generate(there, ids, 3, new_patches=new), generate(local, ids, 3, new_patches=new))
 
 
+@pytest.mark.slow
 def test_effects_of_features(there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
     """The dictionary stays here."""
     arguments = {"sae": Halves(local.d_inner), "site": "ssm_input", "layer": 2, "top": 2, "steps": 2, "progress": False}
@@ -306,6 +308,7 @@ def test_texts_are_padded_on_the_right(there: MambaModel, local: MambaModel) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "experiment",
     [
@@ -329,6 +332,7 @@ def test_experiments_agree_with_local_ones(experiment, there: MambaModel, local:
     assert found.meta["device"] == str(there.remote)
 
 
+@pytest.mark.slow
 def test_circuits_agree_with_local_ones(there: MambaModel, local: MambaModel, data: IOIDataset) -> None:
     scores = circuits.eap(local, data, steps=1)
     start = circuits.minimal_circuit(local, data, scores)
@@ -388,6 +392,7 @@ def test_what_was_answered_is_kept(
     assert there.remote.traffic.requests == all_at_once.remote.traffic.requests
 
 
+@pytest.mark.slow
 def test_another_process_goes_on(
     there: MambaModel, data: IOIDataset, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,7 +476,7 @@ def test_a_request_that_takes_too_long_is_cut(
 
 def test_what_is_asked_has_one_digest(there: MambaModel, ids: torch.Tensor) -> None:
     def of(*arguments):
-        return remote.digest(there, test_what_is_asked_has_one_digest, arguments)
+        return remote.digest("tiny", there, test_what_is_asked_has_one_digest, arguments)
 
     patch = Patch("h", 1, torch.ones(2), [3])
     assert of(ids, [patch], {"a": None}) == of(ids.clone(), [Patch("h", 1, torch.ones(2), [3])], {"a": None})

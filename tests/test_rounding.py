@@ -32,6 +32,7 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 300, (6, 12), generator=torch.Generator().manual_seed(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, site in SITES.items() if site.owner != "model"])
 def test_own_values_have_no_effect(half: MambaModel, ids: torch.Tensor, name: str) -> None:
     plain, columns = run(half, ids), torch.arange(300).expand(6, -1)

@@ -174,6 +174,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - sum(one.nbyt
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "work",
     [

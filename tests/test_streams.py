@@ -161,6 +161,7 @@ print(bytes_of("VmHWM") - before, sum(file.stat().st_size for file in stored.fol
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="a peak is measured by Linux alone")
 def test_the_memory_that_is_set_is_what_2000_prompts_take(tmp_path) -> None:
     """All layers' resid_post, which are 92 MB, with 50 MB for batches: no more than that above the model."""

@@ -69,6 +69,7 @@ def check(model, prompts, interventions, **kwargs):
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", SWEPT)
 def test_one_site_at_every_layer_and_position(small, prompts, site):
     cells = [[Resample(site, layer, position)] for layer in range(3) for position in range(9)]

@@ -632,6 +632,7 @@ def test_the_page_gives_a_task_in_the_list(followed: Path, capsys) -> None:
     assert "clean: The store is open: Morgan came in, Tyler came in, Morgan came in, and now -> Tyler\n" in added
 
 
+@pytest.mark.slow
 def test_the_page_gives_an_experiment_on_it(followed: Path, tiny) -> None:
     (words,) = re.findall(r"^```bash\nmamba-ioi (.*)\n```", PAGE, re.M)
     said_in(followed, "-m", "mamba_ioi", *words.split(), "--out", "out")

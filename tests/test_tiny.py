@@ -183,6 +183,7 @@ class TestModel:
         assert (logits.gather(1, ids).argmax(1) == 0).float().mean() >= 0.99
         assert (logits.argmax(1) == ids[:, 0]).float().mean() >= 0.97
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("corruption", CORRUPTIONS)
     def test_accuracy_on_both_sides_of_every_corruption(self, model, tokenizer, corruption):
         data = IOIDataset.generate(tokenizer, 150, seed=28, templates="aligned", corruptions=[corruption])
@@ -251,6 +252,7 @@ class TestTraining:
         assert held_out.float().mean().item() == pytest.approx(1 / 8, abs=0.01)
         assert torch.equal(prompts.held_out(triples[:, [2, 0, 1]]), held_out)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("family", "kind"), [("mamba", MambaForCausalLM), ("mamba2", Mamba2ForCausalLM)])
     def test_a_few_steps_write_a_model_that_loads_and_the_seed_fixes_it(self, tmp_path, family, kind):
         torch.manual_seed(11)

@@ -697,6 +697,7 @@ class TestTokenEdges:
             token_edges(tiny, IOIDataset.generate(tiny.tokenizer, 8, templates="all"))
 
 
+@pytest.mark.slow
 def test_on_a_server(tiny, data, monkeypatch):
     """On a process that has nnsight and not this package everything is as it is here."""
     worker = Worker(EMBEDDED["tiny"])

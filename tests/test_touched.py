@@ -101,6 +101,7 @@ MAMBAS = ANY | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAMBAS)
 def test_what_cuts_or_rearranges_runs_refuses(name: str, model: MambaModel, data: IOIDataset) -> None:
     with (

@@ -212,16 +212,16 @@ def given_pairs(model: CausalLM, settings: Settings, figures: Sequence[str]) -> 
     return Given(data, held_out, None if marks is None else list(map(str, marks)))
 
 
-def without_dictionary(figures: Sequence[str], settings: Settings) -> list[str]:
-    """Those that look at a dictionary of features where none ships for the model."""
-    return [one for one in figures if CATALOGUE[one].needs_dictionary and settings.model not in DICTIONARIES]
+def unavailable(figure: str, settings: Settings) -> str | None:
+    """Why a figure cannot be made, as far as it is known without the model; None if that does not stand in the way."""
+    if CATALOGUE[figure].needs_dictionary and settings.model not in DICTIONARIES:
+        return f"no dictionary of features ships for {settings.model}"
+    return CATALOGUE[figure].lacks
 
 
 def unfit(figure: str, model: CausalLM, given: Given | None) -> str | None:
-    """Why a figure cannot be made here, or the model or the pairs cannot have it; None if they can."""
+    """Why the model or the pairs cannot have a figure; None if they can."""
     row = CATALOGUE[figure]
-    if row.lacks is not None:
-        return row.lacks
     if row.needs_mamba and not model.has_scans:
         return f"{model.model_id} is no Mamba"
     if row.needs_alignment and given is not None and given.data.position_labels is None:

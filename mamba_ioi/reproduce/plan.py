@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..catalogue import CATALOGUE, Row, choose
 from .folder import PLAN
-from .makers import Given, Settings, prepare, unfit, without_dictionary
+from .makers import Given, Settings, prepare, unavailable, unfit
 
 if TYPE_CHECKING:
     from ..models.model import CausalLM
@@ -138,8 +138,7 @@ def plan_of(settings: Settings, only: str | None = None) -> Plan:
         ValueError: as `reproduce`, and if nothing fits into the budget.
     """
     figures = [figure for figure in choose(only) if settings.source is None or not CATALOGUE[figure].needs_names]
-    without = without_dictionary(figures, settings)
-    figures = [figure for figure in figures if figure not in without]
+    figures = [figure for figure in figures if unavailable(figure, settings) is None]
     model, given = prepare(settings, figures)
     return planned(model, settings, [figure for figure in figures if unfit(figure, model, given) is None], given)
 

@@ -32,7 +32,7 @@ from .folder import (
     stored_result,
 )
 from .identity import folder_identity, request
-from .makers import Given, Settings, bottleneck, make, prepare, unfit, without_dictionary
+from .makers import Given, Settings, bottleneck, make, prepare, unavailable, unfit
 from .plan import Plan, duration, planned
 
 if TYPE_CHECKING:
@@ -100,11 +100,9 @@ def reproduce(
             )
     if settings.layer is not None and not any(CATALOGUE[figure].takes_layer for figure in figures):
         raise ValueError(f"layer={settings.layer} has no meaning for {', '.join(figures)}: none looks at one layer")
-    without = without_dictionary(figures, settings)
-    lacking = f"no dictionary of features ships for {settings.model}"
-    if without and only is not None:
-        raise ValueError(f"{without[0]} cannot be made: {lacking}")
-    figures = [figure for figure in figures if figure not in without]
+    for figure in figures if only is not None else ():
+        if (reason := unavailable(figure, settings)) is not None:
+            raise ValueError(f"{figure} cannot be made: {reason}")
     out = Path(os.path.expanduser(out))
     identity = folder_identity(settings)
 
@@ -122,6 +120,15 @@ def reproduce(
         found = {figure: stored_result(out / RESULTS / figure, asked[figure]) for figure in figures}
         missing = [figure for figure in figures if found[figure] is None]
         chosen: int | Exception | None = None
+
+        def leave_out(figure: str, reason: str) -> None:
+            note(Outcome(figure, f"left out: {reason}", there=False))
+            figures.remove(figure)
+            missing.remove(figure)
+
+        for figure in list(missing):
+            if (reason := unavailable(figure, settings)) is not None:
+                leave_out(figure, reason)
         if missing:
             model, given = (model, given) if model is not None else prepare(settings, missing)
             if model.remote is not None:
@@ -131,16 +138,10 @@ def reproduce(
                     continue
                 if only is not None:
                     _refuse(figure, model, reason)
-                note(Outcome(figure, f"left out: {reason}", there=False))
-                figures.remove(figure)
-                missing.remove(figure)
-                found.pop(figure)
+                leave_out(figure, reason)
             announce(plan or planned(model, settings, missing, given))
             if model.has_scans and any(CATALOGUE[figure].draws for figure in figures if found[figure] is None):
                 chosen = _choose_layer(out, model, settings, given, identity)
-
-        for figure in without:
-            note(Outcome(figure, f"left out: {lacking}", there=False))
 
         def work(figure: str) -> Result:
             from ..remote.requests import answers_in
@@ -220,13 +221,11 @@ def redraw(out: str | os.PathLike[str], report: Callable[[Outcome], None] = lamb
 
 
 def _refuse(figure: str, model: CausalLM, reason: str) -> None:
-    """Refuse a figure that is asked for by its id, and cannot be made here, or of this model or these pairs.
+    """Refuse a figure that is asked for by its id, and cannot be made of this model or these pairs.
 
     Raises:
         ValueError: always.
     """
-    if (lacks := CATALOGUE[figure].lacks) is not None:
-        raise ValueError(f"{figure} cannot be made: {lacks}")
     if CATALOGUE[figure].needs_mamba:
         model.require_mamba(f"{figure} and its like")
     raise ValueError(f"{figure} cannot be made of these pairs: {reason}")
@@ -242,6 +241,7 @@ def _within_budget(
     asked = {"figure": PLAN, **identity, "budget": settings.budget, "only": only, "most": settings.pairs}
     if (stored := stored_result(folder, asked)) is not None:
         return Plan.of(stored), None, None
+    figures = [figure for figure in figures if unavailable(figure, settings) is None]
     model, given = prepare(settings, figures)
     plan = planned(model, settings, [figure for figure in figures if unfit(figure, model, given) is None], given)
     result = plan.result(model)
