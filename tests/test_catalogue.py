@@ -121,6 +121,7 @@ def test_the_page_gives_an_experiment_in_list(followed: Path) -> None:
     assert lines[:start] + lines[start + 2 :] == command(ROOT, "list").splitlines()
 
 
+@pytest.mark.slow
 def test_the_page_gives_a_figure_in_reproduce_and_in_the_report(followed: Path) -> None:
     said = command(followed, "reproduce", "--only", "gates,fig3", "--pairs", "3", "--out", "out")
     assert "2 of 2 figures are in out" in said and re.search(r"^report +written$", said, re.M)

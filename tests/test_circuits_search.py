@@ -101,6 +101,7 @@ def test_scores_find_the_planted_edges(planted, fine: bool, variant: str) -> Non
     assert shuffled.meta["prefix"] > 2 * len(truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("ssm", ["conv", "states"])
 def test_acdc_finds_the_planted_edges(planted, exact: bool, ssm: str) -> None:

@@ -145,6 +145,7 @@ def test_every_site_is_read_alone(there: MambaModel, local: MambaModel, ids: tor
             torch.testing.assert_close(cache(there, ids, at)[key], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_site_is_written(there: MambaModel, local: MambaModel, ids: torch.Tensor) -> None:
     plain = run(local, ids)
     for name, site in SITES.items():

@@ -15,6 +15,7 @@ from mamba_ioi.report import judge
 from .test_token_to_token import LAYER, MODELS, by_hand, cut_edits, logits_by_hand, pair_mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 @pytest.mark.parametrize(("layer", "slice"), [(1, -1), (2, -3), (1, 0)])
 def test_planted(family, layer, slice):
