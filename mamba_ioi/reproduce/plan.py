@@ -2,7 +2,8 @@
 
 The counts are those of the page "What each method costs", with what a patched run or a step backwards was measured to
 take beside a forward: an estimate. Of the 26 figures of `tiny` it says 8 minutes, where they took 6; of single figures
-of a few seconds, down to 0.4 of the time.
+of a few seconds, down to 0.4 of the time. On the shape of mamba-370m, with 2 pairs on 2 cores, Figures 4, 4 by marks
+and 5 took 61, 49 and 22 s, where it says 75, 45 and 17.
 """
 
 from __future__ import annotations
