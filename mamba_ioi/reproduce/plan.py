@@ -140,9 +140,15 @@ def plan_of(settings: Settings, only: str | None = None) -> Plan:
         ValueError: as `reproduce`, and if nothing fits into the budget.
     """
     figures = [figure for figure in choose(only) if settings.source is None or not CATALOGUE[figure].needs_names]
+    return prepared_plan(settings, figures)[0]
+
+
+def prepared_plan(settings: Settings, figures: Sequence[str]) -> tuple[Plan, CausalLM, Given | None]:
+    """The plan of those of the figures that can be made, with the model that was loaded for it, and its pairs."""
     figures = [figure for figure in figures if unavailable(figure, settings) is None]
     model, given = prepare(settings, figures)
-    return planned(model, settings, [figure for figure in figures if unfit(figure, model, given) is None], given)
+    figures = [figure for figure in figures if unfit(figure, model, given) is None]
+    return planned(model, settings, figures, given), model, given
 
 
 def planned(model: CausalLM, settings: Settings, figures: Sequence[str], given: Given | None) -> Plan:

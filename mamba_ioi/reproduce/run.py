@@ -33,7 +33,7 @@ from .folder import (
 )
 from .identity import folder_identity, request
 from .makers import Given, Settings, bottleneck, make, prepare, unavailable, unfit
-from .plan import Plan, duration, planned
+from .plan import Plan, duration, planned, prepared_plan
 
 if TYPE_CHECKING:
     from ..models.model import CausalLM
@@ -241,9 +241,7 @@ def _within_budget(
     asked = {"figure": PLAN, **identity, "budget": settings.budget, "only": only, "most": settings.pairs}
     if (stored := stored_result(folder, asked)) is not None:
         return Plan.of(stored), None, None
-    figures = [figure for figure in figures if unavailable(figure, settings) is None]
-    model, given = prepare(settings, figures)
-    plan = planned(model, settings, [figure for figure in figures if unfit(figure, model, given) is None], given)
+    plan, model, given = prepared_plan(settings, figures)
     result = plan.result(model)
     Result(result.table, result.meta | {"request": asked}).save(folder)
     return plan, model, given
