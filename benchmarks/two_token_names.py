@@ -27,7 +27,7 @@ from mamba_ioi.tasks.ioi import ALIGNED_TEMPLATES, BOS, OBJECTS, PLACES
 from mamba_ioi.zoo.fast_forward import fast_logits
 from mamba_ioi.zoo.tokenizer import build_tokenizer
 from mamba_ioi.zoo.train_tiny import BATCH, LEARNING_RATE
-from mamba_ioi.zoo.training import initial_model, one_core, optimize, parameters, write
+from mamba_ioi.zoo.training import parameters, trained, write
 
 FIRST = ("Alice", "Anthony", "Emily", "Frank", "Helen", "John", "Karen", "Lucy", "Mary", "Robert")
 LAST = ("Dean", "Grace", "James", "Jordan", "Lee", "Logan", "Martin", "Morgan", "Murray", "Wallace")
@@ -129,19 +129,17 @@ def train(out: Path, seed: int, steps: int) -> None:
     """Train the model, and write it to a folder."""
     tokenizer = build_tokenizer()
     prompts = Prompts(tokenizer)
-    model, generator = initial_model(build, len(tokenizer), seed), torch.Generator().manual_seed(seed)
 
-    def losses() -> tuple[Tensor, Tensor]:
+    def losses(model, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.cat([prompts.draw(k, BATCH // 2, generator, held_out=False).tokens for k in KINDS])
         logits, targets = fast_logits(model, rows[:, :-1]), rows[:, 1:]
         found = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
         return found.mean() + found[:, -2:].mean(), found[:, -2:].mean()
 
-    with one_core() as minutes:
-        loss = optimize(model, losses, steps, learning_rate=LEARNING_RATE, progress=True)
-        passed = minutes()
+    how = {"seed": seed, "steps": steps, "learning_rate": LEARNING_RATE, "progress": True}
+    model, loss, passed = trained(build, len(tokenizer), losses, **how)
     report = {"seed": seed, "steps": steps, "minutes": passed, "loss": round(loss, 4), "parameters": parameters(model)}
-    write(out, model.eval(), tokenizer, report, f"An example, made by `{Path(__file__).name} --seed {seed}`.\n")
+    write(out, model, tokenizer, report, f"An example, made by `{Path(__file__).name} --seed {seed}`.\n")
     print(f"trained in {passed} minutes of one core, loss {loss:.3f}")
 
 

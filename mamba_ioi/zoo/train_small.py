@@ -23,7 +23,7 @@ from transformers import (
 
 from .fast_forward import fast_logits
 from .lessons import LESSONS, Lesson, Prompts
-from .training import checked, hf_logits, initial_model, one_core, optimize, parameters, write
+from .training import checked, hf_logits, parameters, trained, write
 
 BATCH, LEARNING_RATE = 64, 3e-3
 LEARNED = 0.95
@@ -133,18 +133,15 @@ def train(
     )
     tokenizer = lesson.tokenizer()
     prompts = lesson.prompts(tokenizer)
-    model = initial_model(subject.build, len(tokenizer), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with one_core() as minutes:
-        loss = optimize(
-            model,
-            lambda: _losses(subject, model, prompts.batch(BATCH, generator)),
-            steps,
-            learning_rate=LEARNING_RATE,
-            progress=progress,
-        )
-        passed = minutes()
-    model.eval()
+    model, loss, passed = trained(
+        subject.build,
+        len(tokenizer),
+        lambda model, generator: _losses(subject, model, prompts.batch(BATCH, generator)),
+        seed=seed,
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        progress=progress,
+    )
     report: dict[str, Any] = {
         "task": task,
         "subject": family,

@@ -24,7 +24,7 @@ from .fast_forward import fast_logits
 from .found import FOUND
 from .prompts import HELD_OUT_SHARE, Prompts
 from .tokenizer import TINY_NAMES, build_tokenizer
-from .training import checked, hf_logits, initial_model, one_core, optimize, parameters, write
+from .training import checked, hf_logits, parameters, trained, write
 
 SEED, STEPS = 0, 1200
 """Of the packaged models."""
@@ -133,18 +133,15 @@ def train(
     out, seed, steps, n_test = checked(out, seed=seed, steps=STEPS if steps is None else steps, n_test=n_test)
     tokenizer = build_tokenizer(TINY_NAMES)
     prompts = Prompts(tokenizer, TINY_NAMES)
-    model = initial_model(recipe.build, len(tokenizer), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with one_core() as minutes:
-        loss = optimize(
-            model,
-            lambda: _losses(recipe, model, prompts.batch(BATCH, generator)),
-            steps,
-            learning_rate=LEARNING_RATE,
-            progress=progress,
-        )
-        passed = minutes()
-    model.eval()
+    model, loss, passed = trained(
+        recipe.build,
+        len(tokenizer),
+        lambda model, generator: _losses(recipe, model, prompts.batch(BATCH, generator)),
+        seed=seed,
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        progress=progress,
+    )
     report: dict[str, object] = {
         "seed": seed,
         "steps": steps,

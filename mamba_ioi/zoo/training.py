@@ -108,6 +108,34 @@ def optimize(
     return loss.item()
 
 
+def trained(
+    build: Callable[[int], PreTrainedModel],
+    vocab_size: int,
+    losses: Callable[[PreTrainedModel, torch.Generator], tuple[Float[Tensor, ""], Float[Tensor, ""]]],
+    *,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    progress: bool,
+) -> tuple[PreTrainedModel, float, float]:
+    """A model trained from weights of the seed on one core, in evaluation mode, with its last loss and the minutes.
+
+    Args:
+        build: makes the model, from the size of its vocabulary.
+        vocab_size: that size.
+        losses: as for `optimize`, from the model and a generator of the seed, which draws the batches.
+        seed: of the weights and the batches.
+        steps: how many.
+        learning_rate: the highest.
+        progress: show a bar.
+    """
+    model, generator = initial_model(build, vocab_size, seed), torch.Generator().manual_seed(seed)
+    with one_core() as minutes:
+        loss = optimize(model, lambda: losses(model, generator), steps, learning_rate=learning_rate, progress=progress)
+        passed = minutes()
+    return model.eval(), loss, passed
+
+
 def write(
     out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any], card: str
 ) -> None:
